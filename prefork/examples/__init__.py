@@ -1,0 +1,1 @@
+"""Handlers that work out of the box: ``prefork serve --module echo:loop``."""

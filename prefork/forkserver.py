@@ -1,0 +1,276 @@
+"""A fork server: one process for each generation. It imports the handler once and then forks, signals and reaps workers.
+
+It is forked from the master, never exec'ed: a ``pip install -U`` under a running daemon must not mix versions. It runs user
+code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor that it does not
+need, run user code after READY, or wait for anybody.
+
+It answers to three: the master (commands on a SOCK_SEQPACKET pair), the kernel (SIGCHLD), and its own conscience: when the
+master dies it lets go of the listeners without losing anybody who waits there, and leaves after its last worker.
+"""
+
+import os
+import select
+import signal
+import socket
+import time
+import traceback
+from collections import deque
+from dataclasses import dataclass
+from typing import NoReturn
+
+from prefork import handler, log, worker
+from prefork.errors import HandlerError
+from prefork.net.listener import Listener
+from prefork.pool import scoreboard, wire
+from prefork.pool.scoreboard import Access, Layout, Scoreboard
+from prefork.pool.wire import Command, Kind, Order, Report
+from prefork.system import process, signals
+
+# Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
+COMMANDS_AT_ONCE = 64
+# With the master dead: how long the queue may take to empty before the listeners are closed under whoever is still in it.
+FAREWELL = 0.5
+REPEAT = 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """Everything that a fork server is told. Descriptors are inherited by the fork."""
+
+    generation: int
+    module: str
+    name: str
+    folder: str  # entered by name for each generation: a deploy may have switched what the name stands for
+    master_pid: int
+    listeners: tuple[Listener, ...]
+    layout: Layout
+    board_fd: int
+    orders_fd: int
+    channel: socket.socket
+    doorbell: int
+    gate: int
+    devnull: int
+
+
+def main(brief: Brief) -> NoReturn:
+    """Be a fork server. Called in the child, with all signals blocked; never returns."""
+    status = 1
+    try:
+        status = ForkServer(brief).run()
+    except BaseException:  # noqa: BLE001 - the last line of a process: it must not unwind into the master's frames
+        log.event("bug", where="fork server", text=traceback.format_exc())
+    os._exit(status)
+
+
+class ForkServer:
+    """One fork server process."""
+
+    def __init__(self, brief: Brief) -> None:
+        self.brief = brief
+        self.pid = os.getpid()
+        self.children: dict[int, int] = {}  # pid: slot, of workers that were not reaped yet
+        self.by_slot: dict[int, int] = {}
+        self.outbox: deque[bytes] = deque()
+        self.leaving = False
+        self.orphaned_at: float | None = None
+        self.parted = False
+
+    # -- its life
+
+    def run(self) -> int:
+        """Boot, then serve commands. Returns the exit status."""
+        self._become_a_process()
+        try:
+            loaded = self._boot()
+        except HandlerError as error:
+            self._send(Report(Kind.FAILED, text=str(error)))
+            self._flush(wait=True)
+            return error.exit_code
+        self._send(Report(Kind.READY))
+        poll = select.poll()
+        poll.register(self.inbox, select.POLLIN)
+        while True:
+            self._flush()
+            if self._done():
+                return 0
+            if self.orphaned_at is None:
+                poll.register(self.brief.channel, select.POLLIN | (select.POLLOUT if self.outbox else 0))
+            poll.poll(None if self.orphaned_at is None else REPEAT * 1000)
+            arrived = self.inbox.take()
+            self._reap()
+            if self.orphaned_at is not None:
+                self._say_farewell(self.orphaned_at)
+            elif signals.PARENT_DIED in arrived or not self._obey(loaded):
+                self._orphaned(poll)
+
+    def _become_a_process(self) -> None:
+        brief = self.brief
+        os.setsid()  # only the master hears the terminal
+        signals.fresh()
+        self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
+        os.dup2(brief.devnull, 0)
+        keep = {0, 1, 2, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
+        process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
+        process.set_title(f"prefork: {brief.name} gen {brief.generation}")
+        log.configure(role=f"gen {brief.generation}")
+        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
+        process.signal_when_orphaned(signals.PARENT_DIED)
+        if os.getppid() != brief.master_pid:
+            os._exit(0)
+        brief.channel.setblocking(False)
+        signals.watch()
+        signals.unblock()
+
+    def _boot(self) -> handler.Handler:
+        try:
+            os.chdir(self.brief.folder)
+        except OSError as error:
+            raise HandlerError(f"can't enter the working directory {self.brief.folder}: {error.strerror}") from None
+        handler.prepare_path(self.brief.folder)
+        loaded = handler.load(self.brief.module)
+        # The import may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
+        with signals.blocked():
+            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                signal.setitimer(timer, 0)
+            signals.fresh()
+            self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
+        signals.unblock()
+        worker.freeze()
+        return loaded
+
+    def _done(self) -> bool:
+        if self.orphaned_at is not None:
+            return not self.children
+        return self.leaving and not self.outbox
+
+    # -- what the master asks
+
+    def _obey(self, loaded: handler.Handler) -> bool:
+        """Carry out what has arrived. False when nobody is at the other end any more."""
+        for _ in range(COMMANDS_AT_ONCE):
+            try:
+                message = self.brief.channel.recv(wire.MESSAGE_LIMIT)
+            except BlockingIOError:
+                return True
+            except ConnectionResetError:
+                return False
+            if not message:
+                return False
+            command = wire.read_command(message)
+            if command is None:
+                continue
+            match command.order:
+                case Order.FORK:
+                    self._fork(command.slot, loaded)
+                case Order.RETIRE:
+                    self._signal(command.slot, signal.SIGTERM)
+                case Order.KILL:
+                    self._signal(command.slot, signal.SIGKILL)
+                case Order.LEAVE:
+                    # Who is still serving a connection becomes the master's child, and costs only itself.
+                    self.leaving = True
+                case Order.QUIT:
+                    for pid in self.children:
+                        os.kill(pid, signal.SIGKILL)
+                    self.leaving = True
+        return True
+
+    def _fork(self, slot: int, loaded: handler.Handler) -> None:
+        brief = self.brief
+        with signals.blocked():
+            try:
+                pid = os.fork()
+            except OSError as error:
+                self._send(Report(Kind.FORK_FAILED, slot, status=error.errno or 0))
+                return
+            if pid == 0:
+                listener = brief.listeners[brief.layout.listener(slot)]
+                worker.main(
+                    worker.Brief(
+                        brief.generation,
+                        brief.name,
+                        brief.master_pid,
+                        self.pid,
+                        self.board,
+                        listener,
+                        slot,
+                        brief.doorbell,
+                        brief.gate,
+                        brief.devnull,
+                    ),
+                    loaded,
+                )
+        self.children[pid] = slot
+        self.by_slot[slot] = pid
+        self._send(Report(Kind.FORKED, slot, pid))
+
+    def _signal(self, slot: int, signo: int) -> None:
+        # A child that was not reaped keeps its pid, so this can't reach a stranger.
+        if (pid := self.by_slot.get(slot)) is not None:
+            os.kill(pid, signo)
+
+    # -- what the kernel tells
+
+    def _reap(self) -> None:
+        for change in process.reap(stops=True):
+            slot = self.children.get(change.pid)
+            if slot is None:
+                continue  # a process that user code started
+            if isinstance(change, process.Changed):
+                self._send(Report(Kind.STOPPED if change.stopped else Kind.CONTINUED, slot, change.pid))
+                continue
+            del self.children[change.pid]
+            del self.by_slot[slot]
+            self._send(
+                Report(
+                    Kind.EXITED,
+                    slot,
+                    change.pid,
+                    change.status,
+                    int(change.utime * 1e6),
+                    int(change.stime * 1e6),
+                    change.max_rss_kib,
+                )
+            )
+
+    # -- what we tell
+
+    def _send(self, report: Report) -> None:
+        self.outbox.append(wire.pack_report(report))
+
+    def _flush(self, *, wait: bool = False) -> None:
+        """Send what the channel takes (it holds 278 small messages); the rest waits in the outbox, in order."""
+        if wait:
+            self.brief.channel.setblocking(True)
+        while self.outbox:
+            try:
+                self.brief.channel.send(self.outbox[0])
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self.outbox.clear()  # nobody is left to hear it
+                return
+            self.outbox.popleft()
+
+    # -- the master is dead
+
+    def _orphaned(self, poll: select.poll) -> None:
+        self.orphaned_at = time.monotonic()
+        poll.unregister(self.brief.channel)
+        self.outbox.clear()
+        self.brief.channel.close()
+        for listener in self.brief.listeners:
+            listener.turn_away()
+
+    def _say_farewell(self, since: float) -> None:
+        """Serve the queue, then free the addresses and retire everybody; who serves a connection may finish it."""
+        if not self.parted:
+            waiting = [listener for listener in self.brief.listeners if not listener.drained()]
+            if waiting and time.monotonic() - since < FAREWELL:
+                return
+            for listener in self.brief.listeners:
+                listener.close()
+            self.parted = True
+        for pid, slot in self.children.items():
+            if self.board.states[slot] not in (scoreboard.BUSY, scoreboard.LEAVING):
+                os.kill(pid, signal.SIGTERM)

@@ -1,0 +1,689 @@
+"""One generation as its master sees it: a fork server, its workers, their scoreboard, and what was asked of them.
+
+The effects of the pool live here, the decisions in `prefork.pool.policy`. Everything is level-triggered: events only say
+where to look, `tend` looks and acts, and `wake_at` says when it wants to look again without any event. What fork servers and
+workers say is checked against `prefork.pool.state` and against the kernel before anything is done with it.
+"""
+
+import os
+import signal
+import socket
+import time
+from collections import deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+from prefork import forkserver, log
+from prefork.config import Config
+from prefork.net.listener import Listener
+from prefork.pool import policy, scoreboard, wire
+from prefork.pool.policy import Memory, View
+from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Access, Counts, Layout, Scoreboard
+from prefork.pool.state import Pool, Worker
+from prefork.pool.wire import Command, Kind, Order, Report
+from prefork.system import process, signals
+
+# A worker that was told to leave is looked at after a millisecond, then every 20; one that does not react for a second
+# (stopped by somebody, say) only once a second.
+NAG_FIRST, NAG_AGAIN, NAG_SELDOM, NAG_PATIENCE = 0.001, 0.020, 1.0, 50
+# After asking to be rung the master looks once more before it sleeps: a store can't stay in a CPU's buffer for a millisecond.
+SETTLE = 0.001
+# A fork that was ordered of a fork server which then died: its child, if any, has written its pid long before.
+LIMBO, LIMBO_LOOK = 0.5, 0.02
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker that ended without having been asked to, or that was killed. Times in seconds, ``at`` since the epoch."""
+
+    at: float
+    slot: int
+    pid: int
+    generation: int
+    cause: str
+    peer: str | None
+    cpu: float
+    max_rss: int
+    stack: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has ended, for the whole daemon: what gone generations counted, and what only the master can count."""
+
+    counts: Counts = NOTHING
+    histogram: list[int] = field(default_factory=lambda: [0] * scoreboard.BUCKETS)
+    forked: int = 0
+    exited: int = 0
+    deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=64))
+
+
+@dataclass(slots=True)
+class Trouble:
+    """Failures in a row, and until when nothing is tried."""
+
+    failures: int = 0
+    until: float = 0.0
+    reason: str = ""
+
+    def add(self, now: float, reason: str) -> float:
+        """One more failure. Returns the seconds to wait."""
+        self.failures += 1
+        seconds = policy.backoff(self.failures)
+        self.until, self.reason = now + seconds, reason
+        return seconds
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Descriptors that all generations of a daemon share, and where and who the daemon is."""
+
+    name: str
+    folder: str
+    doorbell_read: int
+    doorbell_write: int
+    devnull: int
+
+
+class Generation:
+    """One generation. The master drives it: `start`, `receive`, `tend`, `commit`, `retire`, and `gone` at the end."""
+
+    def __init__(
+        self, number: int, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
+    ) -> None:
+        self.number = number
+        self.config = config
+        self.listeners = tuple(listeners)
+        self.wiring = wiring
+        self.tally = tally
+        self.started_at = now
+        self.boot_deadline = now + config.boot_timeout
+        # A reload may go past the ceiling by its targets, and targets may be raised up to the ceiling.
+        self.layout = Layout(len(listeners), 2 * config.max_workers)
+        self.pool = Pool(self.layout.listeners, self.layout.capacity)
+        self.targets = [config.workers] * len(listeners)
+        self.failure: str | None = None
+        self.ready = False  # the handler has been imported
+        self.committed = False
+        self.retired: set[int] = set()  # listeners for which nobody is forked any more
+        self.trouble = Trouble()
+        self.gossip = 0
+        self.saturated_since: list[float | None] = [None] * len(listeners)
+        self.saturated_seconds = 0.0
+        self._memory = [Memory()] * len(listeners)
+        self._vacated = list(self.targets)
+        self._look_at: list[float | None] = [now] * len(listeners)
+        self._looked_at = [0.0] * len(listeners)
+        self._armed = [0] * len(listeners)
+        self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, or stopped
+        self._nagging: set[int] = set()
+        self._nag_at: float | None = None
+        self._nags = 0
+        self._deadline_at: float | None = None
+        self._limbo_at: float | None = None
+        self._limbo_until = 0.0
+        self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
+        self._outbox: deque[bytes] = deque()
+        self._left = False
+        self.pid: int | None = None
+
+    # -- the fork server
+
+    def start(self) -> None:
+        """Fork the fork server. Raises OSError when the machine does not let us."""
+        layout, wiring = self.layout, self.wiring
+        self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
+        self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
+        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
+        gate, self._gate = os.pipe2(os.O_CLOEXEC)
+        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        self.channel.setblocking(False)
+        try:
+            with signals.blocked():
+                master_pid = os.getpid()
+                pid = os.fork()
+                if pid == 0:
+                    forkserver.main(
+                        forkserver.Brief(
+                            generation=self.number,
+                            module=self.config.module,
+                            name=wiring.name,
+                            folder=wiring.folder,
+                            master_pid=master_pid,
+                            listeners=self.listeners,
+                            layout=layout,
+                            board_fd=self.board_fd,
+                            orders_fd=self.orders_fd,
+                            channel=theirs,
+                            doorbell=wiring.doorbell_write,
+                            gate=gate,
+                            devnull=wiring.devnull,
+                        )
+                    )
+        finally:
+            theirs.close()
+            os.close(gate)
+        self.pid = pid
+        log.event("booting", generation=self.number, module=self.config.module)
+
+    def _send(self, order: Order, slot: int = 0) -> None:
+        self._outbox.append(wire.pack_command(Command(order, slot)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the channel takes; it holds 278 small messages, the rest waits."""
+        while self._outbox:
+            try:
+                self.channel.send(self._outbox[0])
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._outbox.clear()  # it is dead, which SIGCHLD tells
+                return
+            self._outbox.popleft()
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._outbox)
+
+    def receive(self, now: float) -> bool:
+        """Take in what the fork server reports. False once it has closed its end."""
+        while True:
+            try:
+                message = self.channel.recv(wire.MESSAGE_LIMIT)
+            except BlockingIOError:
+                return True
+            except ConnectionResetError:
+                return False
+            if not message:
+                return False
+            report = wire.read_report(message)
+            if report is None or not self._fold(report, now):
+                self.gossip += 1
+                if self.gossip & (self.gossip - 1) == 0:  # 1, 2, 4, 8, ...: a liar must not fill the log
+                    log.event("gossip", count=self.gossip, generation=self.number)
+
+    def _fold(self, report: Report, now: float) -> bool:
+        """Fold one report into the state. False when it can't be true."""
+        match report.kind:
+            case Kind.READY if not self.ready:
+                self.ready = True
+                self.boot_deadline = now + self.config.boot_timeout
+                self.look_soon_all(now)
+            case Kind.FAILED if not self.ready:
+                self.failure = report.text
+            case Kind.FORKED:
+                if self.pool.forked(report.slot, report.pid) is None:
+                    return False
+                self.tally.forked += 1
+            case Kind.FORK_FAILED:
+                worker = self.pool.fork_failed(report.slot)
+                if worker is None:
+                    return False
+                self._forget(worker)
+                self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
+            case Kind.EXITED:
+                cpu = (report.utime_us + report.stime_us) / 1e6
+                return self.exited(report.slot, report.pid, report.status, cpu, report.max_rss_kib, now)
+            case Kind.STOPPED | Kind.CONTINUED:
+                worker = self.pool.workers.get(report.slot)
+                if worker is None or worker.pid != report.pid:
+                    return False
+                worker.stopped = report.kind is Kind.STOPPED
+                self._note_absence(worker)
+                self.look_soon(worker.listener, now)
+            case _:
+                return False
+        return True
+
+    def _fork_failed(self, error: OSError, now: float) -> None:
+        seconds = self.trouble.add(now, f"fork failed: {error.strerror}")
+        log.event("fork_failed", reason=error.strerror, failures=self.trouble.failures, seconds=seconds)
+
+    def fork_server_ended(self, now: float) -> None:
+        """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
+        self.pid = None
+        self._outbox.clear()
+        self.channel.close()
+        for worker in list(self.pool.workers.values()):
+            if worker.pid and not process.is_child(worker.pid):
+                # It was reaped by a fork server that died before it could tell.
+                self.exited(worker.slot, worker.pid, None, 0.0, 0, now)
+        self._limbo_at, self._limbo_until = now, now + LIMBO
+        self._nag_all(now)
+
+    def _clear_limbo(self, now: float) -> None:
+        """Workers whose fork was ordered and never confirmed: known by the pid they wrote, or given up."""
+        for worker in list(self.pool.unborn.values()):
+            pid = self.board.words[self.board.record(worker.slot) + scoreboard.PID]
+            if pid and process.is_child(pid) and self.pool.forked(worker.slot, pid) is not None:
+                self.tally.forked += 1
+            elif now >= self._limbo_until:
+                self.pool.fork_failed(worker.slot)
+                self._forget(worker)
+        self._limbo_at = now + LIMBO_LOOK if self.pool.unborn else None
+
+    # -- workers
+
+    def exited(self, slot: int, pid: int, status: int | None, cpu: float, max_rss_kib: int, now: float) -> bool:
+        """A worker was reaped. False when that slot does not hold that pid."""
+        worker = self.pool.exited(slot, pid)
+        if worker is None:
+            return False
+        self.tally.exited += 1
+        was_ready = self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
+        serving = self._settle(slot)
+        peer = self.board.peer(slot) if serving else None
+        cause = "reaped by its dead fork server" if status is None else process.describe(status)
+        self._forget(worker)
+        if not worker.retiring:
+            self._vacated[worker.listener] += 1
+        if status != 0 or serving:
+            self.tally.deaths.append(Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024))
+        who = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
+        if not was_ready and not worker.retiring:
+            self._died_unready(who, now)
+        elif status != 0 or serving:
+            if not worker.killed:
+                log.event("worker_died", peer=peer or "nobody", **who)
+        else:
+            log.event("worker_ended", **who)
+        self.look_soon(worker.listener, now)
+        return True
+
+    def _died_unready(self, who: dict[str, object], now: float) -> None:
+        if not self.committed:
+            self.failure = self.failure or f"worker {who['slot']} died before it was ready: {who['cause']}"
+            return
+        seconds = self.trouble.add(now, f"a worker died before it was ready: {who['cause']}")
+        log.event("worker_unready", failures=self.trouble.failures, seconds=seconds, **who)
+
+    def _settle(self, slot: int) -> bool:
+        """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
+        before = self._counted.get(slot, NOTHING)
+        counts = self.board.counts(slot)
+        grown = (
+            counts.ok >= before.ok
+            and counts.error >= before.error
+            and counts.rejected >= before.rejected
+            and counts.begun >= before.begun
+        )
+        if not grown or counts.serving not in (0, 1):
+            log.event("spoilt_slot", slot=slot, generation=self.number)
+            self.board.restore(slot, before)
+            counts = before
+        serving = counts.serving == 1
+        if serving:
+            self.board.order_words[self.board.killed_word(slot)] += 1
+            counts = self.board.counts(slot)
+        self._counted[slot] = counts
+        return serving
+
+    def _forget(self, worker: Worker) -> None:
+        self.board.states[worker.slot] = FREE
+        self.board.retire[worker.slot] = 0
+        self._absent.discard(worker.slot)
+        self._nagging.discard(worker.slot)
+
+    def _signal(self, worker: Worker, order: Order) -> None:
+        """Ask whoever is the worker's parent: only a parent may signal it, a pid may be a stranger's."""
+        if self.pid is not None:
+            self._send(order, worker.slot)
+        elif worker.pid:
+            process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
+
+    def _note_absence(self, worker: Worker) -> None:
+        if worker.retiring or worker.stopped:
+            self._absent.add(worker.slot)
+        else:
+            self._absent.discard(worker.slot)
+
+    # -- looking and forking
+
+    def rang(self, ring: wire.Doorbell, now: float) -> bool:
+        """A worker's doorbell. False when it names a slot that is not in use."""
+        worker = self.pool.workers.get(ring.slot)
+        if worker is None:
+            return False
+        if ring.why is wire.Ring.READY:
+            if not worker.ready and self.trouble.failures:
+                log.event("fork_again", failures=self.trouble.failures)
+                self.trouble = Trouble()
+            worker.ready = True
+        # A storm of accepts must not wake the master more often than a look is worth.
+        self._wake(worker.listener, max(now, self._looked_at[worker.listener] + policy.LOOK_AGAIN))
+        return True
+
+    def look_soon(self, place: int, now: float) -> None:
+        """Look at this listener's workers at once."""
+        self._wake(place, now)
+
+    def look_soon_all(self, now: float) -> None:
+        """Look at every listener's workers at once."""
+        for place in range(len(self.listeners)):
+            self._wake(place, now)
+
+    def _wake(self, place: int, at: float) -> None:
+        planned = self._look_at[place]
+        self._look_at[place] = at if planned is None else min(planned, at)
+
+    def retarget(self, workers: int, now: float) -> None:
+        """Want this many acceptors for each listener from now on; surplus ones go at once."""
+        for place, target in enumerate(self.targets):
+            self.targets[place] = workers
+            self._vacated[place] += max(0, workers - target)
+            self._memory[place] = Memory()
+            view = self._view(place, 0)
+            self._retire_some(place, view.idle + view.starting - workers, now)
+            self.look_soon(place, now)
+
+    def tend(self, now: float, live_elsewhere: int) -> None:
+        """Do everything that is due."""
+        if self._limbo_at is not None and self._limbo_at <= now:
+            self._clear_limbo(now)
+        for place, at in enumerate(self._look_at):
+            if at is not None and at <= now:
+                self._look_at[place] = None
+                if self.ready and place not in self.retired:
+                    self._look(place, now, live_elsewhere)
+        if self._nag_at is not None and self._nag_at <= now:
+            self._nag(now)
+        if self._deadline_at is not None and self._deadline_at <= now:
+            self._cut(now)
+        if self.ready and self._hung(now):
+            log.event("fork_server_hung", generation=self.number)
+            self.kill_fork_server()
+
+    def _look(self, place: int, now: float, live_elsewhere: int) -> None:
+        self._looked_at[place] = now
+        self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
+        if self.pid is None:
+            return  # orphans serve on; a new generation is on its way
+        if now < self.trouble.until:
+            self._wake(place, self.trouble.until)
+            return
+        room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
+        view = self._view(place, room)
+        self._vacated[place] = 0
+        self._memory[place], decision = policy.decide(self._memory[place], view, now, self.config.spare_timeout)
+        self._note_saturation(place, now)
+        for _ in range(decision.fork):
+            self._fork(place, now)
+        self._retire_some(place, decision.retire, now)
+        if decision.look_at is not None:
+            self._wake(place, decision.look_at)
+        if decision.ring_below > self._armed[place]:
+            self._wake(place, now + SETTLE)
+        self._arm(place, decision.ring_below)
+
+    def _view(self, place: int, room: int) -> View:
+        board = self.board
+        first = place * self.layout.capacity
+        row = board.row(place, self.pool.high[place])
+        idle = row.count(IDLE)
+        starting = row.count(STARTING) + row.count(PARKED) + row.count(PAUSED)
+        for slot in self._absent:
+            if 0 <= slot - first < len(row):
+                state = row[slot - first]
+                idle -= state == IDLE
+                starting -= state in (STARTING, PARKED, PAUSED)
+        missing = self.targets[place] - idle - starting
+        returning = self._returning(place, missing) if missing > 0 else 0
+        return View(self.targets[place], idle, starting, returning, room, self._vacated[place])
+
+    def _returning(self, place: int, missing: int) -> int:
+        """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""
+        board = self.board
+        now_ns = time.monotonic_ns()
+        young = int(policy.YOUNG * 1e9)
+        found = 0
+        for slot in board.recent(place, now_ns, young):
+            worker = self.pool.workers.get(slot)
+            if worker is None or board.states[slot] != BUSY or slot in self._absent:
+                continue
+            age = now_ns - board.words[board.record(slot) + scoreboard.SINCE]
+            if 0 <= age < young and process.is_runnable(worker.pid):
+                found += 1
+                if found >= missing:
+                    break
+        return found
+
+    def _fork(self, place: int, now: float) -> None:
+        worker = self.pool.take(place, now)
+        if worker is None:
+            return  # more slots than the ceiling: only with a fork server that lies about its children
+        board, slot = self.board, worker.slot
+        record = board.record(slot)
+        board.words[record + scoreboard.PID] = 0
+        board.words[record + scoreboard.STARTED] = 0
+        board.states[slot] = STARTING
+        board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
+        self._send(Order.FORK, slot)
+
+    def _arm(self, place: int, ring_below: int) -> None:
+        self._armed[place] = ring_below
+        self.board.order_words[self.board.listener_word(place, scoreboard.RING_BELOW)] = ring_below
+
+    def _note_saturation(self, place: int, now: float) -> None:
+        since = self.saturated_since[place]
+        if self._memory[place].saturated:
+            if since is None:
+                self.saturated_since[place] = now
+                log.event("saturated", max_workers=self.config.max_workers, address=self.listeners[place].address)
+        elif since is not None:
+            self.saturated_since[place] = None
+            self.saturated_seconds += now - since
+            log.event("unsaturated", address=self.listeners[place].address, seconds=now - since)
+
+    def _hung(self, now: float) -> bool:
+        """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
+        oldest = next(iter(self.pool.unborn.values()), None)
+        return self.pid is not None and oldest is not None and oldest.since + self.config.boot_timeout < now
+
+    # -- retiring
+
+    def commit(self, now: float) -> None:
+        """Open the gate: the workers that wait there go to accept()."""
+        self.committed = True
+        self._open_gate()
+        self.look_soon_all(now)
+
+    def _open_gate(self) -> None:
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+
+    @property
+    def parked(self) -> bool:
+        """Whether the first acceptors of every listener are ready."""
+        return self.ready and all(
+            self.board.row(place, self.pool.high[place]).count(PARKED) >= target for place, target in enumerate(self.targets)
+        )
+
+    def retire(self, place: int, now: float, deadline: float | None) -> None:
+        """Nobody accepts on this listener any more: idle workers leave at once, busy ones by ``deadline`` (None: whenever)."""
+        if place in self.retired:
+            return
+        self.retired.add(place)
+        self._arm(place, 0)
+        for worker in self.pool.workers.values():
+            if worker.listener == place:
+                self._ask_to_leave(worker, now, deadline)
+
+    def retire_all(self, now: float, deadline: float | None) -> None:
+        """The same for every listener."""
+        for place in range(len(self.listeners)):
+            self.retire(place, now, deadline)
+
+    def abandon(self, now: float) -> None:
+        """Give up a generation that was never committed: none of its workers has ever accepted."""
+        self.retire_all(now, None)
+        self._open_gate()
+        if not self.ready:
+            self.kill_fork_server()
+
+    def announce_stop(self) -> None:
+        """From now on ``conn.stopping`` is true, and a closed listener no surprise."""
+        self.board.order_words[scoreboard.STOPPING] = 1
+
+    def _retire_some(self, place: int, count: int, now: float) -> None:
+        """Ask ``count`` idle workers to leave, the highest slots first, so that rows stay short."""
+        if count <= 0:
+            return
+        first = place * self.layout.capacity
+        row = self.board.row(place, self.pool.high[place])
+        drain = self.config.drain_timeout
+        for offset in reversed(range(len(row))):
+            worker = self.pool.workers.get(first + offset)
+            if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):
+                continue
+            self._ask_to_leave(worker, now, now + drain if drain else None)
+            count -= 1
+            if count == 0:
+                return
+
+    def _ask_to_leave(self, worker: Worker, now: float, deadline: float | None) -> None:
+        self.board.retire[worker.slot] = 1
+        worker.retiring = True
+        self._absent.add(worker.slot)
+        worker.deadline = deadline
+        if deadline is not None:
+            self._deadline_at = deadline if self._deadline_at is None else min(self._deadline_at, deadline)
+        self._nagging.add(worker.slot)
+        self._nag_at, self._nags = now + NAG_FIRST, 0
+        if self.board.states[worker.slot] not in (BUSY, LEAVING):
+            self._signal(worker, Order.RETIRE)
+
+    def _nag_all(self, now: float) -> None:
+        for worker in self.pool.workers.values():
+            if worker.retiring:
+                self._nagging.add(worker.slot)
+        if self._nagging:
+            self._nag_at, self._nags = now, 0
+
+    def _nag(self, now: float) -> None:
+        """Signal those again that still wait in accept(): the first signal may have come just before the system call.
+
+        Who serves a connection reads the order before the next accept, and is left alone.
+        """
+        for slot in list(self._nagging):
+            if self.board.states[slot] in (BUSY, LEAVING, FREE):
+                self._nagging.discard(slot)
+            else:
+                self._signal(self.pool.workers[slot], Order.RETIRE)
+        self._nags += 1
+        wait = NAG_AGAIN if self._nags < NAG_PATIENCE else NAG_SELDOM
+        self._nag_at = now + wait if self._nagging else None
+
+    def _cut(self, now: float) -> None:
+        """Kill retiring workers whose deadline has passed; never one that only waits in accept(): a client may be with it."""
+        self._deadline_at = None
+        for worker in self.pool.workers.values():
+            if worker.deadline is None or worker.killed:
+                continue
+            if worker.deadline > now:
+                self._deadline_at = worker.deadline if self._deadline_at is None else min(self._deadline_at, worker.deadline)
+            elif self.board.states[worker.slot] == BUSY:
+                self.kill(worker, "its time to finish is over")
+
+    def kill(self, worker: Worker, why: str) -> None:
+        """SIGKILL, and say so."""
+        worker.killed = True
+        peer = self.board.peer(worker.slot) if self.board.states[worker.slot] == BUSY else "nobody"
+        log.event("cut", slot=worker.slot, generation=self.number, pid=worker.pid, peer=peer, why=why)
+        self._signal(worker, Order.KILL)
+
+    def kill_all(self, why: str) -> None:
+        """SIGKILL to every worker that is left."""
+        for worker in self.pool.workers.values():
+            if not worker.killed:
+                self.kill(worker, why)
+
+    def quit(self) -> None:
+        """Everybody at once, by one order."""
+        for worker in self.pool.workers.values():
+            worker.retiring = worker.killed = True
+            if self.pid is None and worker.pid:
+                process.signal_child(worker.pid, signal.SIGKILL)
+        if self.pid is not None:
+            if self.ready:
+                self._send(Order.QUIT)
+            else:
+                self.kill_fork_server()
+
+    def kill_fork_server(self) -> None:
+        """SIGKILL to the fork server; its workers become the master's."""
+        if self.pid is not None:
+            process.signal_child(self.pid, signal.SIGKILL)
+
+    # -- the end
+
+    def let_go(self) -> None:
+        """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
+        if self.pid is None or self._left or not self.ready:
+            return
+        if len(self.retired) == len(self.listeners) and not self._nagging and not self.pool.unborn:
+            self._left = True
+            self._send(Order.LEAVE)
+
+    @property
+    def left(self) -> bool:
+        """Whether the fork server was told to leave, so that its end is no accident."""
+        return self._left
+
+    @property
+    def gone(self) -> bool:
+        """No process of it is left."""
+        return self.pid is None and not self.pool.workers
+
+    def close(self) -> None:
+        """Fold its counters into the tally and let go of its memory."""
+        for slot in self._counted:
+            self.tally.counts += self.board.counts(slot)
+            self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, self.board.histogram(slot), strict=True)]
+        self._open_gate()
+        self.board.close()
+        os.close(self.board_fd)
+        os.close(self.orders_fd)
+        log.event("drained", generation=self.number)
+
+    # -- what the master asks
+
+    def live(self) -> int:
+        """Worker processes, ordered forks included."""
+        return sum(self.pool.live)
+
+    def count(self, state: int) -> int:
+        """Workers in this state, whatever was asked of them."""
+        return sum(self.board.row(place, high).count(state) for place, high in enumerate(self.pool.high))
+
+    def settled(self) -> bool:
+        """Whether every listener has as many acceptors as it should have, and nobody surplus by order is left."""
+        return not self._nagging and all(
+            (view := self._view(place, 0)).idle + view.returning >= target and not view.starting
+            for place, target in enumerate(self.targets)
+        )
+
+    def accepted(self) -> Counts:
+        """The sum of all slots' counters."""
+        total = NOTHING
+        for place, high in enumerate(self.pool.high):
+            for offset in range(high):
+                total += self.board.counts(place * self.layout.capacity + offset)
+        return total
+
+    def saturated_for(self, now: float) -> float:
+        """Seconds at the ceiling with somebody missing, added up over the listeners."""
+        return self.saturated_seconds + sum(now - since for since in self.saturated_since if since is not None)
+
+    def wake_at(self) -> float | None:
+        """When to `tend` even without an event."""
+        times = [at for at in self._look_at if at is not None] if self.ready else []
+        times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at) if at is not None]
+        oldest = next(iter(self.pool.unborn.values()), None)
+        if self.pid is not None and oldest is not None:
+            times.append(oldest.since + self.config.boot_timeout)
+        return min(times, default=None)
+
+

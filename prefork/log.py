@@ -1,0 +1,118 @@
+"""The log: events are named once, here, with their level and their sentence; this is the one place that turns them into lines.
+
+Code says ``log.event("worker_died", slot=3, ...)``. A line is written with one ``write(2)`` to standard error, so lines of
+many processes do not mix (POSIX: up to PIPE_BUF on a pipe). A line that can't be written is counted, and the count is told
+with the next one that can: the log never stops the daemon.
+"""
+
+import os
+import time
+from enum import IntEnum
+
+
+class Level(IntEnum):
+    """How much a line matters."""
+
+    DEBUG = 10
+    INFO = 20
+    WARNING = 30
+    ERROR = 40
+
+
+# name: level, sentence. Fields are the keyword arguments of `event`; `text` (a traceback) follows the line, indented.
+EVENTS: dict[str, tuple[Level, str]] = {
+    # the daemon
+    "serving": (
+        Level.INFO,
+        "prefork {version} serving {module} on {addresses}: {acceptors} acceptors each, name {name}, pid {pid}",
+    ),
+    "stopping": (Level.INFO, "stopping ({why}): {busy} connections have {seconds:g} s to finish"),
+    "stopping_quickly": (Level.INFO, "stopping at once ({why})"),
+    "stopped": (Level.INFO, "stopped: {accepted} connections served, {killed} cut"),
+    "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
+    "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
+    "control_refused": (Level.WARNING, "control client refused: {reason}"),
+    "listening": (Level.INFO, "listening on {address}"),
+    "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
+    "backlog_cut": (
+        Level.WARNING,
+        "backlog = {backlog} is cut to {limit} by the kernel: sysctl -w net.core.somaxconn={backlog}",
+    ),
+    "bug": (Level.ERROR, "internal error in the {where}, please report it"),
+    # reload
+    "booting": (Level.DEBUG, "generation {generation} starts: {module}"),
+    "committed": (Level.INFO, "generation {generation} serves {module} ({seconds:.3f} s)"),
+    "refused": (Level.ERROR, "{what} refused, generation {generation} keeps serving: {reason}"),
+    "drained": (Level.DEBUG, "generation {generation} has ended"),
+    "scaled": (Level.INFO, "workers: {workers} acceptors for each address, until the next reload ({why})"),
+    "reload_queued": (Level.INFO, "a reload is under way: another one follows it"),
+    "signal_ignored": (Level.INFO, "signal {signal} ignored: {why}"),
+    # processes
+    "fork_server_died": (Level.ERROR, "the fork server of generation {generation} died ({cause}); its workers serve on"),
+    "fork_server_hung": (Level.ERROR, "the fork server of generation {generation} does not answer: it is killed"),
+    "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
+    "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),
+    "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
+    "worker_unready": (
+        Level.ERROR,
+        "worker {slot} of generation {generation} (pid {pid}) died before it was ready: {cause}; {failures} in a row, next try "
+        "in {seconds:.1f} s",
+    ),
+    "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
+    "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
+    "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),
+    "unsaturated": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s at the ceiling"),
+    "gossip": (Level.WARNING, "{count} reports from processes of generation {generation} made no sense and were ignored"),
+    "spoilt_slot": (Level.WARNING, "worker {slot} of generation {generation} left impossible counters: put back"),
+    # in workers
+    "handler_error": (Level.ERROR, "the handler raised, serving {peer}"),
+    "handler_errors": (Level.ERROR, "{count} more tracebacks of the handler were not logged"),
+    "peer_gone": (Level.DEBUG, "{peer} ended the connection: {reason}"),
+    "accept_paused": (Level.ERROR, "accept failed {count} times: {reason}; trying again every {seconds:g} s"),
+    "accept_again": (Level.INFO, "accept works again, after {count} failures"),
+    "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
+    "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
+    "handler_left": (Level.WARNING, "the handler left {what} behind: this worker ends and is replaced"),
+    "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
+}
+
+_level = Level.INFO
+_role = "master"
+_dropped = 0
+
+
+def configure(*, level: str | None = None, role: str | None = None) -> None:
+    """Set the least level that is written, and what this process is called in its lines."""
+    global _level, _role  # noqa: PLW0603 - a process has one log
+    _level = Level[level.upper()] if level is not None else _level
+    _role = role if role is not None else _role
+
+
+def event(name: str, /, *, text: str = "", **fields: object) -> None:
+    """Log the event ``name``. Raises KeyError when it, or one of its fields, is unknown: that is a bug of ours."""
+    level, sentence = EVENTS[name]
+    if level >= _level:
+        _write(level, sentence.format_map(fields), text)
+
+
+def _write(level: Level, message: str, text: str) -> None:
+    global _dropped  # noqa: PLW0603
+    now = time.time()
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d}"
+    head = f"{stamp} {level.name} {_role}[{os.getpid()}]: "
+    lines = [head + _printable(message), *("    " + _printable(line) for line in text.splitlines())]
+    if _dropped:
+        lines.insert(0, f"{head}{_dropped} log lines could not be written")
+    data = ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
+    try:
+        while data:
+            data = data[os.write(2, data) :]
+    except OSError:
+        _dropped += 1
+    else:
+        _dropped = 0
+
+
+def _printable(line: str) -> str:
+    """What comes from users' code or clients must not forge lines or steer a terminal."""
+    return line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)

@@ -1,0 +1,698 @@
+"""The master: owns the listeners, starts and retires generations, hears signals and the control socket, tells systemd.
+
+One thread, one selector, no user code, and it never waits for anybody: `Master.run` is the whole loop. What happens is folded
+into state; `tend` then looks at the state and does what is due; the selector sleeps until the next event or deadline. All
+clocks are monotonic. What it must not do: import a handler, block, or die of what a worker, a client or a file does.
+
+The verbs: `reload` starts the next generation, `commit` puts it in the place of the last, `refuse` drops it and leaves
+everything as it was; `stop` turns new clients away, serves the queue, lets connections finish, and ends.
+"""
+
+import os
+import selectors
+import signal
+import time
+import traceback
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from prefork import __version__, config, log
+from prefork.config import Config, Sources
+from prefork.errors import AddressError, ConfigError, HandlerError, PreforkError
+from prefork.generation import Generation, Tally, Trouble, Wiring
+from prefork.net.address import Address
+from prefork.net.listener import Listener, open_listener
+from prefork.ops import control
+from prefork.ops.control import Client, ControlServer
+from prefork.pool import wire
+from prefork.pool.scoreboard import BUSY
+from prefork.system import process, signals
+from prefork.system.systemd import Notifier
+
+HANDLED = (
+    signal.SIGTERM,
+    signal.SIGINT,
+    signal.SIGQUIT,
+    signal.SIGHUP,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+    signal.SIGCHLD,
+)
+# While a queue is being emptied it is looked at this often.
+DRAIN_LOOK = 0.005
+# A flood of doorbells (no worker of ours rings that often) is not listened to for this long.
+FLOOD, FLOOD_REST = 16, 0.003
+# After this much more than planned the process did not sleep, it was stopped: nobody is punished for that time.
+STOPPED_FOR = 1.0
+# A stop's last word: who is still there after SIGKILL and this long is not waited for.
+QUICK_LIMIT = 1.0
+
+
+@dataclass(slots=True)
+class Reload:
+    """A reload under way, or a fork server's replacement; ``clients`` are told how it ends."""
+
+    what: str
+    at: float
+    generation: Generation
+    opened: list[Listener]
+    clients: list[Client]
+
+
+@dataclass(slots=True)
+class Farewell:
+    """A listener that is being closed: it is served until its queue is empty, or until the deadline."""
+
+    listener: Listener
+    deadline: float
+
+
+@dataclass(slots=True)
+class Stop:
+    """A stop under way."""
+
+    why: str
+    deadline: float
+    clients: list[Client]
+    killed: bool = False
+
+
+class Master:
+    """The master process. ``run`` serves until stopped and returns the exit code."""
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.lost = 0.0  # seconds in which this process was stopped
+        self.now = time.monotonic()
+        self.started = time.time()
+        self.listeners: list[Listener] = []
+        self.current: Generation | None = None
+        self.reload: Reload | None = None
+        self.draining: list[Generation] = []
+        self.farewells: list[Farewell] = []
+        self.stop: Stop | None = None
+        self.tally = Tally()
+        self.trouble = Trouble()  # of fork servers
+        self.restart_at: float | None = None
+        self.reload_wanted: list[Client] | None = None  # a reload asked for while another is under way
+        self.last_reload: dict[str, Any] | None = None
+        self.next_number = 1
+        self.waiting: list[tuple[Client, float, Callable[[], dict[str, Any] | None]]] = []
+        self.control: ControlServer | None = None
+        self.saturated_before = 0.0
+        self.failure: PreforkError | None = None
+        self.finished = False
+        self.deaf_until: float | None = None
+
+    # -- the loop
+
+    def run(self) -> int:
+        """Serve until stopped. Raises PreforkError when the start fails."""
+        self._start()
+        try:
+            while not self.finished:
+                self._sleep()
+                self._reap()
+                self._hear_signals()
+                self._tend()
+        except Exception:  # noqa: BLE001 - a bug of ours: say so and leave nothing behind
+            log.event("bug", where="master", text=traceback.format_exc())
+            self._kill_everything()
+            self._close()
+            return PreforkError.exit_code
+        self._close()
+        if self.failure is not None:
+            raise self.failure
+        return 0
+
+    def _start(self) -> None:
+        conf = self.config = self.sources.load()
+        log.configure(level=conf.log_level, role="master")
+        self.name = conf.instance
+        process.set_title(f"prefork: master {self.name}")
+        process.become_subreaper()
+        self.notifier = Notifier.from_environment()
+        self.selector = selectors.DefaultSelector()
+        doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        self.wiring = Wiring(self.name, _working_directory(), doorbell_read, doorbell_write, devnull)
+        self._open_control()
+        try:
+            self.listeners = self._open(conf.bind, conf)
+            self._warn_of_limits()
+            self.inbox = signals.Inbox(HANDLED)
+            self.selector.register(self.inbox, selectors.EVENT_READ, lambda now: None)
+            self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
+            self._boot("start", conf, self.listeners, [])
+        except BaseException:
+            self._close()
+            raise
+
+    def _sleep(self) -> None:
+        """Wait for the next event or deadline, and pass events on."""
+        planned = self._wake_at()
+        for generation in self._generations():
+            self._listen_to(generation)
+        timeout = None if planned is None else max(0.0, planned - self._clock())
+        events = self.selector.select(timeout)
+        if timeout is not None:
+            self.lost += max(0.0, self._clock() - max(self.now, planned or 0.0) - STOPPED_FOR)
+        self.now = self._clock()
+        for key, _ in events:
+            key.data(self.now)
+
+    def _clock(self) -> float:
+        return time.monotonic() - self.lost
+
+    def _listen_to(self, generation: Generation) -> None:
+        if generation.pid is None:
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.has_mail else 0)
+        if self.selector.get_key(generation.channel).events != wanted:
+            self.selector.modify(generation.channel, wanted, self._postman(generation))
+
+    def _postman(self, generation: Generation) -> Callable[[float], None]:
+        def deliver(now: float) -> None:
+            generation.flush()
+            if not generation.receive(now):
+                # It has closed its end: it is dead, or as good as dead, and can't be told anything.
+                generation.kill_fork_server()
+
+        return deliver
+
+    def _generations(self) -> list[Generation]:
+        pending = [self.reload.generation] if self.reload is not None else []
+        return [*([self.current] if self.current is not None else []), *pending, *self.draining]
+
+    def _answer_the_door(self, now: float) -> None:
+        try:
+            data = os.read(self.wiring.doorbell_read, wire.PIPE_READ)
+        except BlockingIOError:
+            return
+        rings, stray = wire.read_doorbells(data)
+        generations = {generation.number: generation for generation in self._generations()}
+        for ring in rings:
+            if (generation := generations.get(ring.generation)) is not None:
+                generation.rang(ring, now)
+        if stray or len(rings) > FLOOD:
+            # Rings may have been lost, or be somebody's noise: look at everything, and then not at the door for a while.
+            for generation in generations.values():
+                generation.look_soon_all(now)
+            self.selector.unregister(self.wiring.doorbell_read)
+            self.deaf_until = now + FLOOD_REST
+
+    def _reap(self) -> None:
+        ended = [change for change in process.reap() if isinstance(change, process.Ended)]
+        if not ended:
+            return
+        generations = self._generations()
+        for generation in generations:
+            if generation.pid is not None:
+                generation.receive(self.now)  # what a dead fork server said last comes before its end
+        for change in ended:
+            for generation in generations:
+                if generation.pid == change.pid:
+                    self._fork_server_ended(generation, change)
+                    break
+                worker = generation.pool.by_pid(change.pid)
+                if worker is not None:
+                    cpu = change.utime + change.stime
+                    generation.exited(worker.slot, change.pid, change.status, cpu, change.max_rss_kib, self.now)
+                    break
+
+    def _fork_server_ended(self, generation: Generation, change: process.Ended) -> None:
+        self.selector.unregister(generation.channel)
+        generation.fork_server_ended(self.now)
+        if generation.left or self.stop is not None or generation in self.draining:
+            return
+        cause = process.describe(change.status)
+        if generation.failure is None and generation is not self.current:
+            generation.failure = f"the fork server died while it booted: {cause}"
+        if generation is self.current:
+            log.event("fork_server_died", generation=generation.number, cause=cause)
+            self.restart_at = self.now
+
+    def _hear_signals(self) -> None:
+        arrived = self.inbox.take()
+        if signal.SIGQUIT in arrived:
+            self._stop_quickly("SIGQUIT")
+        if signal.SIGTERM in arrived:
+            self._stop("SIGTERM")
+        if signal.SIGINT in arrived:
+            if self.stop is not None:
+                self._stop_quickly("a second SIGINT")
+            else:
+                self._stop("SIGINT")
+        if signal.SIGHUP in arrived:
+            self._reload("SIGHUP")
+        for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
+            if signo in arrived and self.current is not None:
+                self._scale(max(1, self.current.targets[0] + step), signals.name(signo))
+
+    def _tend(self) -> None:
+        """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""
+        self._tend_start()
+        self._tend_reload()
+        generations = self._generations()
+        live = sum(generation.live() for generation in generations)
+        for generation in generations:
+            generation.tend(self.now, live - generation.live())
+        for generation in [g for g in self.draining if g.gone]:
+            self.draining.remove(generation)
+            generation.close()
+        self._tend_farewells()
+        self._tend_stop()
+        for generation in self.draining:
+            generation.let_go()
+        self._tend_waiting()
+        if self.deaf_until is not None and self.deaf_until <= self.now:
+            self.deaf_until = None
+            self.selector.register(self.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
+        if self.control is not None:
+            self.control.tend(self.now)
+
+    def _wake_at(self) -> float | None:
+        times = [generation.wake_at() for generation in self._generations()]
+        times += [self.restart_at, self.deaf_until]
+        if self.control is not None:
+            times.append(self.control.wake_at())
+        if self.reload is not None:
+            times.append(self.reload.generation.boot_deadline)
+        if self.farewells:
+            times.append(self.now + DRAIN_LOOK)
+        if self.stop is not None:
+            times.append(self.stop.deadline)
+        times += [deadline for _, deadline, _ in self.waiting]
+        return min((at for at in times if at is not None), default=None)
+
+    # -- generations
+
+    def _boot(self, what: str, conf: Config, listeners: list[Listener], clients: list[Client], opened: Sequence[Listener] = ()) -> None:
+        generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now)
+        self.next_number += 1
+        generation.start()
+        self.selector.register(generation.channel, selectors.EVENT_READ, self._postman(generation))
+        self.reload = Reload(what, self.now, generation, list(opened), clients)
+
+    def _reload(self, what: str, client: Client | None = None) -> None:
+        clients = [client] if client is not None else []
+        if self.stop is not None or (self.current is None and self.reload is not None):
+            why = "the daemon is stopping" if self.stop is not None else "the daemon is starting"
+            log.event("signal_ignored", signal=what, why=why)
+            self._tell(clients, {"ok": False, "reason": why})
+            return
+        if self.reload is not None:
+            if self.reload_wanted is None:
+                log.event("reload_queued")
+            self.reload_wanted = (self.reload_wanted or []) + clients
+            return
+        opened: list[Listener] = []
+        self.restart_at = None
+        try:
+            conf = self.sources.load()
+            changed = config.needs_restart(self.config, conf)
+            if changed is not None:
+                raise ConfigError(f"{changed} has changed, which needs a restart")
+            kept = {listener.configured: listener for listener in self.listeners}
+            opened = self._open([address for address in conf.bind if address not in kept], conf)
+            fresh = {listener.configured: listener for listener in opened}
+            self._boot(what, conf, [kept.get(address) or fresh[address] for address in conf.bind], clients, opened)
+        except (PreforkError, OSError) as error:
+            for listener in opened:
+                listener.close()
+            self._refused(what, str(error), clients)
+
+    def _restart_fork_server(self) -> None:
+        """The current fork server is dead: the same configuration in a new one; its workers serve until it is ready."""
+        self.restart_at = None
+        if self.current is None or self.reload is not None or self.stop is not None:
+            return
+        try:
+            self._boot("restart of the fork server", self.current.config, self.listeners, [])
+        except OSError as error:
+            self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
+
+    def _tend_start(self) -> None:
+        if self.restart_at is not None and self.restart_at <= self.now:
+            self._restart_fork_server()
+
+    def _tend_reload(self) -> None:
+        reload = self.reload
+        if reload is None:
+            if self.reload_wanted is not None:
+                clients, self.reload_wanted = self.reload_wanted, None
+                self._reload("queued reload", None)
+                if self.reload is not None:
+                    self.reload.clients += clients
+                else:
+                    self._tell(clients, {"ok": False, "reason": (self.last_reload or {}).get("reason")})
+            return
+        generation = reload.generation
+        if generation.failure is None and generation.boot_deadline <= self.now:
+            doing = "its workers are not ready" if generation.ready else "the import has not ended"
+            generation.failure = f"{doing} after boot_timeout = {generation.config.boot_timeout:g} s"
+        if generation.failure is not None:
+            self._refuse(reload, generation.failure)
+        elif generation.parked:
+            self._commit(reload)
+
+    def _commit(self, reload: Reload) -> None:
+        old, new = self.current, reload.generation
+        self.reload = None
+        self.current, self.config = new, new.config
+        self.trouble = Trouble()
+        new.commit(self.now)
+        removed = [listener for listener in self.listeners if listener not in new.listeners]
+        self.listeners = list(new.listeners)
+        for listener in reload.opened:
+            log.event("listening", address=listener.address)
+        if old is not None:
+            self.saturated_before += old.saturated_for(self.now)
+            self.draining.append(old)
+            for place, listener in enumerate(old.listeners):
+                if listener not in removed:
+                    old.retire(place, self.now, self._drain_deadline(old))
+            log.event("committed", generation=new.number, module=new.config.module, seconds=self.now - reload.at)
+            self._remember("ok", None)
+        else:
+            self._started(new)
+        for listener in removed:
+            self._say_farewell(listener, self.now + self.config.graceful_timeout)
+        log.configure(level=new.config.log_level)
+        self._tell(reload.clients, {"ok": True, "generation": new.number})
+
+    def _drain_deadline(self, generation: Generation) -> float | None:
+        seconds = generation.config.drain_timeout
+        return self.now + seconds if seconds else None
+
+    def _started(self, new: Generation) -> None:
+        log.event(
+            "serving",
+            version=__version__,
+            module=new.config.module,
+            addresses=", ".join(str(listener.address) for listener in self.listeners),
+            acceptors=new.config.workers,
+            name=self.name,
+            pid=os.getpid(),
+        )
+        self.notifier.send(READY=1)
+
+    def _refuse(self, reload: Reload, reason: str) -> None:
+        self.reload = None
+        self.draining.append(reload.generation)
+        reload.generation.abandon(self.now)
+        for listener in reload.opened:
+            listener.close()
+        if self.current is None:
+            self.failure = HandlerError(reason)
+            self._stop_quickly("the start failed")
+            return
+        self._refused(reload.what, reason, reload.clients)
+
+    def _refused(self, what: str, reason: str, clients: list[Client]) -> None:
+        current = self.current
+        first, _, rest = reason.partition("\n")
+        log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
+        self._remember("refused", reason)
+        self._tell(clients, {"ok": False, "reason": reason})
+        if current is not None and current.pid is None and self.stop is None:
+            seconds = self.trouble.add(self.now, reason)
+            self.restart_at = self.now + seconds
+            log.event("restarting", seconds=seconds, reason=first)
+
+    def _remember(self, result: str, reason: str | None) -> None:
+        self.last_reload = {"at": time.time(), "result": result, "reason": reason}
+
+    def _scale(self, workers: int, why: str) -> str | None:
+        """Want this many acceptors for each listener. Returns why not."""
+        current = self.current
+        if current is None or self.stop is not None:
+            return "the daemon is starting or stopping"
+        most = self.config.max_workers // len(self.listeners)
+        if not 1 <= workers <= most:
+            reason = f"workers = {workers}: must be 1 to {most}, max_workers = {self.config.max_workers} over {len(self.listeners)}"
+            log.event("signal_ignored", signal=why, why=reason)
+            return reason
+        if workers != current.targets[0]:
+            current.retarget(workers, self.now)
+            log.event("scaled", workers=workers, why=why)
+        return None
+
+    # -- listeners
+
+    def _open(self, addresses: Iterable[Address], conf: Config) -> list[Listener]:
+        opened: list[Listener] = []
+        try:
+            for wanted in addresses:
+                opened.append(open_listener(wanted, conf.backlog))  # noqa: PERF401 - those opened so far are closed on error
+        except BaseException:
+            for listener in opened:
+                listener.close()
+            raise
+        return opened
+
+    def _warn_of_limits(self) -> None:
+        limit = next((queue[1] for listener in self.listeners if (queue := listener.queue()) is not None), None)
+        if limit is not None and limit < self.config.backlog:
+            log.event("backlog_cut", backlog=self.config.backlog, limit=limit)
+
+    def _say_farewell(self, listener: Listener, deadline: float) -> None:
+        listener.turn_away()
+        self.farewells.append(Farewell(listener, deadline))
+
+    def _tend_farewells(self) -> None:
+        for farewell in list(self.farewells):
+            listener = farewell.listener
+            if not listener.drained() and farewell.deadline > self.now:
+                continue
+            self.farewells.remove(farewell)
+            for generation in self._generations():
+                if listener in generation.listeners:
+                    deadline = self.stop.deadline if self.stop is not None else self._drain_deadline(generation)
+                    generation.retire(generation.listeners.index(listener), self.now, deadline)
+            listener.close()
+            log.event("no_longer_listening", address=listener.address)
+
+    # -- stopping
+
+    def _stop(self, why: str, client: Client | None = None, timeout: float | None = None) -> None:
+        clients = [client] if client is not None else []
+        if self.stop is not None:
+            self.stop.clients += clients
+            return
+        seconds = self.config.graceful_timeout if timeout is None else timeout
+        self.stop = Stop(why, self.now + seconds, clients)
+        self.notifier.send(STOPPING=1)
+        self._drop_reload("the daemon is stopping")
+        busy = sum(generation.count(BUSY) for generation in self._generations())
+        log.event("stopping", why=why, busy=busy, seconds=seconds)
+        for generation in self._generations():
+            generation.announce_stop()
+        for listener in self.listeners:
+            self._say_farewell(listener, self.stop.deadline)
+
+    def _stop_quickly(self, why: str, client: Client | None = None) -> None:
+        clients = [client] if client is not None else []
+        if self.stop is not None:
+            clients += self.stop.clients
+        else:
+            self.notifier.send(STOPPING=1)
+        log.event("stopping_quickly", why=why)
+        self.stop = Stop(why, self.now + QUICK_LIMIT, clients, killed=True)
+        self._drop_reload("the daemon is stopping")
+        self.farewells.clear()
+        for listener in self.listeners:
+            listener.close()
+        for generation in self._generations():
+            generation.announce_stop()
+            generation.quit()
+
+    def _drop_reload(self, reason: str) -> None:
+        if self.reload is not None:
+            reload, self.reload = self.reload, None
+            reload.generation.abandon(self.now)
+            self.draining.append(reload.generation)
+            self._tell(reload.clients, {"ok": False, "reason": reason})
+            for listener in reload.opened:
+                listener.close()
+        if self.reload_wanted is not None:
+            self._tell(self.reload_wanted, {"ok": False, "reason": reason})
+            self.reload_wanted = None
+
+    def _tend_stop(self) -> None:
+        stop = self.stop
+        if stop is None or self.farewells:
+            return
+        if self.current is not None:
+            self.draining.append(self.current)
+            self.current = None
+        for generation in self.draining:
+            generation.retire_all(self.now, stop.deadline)
+        if not self.draining:
+            self.finished = True
+        elif stop.deadline <= self.now and not stop.killed:
+            # The listeners are out of use: nobody can be lost any more by killing one who does not leave.
+            stop.killed, stop.deadline = True, self.now + QUICK_LIMIT
+            for generation in self.draining:
+                generation.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
+        elif stop.deadline <= self.now:
+            for generation in self.draining:
+                generation.kill_fork_server()
+                generation.quit()
+            stop.deadline = self.now + QUICK_LIMIT
+
+    def _kill_everything(self) -> None:
+        for generation in self._generations():
+            generation.quit()
+            generation.kill_fork_server()
+
+    def _close(self) -> None:
+        """Leave nothing behind, and tell those who wait for it."""
+        counts = self.tally.counts
+        for listener in self.listeners:
+            listener.close()
+        if self.stop is not None:
+            if self.failure is None:
+                log.event("stopped", accepted=counts.begun, killed=counts.killed)
+            self._tell(self.stop.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
+        if self.control is not None:
+            self.control.close()
+
+    # -- the control socket
+
+    def _open_control(self) -> None:
+        if self.config.control == "off":
+            return
+        try:
+            path = self.config.control or control.default_path(self.name)
+            self.control = control.serve(path, self.selector, self._obey)
+        except AddressError as error:
+            raise AddressError(f"{error}: an instance named {self.name} is running; give this one another --name") from None
+        except OSError as error:
+            log.event("control_failed", reason=error)
+
+    def _obey(self, client: Client, request: dict[str, Any]) -> None:
+        match request["command"]:
+            case "status":
+                self._report_status(client)
+            case "reload":
+                self._reload("reload", client)
+            case "scale":
+                self._obey_scale(client, request.get("workers"))
+            case "stop":
+                self._obey_stop(client, request)
+            case unknown:
+                self._tell([client], {"ok": False, "reason": f"unknown command {str(unknown)[:80]!r}"})
+
+    def _obey_scale(self, client: Client, wanted: object) -> None:
+        current = self.current
+        try:
+            if current is None:
+                raise ValueError("the daemon is starting or stopping")
+            workers = control.scaled(str(wanted), current.targets[0])
+        except ValueError as error:
+            self._tell([client], {"ok": False, "reason": str(error)})
+            return
+        reason = self._scale(workers, "prefork scale")
+        if reason is not None:
+            self._tell([client], {"ok": False, "reason": reason})
+            return
+
+        def outcome() -> dict[str, Any] | None:
+            if self.current is not current:
+                return {"ok": False, "reason": "a reload came between"}
+            return {"ok": True, "workers": workers} if current.settled() else None
+
+        late = self.now + self.config.boot_timeout
+        self.waiting.append((client, late, outcome))
+
+    def _tend_waiting(self) -> None:
+        for entry in list(self.waiting):
+            client, deadline, outcome = entry
+            answer = outcome()
+            if answer is None and deadline <= self.now:
+                answer = {"ok": False, "reason": f"not there after boot_timeout = {self.config.boot_timeout:g} s; see the log"}
+            if answer is not None:
+                self.waiting.remove(entry)
+                self._tell([client], answer)
+
+    def _obey_stop(self, client: Client, request: dict[str, Any]) -> None:
+        timeout = request.get("timeout")
+        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout < 1e9):
+            self._tell([client], {"ok": False, "reason": f"timeout = {str(timeout)[:80]!r}: must be seconds, 0 or more"})
+        elif request.get("quick") is True:
+            self._stop_quickly("prefork stop --quick", client)
+        else:
+            self._stop("prefork stop", client, timeout)
+
+    def _tell(self, clients: list[Client], answer: dict[str, Any]) -> None:
+        if self.control is not None:
+            for client in clients:
+                self.control.answer(client, answer, self.now)
+
+    def _state(self) -> str:
+        if self.stop is not None:
+            return "stopping"
+        if self.current is None:
+            return "starting"
+        return "reloading" if self.reload is not None else "running"
+
+    def _report_status(self, client: Client) -> None:
+        """What only the master knows, and the boards; `prefork.ops.status` makes the rest of it."""
+        generations = self._generations()[: control.DESCRIPTORS_LIMIT // 2]
+        troubled = [t for t in (self.trouble, self.current.trouble if self.current else None) if t and t.until > self.now]
+        facts: dict[str, Any] = {
+            "ok": True,
+            "name": self.name,
+            "module": self.config.module,
+            "version": __version__,
+            "pid": os.getpid(),
+            "state": self._state(),
+            "started_at": self.started,
+            "generation": self.current.number if self.current is not None else 0,
+            "reload": self.last_reload,
+            "backoff": {"until": time.time() + troubled[0].until - self.now, "reason": troubled[0].reason} if troubled else None,
+            "max_workers": self.config.max_workers,
+            "saturated_seconds": self.saturated_before + (self.current.saturated_for(self.now) if self.current else 0.0),
+            "listeners": [_listener_facts(listener) for listener in self.listeners],
+            "targets": self.current.targets if self.current is not None else [],
+            "ended": _fields(self.tally.counts),
+            "histogram": self.tally.histogram,
+            "forked": self.tally.forked,
+            "exited": self.tally.exited,
+            "deaths": [_fields(death) for death in self.tally.deaths],
+            "boards": [
+                {
+                    "generation": generation.number,
+                    "layout": [generation.layout.listeners, generation.layout.capacity],
+                    "high": generation.pool.high,
+                    "listeners": [str(listener.address) for listener in generation.listeners],
+                }
+                for generation in generations
+            ],
+        }
+        descriptors = [fd for generation in generations for fd in (generation.board_fd, generation.orders_fd)]
+        if self.control is not None:
+            self.control.answer(client, facts, self.now, descriptors)
+
+
+def _fields(value: Any) -> dict[str, Any]:
+    """The fields of a flat, slotted dataclass."""
+    return {name: getattr(value, name) for name in value.__slots__}
+
+
+def _listener_facts(listener: Listener) -> dict[str, Any]:
+    queue, limit = listener.queue() or (None, None)
+    return {"address": str(listener.address), "queue": queue, "queue_limit": limit}
+
+
+def _working_directory() -> str:
+    """Where we are, by the name it was entered by: a deploy may switch what the name stands for, and a reload must follow."""
+    real = os.getcwd()
+    name = os.environ.get("PWD", "")
+    try:
+        return name if os.path.samefile(name, real) else real
+    except OSError:
+        return real
+

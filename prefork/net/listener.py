@@ -1,0 +1,264 @@
+"""Listening sockets: how they are opened, watched, accepted from, and closed without losing anybody.
+
+Facts this rests on (measured; socket(7), tcp(7), unix(7)):
+
+* One shared listener per address: closing one of several SO_REUSEPORT sockets resets what waits in its queue.
+* The length of a TCP listener's queue is ``tcpi_unacked`` in TCP_INFO, its limit ``tcpi_sacked``.
+* A stop that waits for the queue to empty never ends under load, and ``listen(fd, 0)`` first still loses connections. A classic
+  BPF filter that drops segments with SYN and without ACK empties the queue in milliseconds, with nobody lost; clients turned
+  away retry and reach the successor, or are refused.
+* ``shutdown`` on a listener ends ``accept`` (EINVAL) in every process that shares it and frees the port, whoever holds a copy.
+"""
+
+import array
+import errno
+import fcntl
+import os
+import secrets
+import select
+import socket
+import stat
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from enum import Enum
+from typing import Any
+
+from prefork.errors import AddressError, NotPermittedError
+from prefork.net.address import TEMPORARY_NAME, Address
+
+# struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
+_TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
+_SO_ATTACH_FILTER = 26
+# BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
+_DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
+# How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
+EMPTY_LOOKS = 3
+
+
+class Verdict(Enum):
+    """What an accept error means for the worker."""
+
+    RETRY = "retry"
+    PAUSE = "pause"
+    BLOCK_AGAIN = "block again"
+    UNPLUGGED = "unplugged"
+    CLOSED = "closed"
+
+
+# accept(2): pending network errors of the new connection are retried at once; a want of descriptors or memory is waited out
+# (EMFILE comes back at once, with an empty queue too: a loop that retries spins 181,000 times a second). ENOTSOCK is /dev/null
+# in the listener's place, EINVAL a listener that was shut down. EAGAIN: somebody made the shared description non-blocking.
+# Whatever is not here, an OSError without errno (TimeoutError from a left-over alarm) included, ends the worker loudly.
+ACCEPT_ERRORS: dict[int | None, Verdict] = {
+    **dict.fromkeys(
+        [
+            errno.ECONNABORTED,
+            errno.EPROTO,
+            errno.ENETDOWN,
+            errno.ENETUNREACH,
+            errno.EHOSTDOWN,
+            errno.EHOSTUNREACH,
+            errno.ENONET,
+            errno.ENOPROTOOPT,
+            errno.EOPNOTSUPP,
+            errno.ETIMEDOUT,
+            errno.EPERM,
+        ],
+        Verdict.RETRY,
+    ),
+    **dict.fromkeys([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),
+    errno.EAGAIN: Verdict.BLOCK_AGAIN,
+    errno.ENOTSOCK: Verdict.UNPLUGGED,
+    errno.EINVAL: Verdict.CLOSED,
+}
+
+
+@dataclass(slots=True, eq=False)
+class Listener:
+    """One bound, listening, blocking socket, and what is needed to close it properly.
+
+    ``configured`` is the address as asked for, ``address`` with the real port. ``inode`` is set for a Unix socket's path.
+    """
+
+    configured: Address
+    address: Address
+    sock: socket.socket
+    inode: tuple[int, int] | None = None
+    empty_looks: int = 0
+
+    def fileno(self) -> int:
+        return self.sock.fileno()
+
+    def queue(self) -> tuple[int, int] | None:
+        """Length and limit of the accept queue; None where the kernel doesn't say (Unix sockets)."""
+        if self.address.family == socket.AF_UNIX:
+            return None
+        info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
+        (unacked,) = struct.unpack_from("=I", info, _TCP_INFO_UNACKED)
+        (sacked,) = struct.unpack_from("=I", info, _TCP_INFO_SACKED)
+        return unacked, sacked
+
+    def turn_away(self) -> None:
+        """Let no new client in; those whom the kernel has connected can still be accepted."""
+        self.empty_looks = 0
+        if self.address.family == socket.AF_UNIX:
+            self._unlink()
+            return
+        program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
+        address, _ = program.buffer_info()
+        self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
+
+    def drained(self) -> bool:
+        """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
+        queue = self.queue()
+        if queue is None:
+            poll = select.poll()
+            poll.register(self.sock, select.POLLIN)
+            length = len(poll.poll(0))
+        else:
+            length = queue[0]
+        self.empty_looks = self.empty_looks + 1 if length == 0 else 0
+        return self.empty_looks >= EMPTY_LOOKS
+
+    def close(self) -> None:
+        """Free the address, whoever else holds a copy of the socket, and reset whoever still waits in its queue.
+
+        A second time does nothing.
+        """
+        if self.sock.fileno() == -1:
+            return
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # it was shut down before
+                raise
+        self._unlink()
+        self.sock.close()
+
+    def _unlink(self) -> None:
+        if self.inode is not None and _inode(self.address.host) == self.inode:
+            os.unlink(self.address.host)
+        self.inode = None
+
+
+def open_listener(wanted: Address, backlog: int) -> Listener:
+    """Bind and listen. Raises AddressError or NotPermittedError, naming the address and what would help."""
+    try:
+        if wanted.family == socket.AF_UNIX:
+            sock, inode = open_unix(wanted.host, wanted.mode, backlog)
+            return Listener(wanted, wanted, sock, inode)
+        sock = socket.socket(wanted.family, socket.SOCK_STREAM)
+        try:
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            if wanted.family == socket.AF_INET6:
+                sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if wanted.host == "" else 1)
+            sock.bind((wanted.host, wanted.port))
+            sock.listen(backlog)
+        except BaseException:
+            sock.close()
+            raise
+    except OSError as error:
+        raise _explain(wanted, error) from None
+    real = Address(wanted.family, wanted.host, sock.getsockname()[1])
+    return Listener(wanted, real, sock)
+
+
+def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[int, int]]:
+    """A listening Unix socket at ``path`` with these permission bits, and the inode that it has there.
+
+    It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
+    one step. Raises AddressError when a live process listens there or something that is not a socket is in the way, OSError
+    for the rest.
+    """
+    folder, name = os.path.split(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _claimed(folder):
+            _make_way(path)
+            temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
+            sock.bind(temporary)
+            try:
+                os.chmod(temporary, mode)
+                sock.listen(backlog)
+                os.rename(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        inode = _inode(path)
+        if inode is None:
+            raise FileNotFoundError(errno.ENOENT, "it was removed as soon as it was made", path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, inode
+
+
+@contextmanager
+def _claimed(folder: str) -> Iterator[None]:
+    """Two daemons that start at once must not both find the stale socket and replace each other's."""
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        fcntl.flock(fd, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make_way(path: str) -> None:
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise AddressError(f"unix:{path}: something that is not a socket is in the way; remove it or name another path")
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # nobody listens there: the rename replaces it
+        except BlockingIOError:
+            pass  # its queue is full: somebody does
+    raise AddressError(f"unix:{path}: another process listens there")
+
+
+def _inode(path: str) -> tuple[int, int] | None:
+    try:
+        status = os.lstat(path)
+    except FileNotFoundError:
+        return None
+    return status.st_dev, status.st_ino
+
+
+def _explain(wanted: Address, error: OSError) -> Exception:
+    match error.errno:
+        case errno.EADDRINUSE:
+            return AddressError(f"{wanted} is in use{_holder(wanted)}")
+        case errno.EADDRNOTAVAIL:
+            return AddressError(f"{wanted}: this machine has no such address; 0.0.0.0 or :{wanted.port} listens on all it has")
+        case errno.EACCES | errno.EPERM if wanted.family != socket.AF_UNIX:
+            return NotPermittedError(
+                f"{wanted}: only root may bind a port below 1024 (net.ipv4.ip_unprivileged_port_start): take a higher one, or "
+                "grant CAP_NET_BIND_SERVICE"
+            )
+        case errno.EACCES | errno.EPERM:
+            return NotPermittedError(f"{wanted}: no permission to create a socket there")
+        case _:
+            return AddressError(f"{wanted}: {error.strerror}")
+
+
+def _holder(wanted: Address) -> str:
+    """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
+    import psutil  # slow to import, and only needed here
+
+    found: Any
+    try:
+        found = [
+            c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr[1] == wanted.port and c.pid
+        ]
+        who = sorted({f"{psutil.Process(c.pid).name()} (pid {c.pid})" for c in found})
+    except (OSError, psutil.Error):
+        return ""
+    return f" by {', '.join(who[:3])}" if who else ""

@@ -1,0 +1,1 @@
+"""How an operator looks at a running daemon and steers it."""

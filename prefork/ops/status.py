@@ -1,0 +1,177 @@
+"""What `prefork status` shows: the master's facts and the scoreboards, put together by the command that asks.
+
+The master hands over descriptors of its boards and sums up nothing, so that a look at 10,000 workers costs it nothing. Memory
+and CPU of workers come from /proc, read here. A generation that ends meanwhile changes nothing: its boards stay readable.
+"""
+
+import os
+import time
+from collections.abc import Sequence
+from typing import Any
+
+from prefork.pool import scoreboard
+from prefork.pool.scoreboard import BUSY, FREE, LEAVING, NOTHING, STATES, Access, Counts, Layout, Scoreboard
+
+_TICKS = os.sysconf("SC_CLK_TCK")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
+_WORKER_STATES = ("starting", "idle", "busy", "retiring")
+
+
+def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool = True) -> dict[str, Any]:
+    """The status as documented, from an answer of the master and its descriptors, which are closed.
+
+    ``usage``: read memory and CPU of each worker from /proc.
+    """
+    totals = Counts(**facts["ended"])
+    histogram: list[int] = list(facts["histogram"])
+    workers: list[dict[str, Any]] = []
+    try:
+        for place, board_facts in enumerate(facts["boards"]):
+            layout = Layout(*board_facts["layout"])
+            board = Scoreboard(descriptors[2 * place], descriptors[2 * place + 1], layout, Access.READER)
+            for slot in _slots(layout, board_facts["high"]):
+                totals += board.counts(slot)
+                histogram = [a + b for a, b in zip(histogram, board.histogram(slot), strict=True)]
+                if (state := board.states[slot]) != FREE:
+                    listener = board_facts["listeners"][layout.listener(slot)]
+                    workers.append(_worker(board, slot, state, board_facts["generation"], listener, usage=usage))
+            board.close()
+    finally:
+        for fd in descriptors:
+            os.close(fd)
+    now = time.time()
+    return {
+        **{key: facts[key] for key in ("name", "module", "version", "pid", "state", "started_at")},
+        "uptime": now - facts["started_at"],
+        **{key: facts[key] for key in ("generation", "reload", "backoff", "max_workers", "saturated_seconds")},
+        "listeners": [
+            {**listener, "workers": _summary(workers, listener["address"], target)}
+            for listener, target in zip(facts["listeners"], facts["targets"] or [0] * len(facts["listeners"]), strict=True)
+        ],
+        "totals": {
+            "accepted": totals.begun,
+            "serving": totals.serving,
+            "ok": totals.ok,
+            "error": totals.error,
+            "killed": totals.killed,
+            "rejected": totals.rejected,
+            "forked": facts["forked"],
+            "exited": facts["exited"],
+        },
+        "duration": {f"p{percent}": _percentile(histogram, percent / 100) for percent in (50, 90, 99)},
+        "workers": workers,
+        "deaths": facts["deaths"],
+    }
+
+
+def _slots(layout: Layout, high: Sequence[int]) -> list[int]:
+    return [listener * layout.capacity + offset for listener, top in enumerate(high) for offset in range(top)]
+
+
+def _worker(board: Scoreboard, slot: int, state: int, generation: int, listener: str, *, usage: bool) -> dict[str, Any]:
+    record = board.record(slot)
+    pid = board.words[record + scoreboard.PID]
+    since_ns = board.words[record + (scoreboard.SINCE if state == BUSY else scoreboard.STARTED)]
+    rss, cpu = _usage(pid) if usage else (None, None)
+    name = STATES.get(state, "starting")
+    return {
+        "pid": pid,
+        "slot": slot,
+        "listener": listener,
+        "generation": generation,
+        "state": "retiring" if state != BUSY and (board.retire[slot] or state == LEAVING) else name,
+        "since": time.time() - (time.monotonic_ns() - since_ns) / 1e9 if since_ns else None,
+        "connections": board.counts(slot).begun,
+        "peer": board.peer(slot) if state == BUSY else None,
+        "rss": rss,
+        "cpu": cpu,
+    }
+
+
+def _summary(workers: list[dict[str, Any]], address: str, target: int) -> dict[str, int]:
+    counted = {state: 0 for state in _WORKER_STATES}
+    for worker in workers:
+        if worker["listener"] == address:
+            counted[worker["state"]] += 1
+    return {"target": target, **counted}
+
+
+def _usage(pid: int) -> tuple[int | None, float | None]:
+    """Resident memory in bytes and CPU seconds of a process; None and None when it has gone."""
+    try:
+        with open(f"/proc/{pid}/stat", "rb") as file:
+            values = file.read().rpartition(b")")[2].split()
+    except OSError:
+        return None, None
+    return int(values[21]) * _PAGE, (int(values[11]) + int(values[12])) / _TICKS
+
+
+def _percentile(histogram: Sequence[int], share: float) -> float | None:
+    """Seconds below which this share of connections ended, within its power of two; None when there were none."""
+    total = sum(histogram)
+    if total == 0:
+        return None
+    wanted = share * total
+    below = 0
+    for bucket, count in enumerate(histogram):
+        if count and below + count >= wanted:
+            low = (1 << bucket >> 1) * 1.024e-6
+            high = (1 << bucket) * 1.024e-6
+            return low + (high - low) * (wanted - below) / count
+        below += count
+    return (1 << scoreboard.BUCKETS) * 1.024e-6
+
+
+def table(status: dict[str, Any]) -> str:
+    """The status for people."""
+    totals = status["totals"]
+    lines = [
+        f"{status['name']}  {status['state']}  {status['module']}  generation {status['generation']}  pid {status['pid']}  "
+        f"prefork {status['version']}  up {_span(status['uptime'])}",
+        f"connections: {totals['accepted']} accepted = {totals['ok']} ok + {totals['error']} error + {totals['killed']} killed + "
+        f"{totals['rejected']} rejected + {totals['serving']} being served",
+        f"processes: {len(status['workers'])} workers, at most {status['max_workers']}; {totals['forked']} forked, "
+        f"{totals['exited']} ended",
+    ]
+    duration = status["duration"]
+    if duration["p50"] is not None:
+        lines.append("duration: " + "  ".join(f"{key} {_span(value)}" for key, value in duration.items()))
+    if status["saturated_seconds"]:
+        lines.append(f"at the ceiling: {_span(status['saturated_seconds'])}")
+    if status["backoff"]:
+        lines.append(f"backing off: {status['backoff']['reason']}".splitlines()[0])
+    if status["reload"] and status["reload"]["result"] != "ok":
+        lines.append(f"last reload {status['reload']['result']}: {status['reload']['reason']}".splitlines()[0])
+    listeners = [["LISTENER", "QUEUE", "TARGET", "STARTING", "IDLE", "BUSY", "RETIRING"]]
+    for listener in status["listeners"]:
+        queue = "-" if listener["queue"] is None else f"{listener['queue']}/{listener['queue_limit']}"
+        counted = listener["workers"]
+        listeners.append([listener["address"], queue, *[str(counted[key]) for key in ("target", *_WORKER_STATES)]])
+    lines += ["", *_columns(listeners)]
+    workers = [["PID", "GEN", "SLOT", "STATE", "SINCE", "CONNECTIONS", "RSS", "CPU", "PEER"]]
+    now = time.time()
+    for worker in status["workers"]:
+        rss = "-" if worker["rss"] is None else f"{worker['rss'] / 1048576:.1f}M"
+        cpu = "-" if worker["cpu"] is None else f"{worker['cpu']:.2f}s"
+        since = "-" if worker["since"] is None else _span(now - worker["since"])
+        shown = [worker["pid"], worker["generation"], worker["slot"], worker["state"], since, worker["connections"], rss, cpu]
+        workers.append([*map(str, shown), worker["peer"] or ""])
+    lines += ["", *_columns(workers)]
+    return "\n".join(lines)
+
+
+def _columns(rows: list[list[str]]) -> list[str]:
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+
+
+def _span(seconds: float) -> str:
+    """A duration for people."""
+    if seconds < 1e-3:
+        return f"{seconds * 1e6:.0f}us"
+    if seconds < 1:
+        return f"{seconds * 1e3:.1f}ms"
+    if seconds < 120:
+        return f"{seconds:.1f}s"
+    minutes = int(seconds // 60)
+    return f"{minutes}m" if minutes < 120 else f"{minutes // 60}h" if minutes < 48 * 60 else f"{minutes // 1440}d"

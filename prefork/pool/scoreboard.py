@@ -1,0 +1,256 @@
+"""The scoreboard: what every worker is doing, in memory that master and workers share. It is the truth; the pipe is a doorbell.
+
+A generation has two boards, each a memfd:
+
+* the *board*, written by workers: a dense row of state bytes (one C call counts 10,000 of them), a ring of the latest accepts,
+  and a record of 8-byte words for each slot;
+* the *orders*, written by the master and mapped read-only by workers, so that a stray write in a handler's C code ends that
+  worker (SIGSEGV) and does not silence the whole service.
+
+Rules, each from a measurement:
+
+* Words are stored through ``memoryview.cast("Q")`` (one aligned 8-byte store). ``struct.pack_into`` on a shared mapping is not
+  atomic: another process read half-written values in 6 to 14 % of reads.
+* Counters belong to the slot, not to the worker: they are never zeroed, a new owner goes on from what is there. So nothing is
+  folded twice and nothing goes back.
+* ``accepted`` and ``serving`` are derived: a reader takes the endings, the beginnings, and the endings again, and repeats while
+  they moved. ``ok + error + rejected + killed + serving = accepted`` then holds at every reading by construction.
+* The state byte is written by the worker, and by the master only while no worker owns the slot (before its fork, after its wait).
+
+The descriptors stay with the master (it hands them to `prefork status`); fork servers map and close them.
+"""
+
+import mmap
+import os
+from dataclasses import dataclass
+from enum import Enum
+
+# A state byte. They are letters so that a dump of the row can be read.
+FREE = 0
+STARTING = ord("S")  # forked, or about to be
+PARKED = ord("P")  # ready, waiting at the gate for its generation to be committed
+IDLE = ord("I")  # in accept()
+BUSY = ord("B")  # serving a connection
+PAUSED = ord("E")  # accept() failed for want of descriptors or memory; sleeping before the next try
+LEAVING = ord("L")  # has seen that it was asked to go
+STATES = {
+    FREE: "free",
+    STARTING: "starting",
+    PARKED: "starting",
+    IDLE: "idle",
+    BUSY: "busy",
+    PAUSED: "starting",
+    LEAVING: "retiring",
+}
+
+_WORD = 8
+_PAGE = 4096
+_MAGIC = int.from_bytes(b"prefork\1", "little")
+
+# A slot's record, in words.
+PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED = range(7)
+PEER = 8
+PEER_BYTES = 64
+HISTOGRAM = PEER + PEER_BYTES // _WORD
+# Bucket k counts durations below 2**k * 1.024 us; the last one, everything from about 18 minutes.
+BUCKETS = 32
+RECORD_WORDS = 64
+
+# The ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds slot + 1. One entry is 131 us, the ring 67 ms. A
+# look at the pool needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one entry
+# lose one of them, which costs at most a look at one worker fewer.
+RECENT = 512
+RECENT_SHIFT = 17
+
+# The orders' words: the generation's (word 0 is the magic), each listener's, then rows.
+STOPPING, LAST_LOOK = 1, 2
+_GENERATION_WORDS = 8
+_LISTENER_WORDS = 8
+RING_BELOW, HIGH = 0, 1
+
+
+@dataclass(frozen=True, slots=True)
+class Layout:
+    """The shape of a generation's boards: ``capacity`` slots for each of ``listeners``.
+
+    Slots of listener i are i * capacity up to (i + 1) * capacity, so that one slice of the row is one listener's.
+    """
+
+    listeners: int
+    capacity: int
+
+    @property
+    def slots(self) -> int:
+        return self.listeners * self.capacity
+
+    def listener(self, slot: int) -> int:
+        """The listener that a slot belongs to."""
+        return slot // self.capacity
+
+    # The board: header page, row of states, rings, records.
+    @property
+    def recent_at(self) -> int:
+        return _PAGE + _round_up(self.slots)
+
+    @property
+    def records_at(self) -> int:
+        return self.recent_at + self.listeners * RECENT * _WORD
+
+    @property
+    def board_bytes(self) -> int:
+        return self.records_at + self.slots * RECORD_WORDS * _WORD
+
+    # The orders: header page with the generation's and the listeners' words, row of retire bytes, row of killed words.
+    @property
+    def killed_at(self) -> int:
+        return self.retire_at + _round_up(self.slots)
+
+    @property
+    def retire_at(self) -> int:
+        return _round_up((_GENERATION_WORDS + self.listeners * _LISTENER_WORDS) * _WORD)
+
+    @property
+    def orders_bytes(self) -> int:
+        return self.killed_at + self.slots * _WORD
+
+
+def _round_up(size: int) -> int:
+    return (size + _PAGE - 1) // _PAGE * _PAGE
+
+
+@dataclass(frozen=True, slots=True)
+class Counts:
+    """A slot's counters at one moment."""
+
+    begun: int
+    ok: int
+    error: int
+    rejected: int
+    killed: int
+
+    @property
+    def ended(self) -> int:
+        return self.ok + self.error + self.rejected + self.killed
+
+    @property
+    def serving(self) -> int:
+        return self.begun - self.ended
+
+    def __add__(self, other: "Counts") -> "Counts":
+        return Counts(
+            self.begun + other.begun,
+            self.ok + other.ok,
+            self.error + other.error,
+            self.rejected + other.rejected,
+            self.killed + other.killed,
+        )
+
+
+NOTHING = Counts(0, 0, 0, 0, 0)
+
+
+class Access(Enum):
+    """Who maps the scoreboard: what it may write."""
+
+    MASTER = (True, True)
+    WORKER = (True, False)
+    READER = (False, False)
+
+
+class Scoreboard:
+    """A generation's two boards, mapped. The descriptors are not kept.
+
+    Raises ValueError when the descriptors are not a scoreboard of this version, of at least this size.
+    """
+
+    def __init__(self, board_fd: int, orders_fd: int, layout: Layout, access: Access) -> None:
+        write_board, write_orders = access.value
+        self.layout = layout
+        self.board = _map(board_fd, layout.board_bytes, writable=write_board)
+        self.orders = _map(orders_fd, layout.orders_bytes, writable=write_orders)
+        if access is Access.MASTER:
+            # A fork server maps for itself, read-only what is read-only: the master's own mappings stay with the master.
+            self.board.madvise(mmap.MADV_DONTFORK)
+            self.orders.madvise(mmap.MADV_DONTFORK)
+        self.words = memoryview(self.board).cast("Q")
+        self.states = memoryview(self.board)[_PAGE : _PAGE + layout.slots]
+        self.order_words = memoryview(self.orders).cast("Q")
+        self.retire = memoryview(self.orders)[layout.retire_at : layout.retire_at + layout.slots]
+
+    def close(self) -> None:
+        """Unmap both boards."""
+        for view in (self.words, self.states, self.order_words, self.retire):
+            view.release()
+        self.board.close()
+        self.orders.close()
+
+    def record(self, slot: int) -> int:
+        """Index in `words` of the slot's first word."""
+        return self.layout.records_at // _WORD + slot * RECORD_WORDS
+
+    def listener_word(self, listener: int, which: int) -> int:
+        """Index in `order_words` of a listener's word (RING_BELOW, HIGH)."""
+        return _GENERATION_WORDS + listener * _LISTENER_WORDS + which
+
+    def killed_word(self, slot: int) -> int:
+        """Index in `order_words` of the slot's count of connections that ended with their worker."""
+        return self.layout.killed_at // _WORD + slot
+
+    def row(self, listener: int, high: int) -> bytes:
+        """The states of a listener's first ``high`` slots."""
+        start = _PAGE + listener * self.layout.capacity
+        return self.board[start : start + high]
+
+    def recent(self, listener: int, now_ns: int, age_ns: int) -> set[int]:
+        """Slots that accepted within the last ``age_ns`` (at most 67 ms): gossip, to be checked against their records."""
+        first = self.layout.recent_at // _WORD + listener * RECENT
+        ring = self.words[first : first + RECENT].tolist()
+        newest = now_ns >> RECENT_SHIFT
+        found = {ring[entry % RECENT] for entry in range(newest - (age_ns >> RECENT_SHIFT), newest + 1)}
+        low = listener * self.layout.capacity
+        return {slot - 1 for slot in found if low < slot <= low + self.layout.capacity}
+
+    def peer(self, slot: int) -> str:
+        """The peer of the connection being served, or of the last one: up to the first NUL."""
+        at = (self.record(slot) + PEER) * _WORD
+        return self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
+
+    def histogram(self, slot: int) -> list[int]:
+        """Durations of the slot's connections, by bucket."""
+        first = self.record(slot) + HISTOGRAM
+        return self.words[first : first + BUCKETS].tolist()
+
+    def counts(self, slot: int) -> Counts:
+        """The slot's counters, consistent unless the worker ended connections during each of three readings."""
+        begun_at = self.record(slot) + BEGUN
+        killed_at = self.killed_word(slot)
+        words = self.words
+        for _ in range(3):
+            ended = words[begun_at + 1 : begun_at + 4].tolist()
+            killed = self.order_words[killed_at]
+            begun = words[begun_at]
+            if ended == words[begun_at + 1 : begun_at + 4].tolist() and killed == self.order_words[killed_at]:
+                break
+        return Counts(begun, *ended, killed)
+
+    def restore(self, slot: int, counts: Counts) -> None:
+        """Put back counters that a worker's stray write has spoilt."""
+        begun_at = self.record(slot) + BEGUN
+        for offset, value in enumerate((counts.begun, counts.ok, counts.error, counts.rejected)):
+            self.words[begun_at + offset] = value
+
+
+def create(name: str, size: int) -> int:
+    """A memfd of ``size`` bytes that only its owner may open: sparse, so slots that were never used cost nothing."""
+    fd = os.memfd_create(f"prefork-{name}", os.MFD_CLOEXEC)
+    os.fchmod(fd, 0o600)
+    os.ftruncate(fd, size)
+    os.pwrite(fd, _MAGIC.to_bytes(_WORD, "little"), 0)
+    return fd
+
+
+def _map(fd: int, size: int, *, writable: bool) -> mmap.mmap:
+    if os.fstat(fd).st_size < size or os.pread(fd, _WORD, 0) != _MAGIC.to_bytes(_WORD, "little"):
+        raise ValueError("not a prefork scoreboard of this version")
+    protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
+    return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)

@@ -1,0 +1,130 @@
+"""Processes: fork, wait, signals to others, prctl, titles. Thin effects, no decisions (Linux: prctl(2), wait(2), proc(5))."""
+
+import ctypes
+import errno
+import os
+import signal
+from collections.abc import Collection
+from dataclasses import dataclass
+
+from setproctitle import setproctitle
+
+_PR_SET_PDEATHSIG = 1
+_PR_SET_CHILD_SUBREAPER = 36
+_libc = ctypes.CDLL(None, use_errno=True)
+
+
+@dataclass(frozen=True, slots=True)
+class Ended:
+    """A process that was reaped: its wait status and what it had used."""
+
+    pid: int
+    status: int
+    utime: float
+    stime: float
+    max_rss_kib: int
+
+
+@dataclass(frozen=True, slots=True)
+class Changed:
+    """A child that was stopped or continued by a signal."""
+
+    pid: int
+    stopped: bool
+
+
+def _prctl(option: int, argument: int) -> None:
+    if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+
+
+def become_subreaper() -> None:
+    """Descendants whose parent dies become our children, not init's. Survives exec."""
+    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def signal_when_orphaned(signo: int) -> None:
+    """Get ``signo`` when the parent dies, and again for each new parent. Cleared when credentials change: call it after."""
+    _prctl(_PR_SET_PDEATHSIG, signo)
+
+
+def set_title(title: str) -> None:
+    """What ps(1) shows."""
+    setproctitle(title)
+
+
+def reap(*, stops: bool = False) -> list[Ended | Changed]:
+    """Everything that wait4(2) has to tell, without waiting."""
+    found: list[Ended | Changed] = []
+    options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if stops else 0)
+    while True:
+        try:
+            pid, status, usage = os.wait4(-1, options)
+        except ChildProcessError:
+            return found
+        if pid == 0:
+            return found
+        if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
+            found.append(Changed(pid, os.WIFSTOPPED(status)))
+        else:
+            found.append(Ended(pid, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
+
+
+def is_child(pid: int) -> bool:
+    """Whether ``pid`` is a child of ours that was not reaped yet."""
+    try:
+        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return False
+    return True
+
+
+def signal_child(pid: int, signo: int) -> bool:
+    """Send a signal to a child of ours that was not reaped yet, and to nobody else: the pid may come from user code's memory.
+
+    False when ``pid`` is not our child, or can't be signalled by us.
+    """
+    if not is_child(pid):
+        return False
+    os.kill(pid, signo)
+    return True
+
+
+def is_runnable(pid: int) -> bool:
+    """Whether the process runs or waits for a CPU (state R of proc_pid_stat(5)); false when it has gone."""
+    try:
+        fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
+    except OSError:
+        return False
+    try:
+        stat = os.read(fd, 512)
+    except ProcessLookupError:
+        return False
+    finally:
+        os.close(fd)
+    # The command's name is in parentheses and may hold anything: the state follows the last one.
+    return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3] == b"R"
+
+
+def close_all_but(keep: Collection[int]) -> None:
+    """Close every descriptor that is not in ``keep``: what was inherited by a fork and is not needed must not live on in it."""
+    for name in os.listdir("/proc/self/fd"):
+        if int(name) not in keep:
+            try:
+                os.close(int(name))
+            except OSError as error:
+                if error.errno != errno.EBADF:  # listdir's own
+                    raise
+
+
+def describe(status: int) -> str:
+    """A wait status in words."""
+    code = os.waitstatus_to_exitcode(status)
+    if code >= 0:
+        return f"exit status {code}"
+    try:
+        name = signal.Signals(-code).name
+    except ValueError:
+        name = "unnamed"
+    return f"signal {-code} ({name})"

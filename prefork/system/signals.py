@@ -1,0 +1,117 @@
+"""Signals to ourselves: how a loop receives them, and how a fork gets the dispositions of a fresh process.
+
+A child inherits the parent's Python handlers until it installs its own: so block everything, fork, install, unblock
+(measured: between exec or fork and installation each handled signal killed the process, or was swallowed by the parent's
+handler). In loops a handler does nothing: the number arrives through ``set_wakeup_fd``, and the loop reads it.
+"""
+
+import functools
+import os
+import signal
+from collections.abc import Callable, Iterable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+# Ours: nobody's user code knows it, so a handler that replaces TERM does not hide the death of a parent.
+PARENT_DIED = signal.SIGRTMIN + 2
+_ALL = frozenset(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
+# What CPython itself sets at start: everything else has the default action.
+_IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
+
+
+def _note(signo: int, frame: object) -> None:
+    """Nothing: the wakeup descriptor has it."""
+
+
+class Inbox:
+    """The signals that a loop handles, readable from ``fileno()``. The main thread's; one for each process."""
+
+    def __init__(self, handled: Iterable[int]) -> None:
+        self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        # The wakeup descriptor first: a signal between the two would be handled and not told.
+        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        for signo in handled:
+            signal.signal(signo, _note)
+
+    def fileno(self) -> int:
+        return self._read
+
+    def descriptors(self) -> tuple[int, int]:
+        """Both ends, for a list of what to keep open."""
+        return self._read, self._write
+
+    def take(self) -> set[int]:
+        """The signals that have arrived since the last call. They are levels: two of a kind may be one."""
+        try:
+            return set(os.read(self._read, 4096))
+        except BlockingIOError:
+            return set()
+
+
+@contextmanager
+def blocked() -> Iterator[None]:
+    """Hold every signal back. A fork inside must leave with `fresh`, or never."""
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def fresh() -> None:
+    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
+    signal.set_wakeup_fd(-1)
+    for signo in _ALL:
+        if signal.getsignal(signo) is None or 32 <= signo < signal.SIGRTMIN:
+            continue  # the C library's own
+        action = signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL
+        if signo == signal.SIGINT:
+            signal.signal(signo, signal.default_int_handler)
+        elif signal.getsignal(signo) is not action:
+            signal.signal(signo, action)
+
+
+def unblock() -> None:
+    """Let every signal in."""
+    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+
+
+def name(signo: int) -> str:
+    """The signal's name, as people write it."""
+    try:
+        return signal.Signals(signo).name
+    except ValueError:
+        return f"signal {signo}"
+
+
+_touched = False
+
+
+def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> Any:
+        global _touched  # noqa: PLW0603 - signals are the process's
+        _touched = True
+        return function(*args, **kwargs)
+
+    return call
+
+
+def watch() -> None:
+    """From now on notice when user code changes handlers, mask or timers: cheaper than asking after each connection.
+
+    Called before the user's module is imported, so that ``from signal import alarm`` is noticed too.
+    """
+    for changing in ("signal", "setitimer", "alarm", "pthread_sigmask", "siginterrupt"):
+        setattr(signal, changing, _marking(getattr(signal, changing)))
+
+
+def touched() -> bool:
+    """Whether anything was changed since the last `forget`."""
+    return _touched
+
+
+def forget() -> None:
+    """What there is now is as it should be."""
+    global _touched  # noqa: PLW0603
+    _touched = False

@@ -1,0 +1,340 @@
+"""A worker: one process that blocks in accept(), serves one connection at a time, and says so on the scoreboard.
+
+Read `Worker.run` for its life and `Worker.serve` for the loop. What it must not do: poll, raise out of accept(), or let the
+handler's mess reach the next client.
+
+How a worker retires without losing a connection (signal(7), PEP 475; measured: 0 lost in 1,996 retirements under full load,
+where a handler that raises lost one for every three): being asked is a byte on the master's orders, read before each accept,
+and a SIGTERM. The signal's handler sets a flag and, unless a connection is being served, puts /dev/null in the listener's
+place in this process' descriptor table. accept() is then retried by CPython, fails with ENOTSOCK, and the loop leaves; a
+connection that the kernel had already handed over is served first. One window is left, a signal that lands just before the
+system call is entered: whoever asked repeats it while the slot says IDLE.
+"""
+
+import _socket
+import atexit
+import gc
+import os
+import signal
+import socket
+import sys
+import time
+import traceback
+from collections.abc import Callable
+from dataclasses import dataclass
+from types import TracebackType
+from typing import Any, NoReturn
+
+from prefork import log
+from prefork.handler import Connection, Handler
+from prefork.net.address import peer_text
+from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
+from prefork.pool import scoreboard, wire
+from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
+from prefork.system import process, signals
+
+# A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
+PAUSE = 0.1
+# The master has not looked for this long: ring, whatever the row of states says; it may be a stray writer's.
+UNSEEN_NS = 1_000_000_000
+TRACEBACKS_A_SECOND = 10
+EXIT_RETIRED = 0
+EXIT_BROKEN = 70
+
+
+@dataclass(frozen=True, slots=True)
+class Brief:
+    """What a worker needs to know; the same for all of a generation, but for slot and listener."""
+
+    generation: int
+    name: str
+    master_pid: int
+    fork_server_pid: int
+    scoreboard: Scoreboard
+    listener: Listener
+    slot: int
+    doorbell: int
+    gate: int
+    devnull: int
+
+
+def main(brief: Brief, handler: Handler) -> NoReturn:
+    """Be a worker. Called in the child, with all signals blocked; never returns."""
+    status = EXIT_BROKEN
+    try:
+        worker = Worker(brief, handler)
+        worker.start()
+        status = worker.run()
+    except BaseException:  # noqa: BLE001 - the last line of a process: it must not unwind into the fork server's frames
+        log.event("bug", where="worker", text=traceback.format_exc())
+    os._exit(status)
+
+
+class Worker:
+    """One worker process."""
+
+    def __init__(self, brief: Brief, handler: Handler) -> None:
+        self.brief = brief
+        self.handler = handler
+        self.board = brief.scoreboard
+        self.slot = brief.slot
+        # First of all: the master must be able to know this process, should the fork server die before it could tell.
+        self.board.words[self.board.record(self.slot) + scoreboard.PID] = os.getpid()
+        self.retiring = False
+        self.forked = False
+        self.pauses = 0
+        self.tracebacks: list[float] = []
+        self.suppressed = 0
+        self.listener_stat = os.fstat(brief.listener.fileno())
+        self.devnull_stat = os.fstat(brief.devnull)
+
+    # -- its life
+
+    def start(self) -> None:
+        """Become a process of its own: parent, descriptors, signals, in this order, and only then let signals in."""
+        brief = self.brief
+        signals.fresh()
+        process.signal_when_orphaned(signals.PARENT_DIED)
+        if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
+            os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal
+        process.close_all_but({0, 1, 2, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
+        process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
+        log.configure(role=f"gen {brief.generation} worker {self.slot}")
+        os.register_at_fork(after_in_child=self._after_fork)
+        self._take_signals()
+        signals.unblock()
+        signals.forget()
+
+    def run(self) -> int:
+        """Wait at the gate, serve until asked to leave, clean up. Returns the exit status."""
+        board, slot = self.board, self.slot
+        board.words[board.record(slot) + scoreboard.STARTED] = time.monotonic_ns()
+        board.states[slot] = PARKED
+        self._ring(wire.Ring.READY)
+        # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
+        os.read(self.brief.gate, 1)
+        os.close(self.brief.gate)
+        self._ring(wire.Ring.READY)
+        try:
+            status = self.serve()
+        finally:
+            board.states[slot] = LEAVING
+        self._clean_up()
+        return status
+
+    def serve(self) -> int:  # noqa: PLR0915 - the hot path is one function: each call in it costs every connection
+        """Accept, serve, again. Returns the exit status once this worker was asked to leave or can't accept any more."""
+        board, slot, listener = self.board, self.slot, self.brief.listener
+        states, words, order_words, retire, row = board.states, board.words, board.order_words, board.retire, board.board
+        record = board.record(slot)
+        since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
+        ok_at, error_at = record + scoreboard.OK, record + scoreboard.ERROR
+        histogram_at = record + scoreboard.HISTOGRAM
+        peer_at = (record + scoreboard.PEER) * 8
+        place = board.layout.listener(slot)
+        recent_at = board.layout.recent_at // 8 + place * scoreboard.RECENT
+        recent_mask, recent_shift = scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
+        row_at = 4096 + place * board.layout.capacity
+        ring_at = board.listener_word(place, scoreboard.RING_BELOW)
+        high_at = board.listener_word(place, scoreboard.HIGH)
+        last_look, last_bucket = scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
+        family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
+        accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]  # noqa: SLF001 - accept() without 10 us of enums
+        now_ns, new_socket, default_timeout, close = time.monotonic_ns, socket.socket, socket.getdefaulttimeout, _socket.socket.close
+        call = self._with_connection if self.handler.takes_connection else self.handler.call
+        begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+        slot_number = slot + 1
+
+        while True:
+            states[slot] = IDLE
+            if self.retiring or retire[slot]:
+                return EXIT_RETIRED
+            try:
+                fd, address = accept()
+            except OSError as error:
+                verdict = self._accept_failed(error)
+                if verdict is None:
+                    continue
+                return verdict
+            since = now_ns()
+            peer = peer_text(family, address).encode() + b"\0"
+            row[peer_at : peer_at + len(peer)] = peer
+            words[since_at] = since
+            begun += 1
+            words[begun_at] = begun
+            states[slot] = BUSY
+            words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
+            below = order_words[ring_at]
+            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since - order_words[last_look] > UNSEEN_NS:
+                self._ring(wire.Ring.ACCEPTED)
+            sock = new_socket(family, kind, protocol, fd)
+            if default_timeout() is not None:
+                sock.settimeout(None)
+            failed = False
+            try:
+                call(sock)
+            except ConnectionError as error:
+                log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
+            except BaseException as error:  # noqa: BLE001 - one connection's trouble is one connection's
+                failed = not self.forked
+                self._handler_raised(error, peer[:-1].decode())
+            if self.forked:
+                os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
+            try:
+                # The C method: the descriptor is closed even when a file made of the socket is still referred to.
+                close(sock)
+            except OSError as error:
+                log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
+            bucket = (now_ns() - since >> 10).bit_length()
+            words[histogram_at + (bucket if bucket < last_bucket else last_bucket)] += 1
+            if failed:
+                ended_error += 1
+                words[error_at] = ended_error
+            else:
+                ended_ok += 1
+                words[ok_at] = ended_ok
+            if self.pauses:
+                log.event("accept_again", count=self.pauses)
+                self.pauses = 0
+            if signals.touched():
+                self._put_back()
+
+    # -- accepting
+
+    def _accept_failed(self, error: OSError) -> int | None:
+        """None to accept again, an exit status to leave."""
+        match ACCEPT_ERRORS.get(error.errno):
+            case Verdict.RETRY:
+                return None
+            case Verdict.BLOCK_AGAIN:
+                log.event("accept_unblocked")
+                os.set_blocking(self.brief.listener.fileno(), True)  # noqa: FBT003
+                return None
+            case Verdict.PAUSE:
+                self.pauses += 1
+                if self.pauses == 1:
+                    log.event("accept_paused", count=self.pauses, reason=error.strerror, seconds=PAUSE)
+                self.board.states[self.slot] = PAUSED
+                time.sleep(PAUSE)
+                return None
+            case Verdict.CLOSED:
+                return EXIT_RETIRED
+            case Verdict.UNPLUGGED if self._asked_to_leave():
+                return EXIT_RETIRED
+            case _:
+                log.event("accept_broken", reason=f"{type(error).__name__}: {error}")
+                return EXIT_BROKEN
+
+    def _asked_to_leave(self) -> bool:
+        return self.retiring or bool(self.board.retire[self.slot]) or bool(self.board.order_words[scoreboard.STOPPING])
+
+    def _ring(self, why: wire.Ring) -> None:
+        try:
+            os.write(self.brief.doorbell, wire.pack_doorbell(why, self.brief.generation, self.slot, os.getpid()))
+        except (BlockingIOError, BrokenPipeError):
+            # Full: the master has something to read and will look. Broken: it is dead, which the kernel tells.
+            pass
+
+    # -- the handler
+
+    def _with_connection(self, sock: socket.socket) -> object:
+        board, slot, brief = self.board, self.slot, self.brief
+        words, record = board.words, board.record(slot)
+        family = int(sock.family)
+        connection = Connection(
+            id=f"{brief.generation}.{slot}.{words[record + scoreboard.BEGUN]}",
+            peer=board.peer(slot),
+            local=str(brief.listener.address) if family == socket.AF_UNIX else peer_text(family, sock.getsockname()),
+            listener=str(brief.listener.address),
+            worker=slot,
+            generation=brief.generation,
+            accepted_at=words[record + scoreboard.SINCE] / 1e9,
+            asked_to_stop=self._asked_to_leave,
+        )
+        return self.handler.call(sock, connection)
+
+    def _handler_raised(self, error: BaseException, peer: str) -> None:
+        now = time.monotonic()
+        self.tracebacks = [at for at in self.tracebacks if now - at < 1.0]
+        if len(self.tracebacks) >= TRACEBACKS_A_SECOND:
+            self.suppressed += 1
+            return
+        self.tracebacks.append(now)
+        if self.suppressed:
+            log.event("handler_errors", count=self.suppressed)
+            self.suppressed = 0
+        tb: TracebackType | None = error.__traceback__
+        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+            tb = tb.tb_next
+        log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
+
+    def _put_back(self) -> None:
+        """The handler changed signals: put back what retiring and accepting depend on."""
+        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            signal.setitimer(timer, 0)
+        self._take_signals()
+        signals.unblock()
+        signals.forget()
+
+    def _after_fork(self) -> None:
+        """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""
+        self.forked = True
+        signal.signal(signal.SIGTERM, signal.SIG_DFL)
+        signal.signal(signal.SIGINT, signal.default_int_handler)
+        for fd in (self.brief.listener.fileno(), self.brief.doorbell):
+            try:
+                os.close(fd)
+            except OSError as error:
+                log.event("exit_failed", what=f"closing descriptor {fd} in a handler's child ({error})")
+
+    # -- leaving
+
+    def _take_signals(self) -> None:
+        signal.signal(signal.SIGTERM, self._on_retire)
+        signal.signal(signal.SIGINT, self._on_retire)
+        signal.signal(signals.PARENT_DIED, self._on_parent_died)
+
+    def _on_retire(self, signo: int, frame: object) -> None:
+        """Never raises: it runs between any two steps of the user's code."""
+        self.retiring = True
+        state = self.board.states[self.slot]
+        if state == PARKED:
+            self._unplug(self.brief.gate, None)
+        elif state != BUSY:
+            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)
+
+    def _on_parent_died(self, signo: int, frame: object) -> None:
+        """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
+        if os.getppid() != self.brief.master_pid:
+            self._on_retire(signo, frame)
+
+    def _unplug(self, fd: int, expected: os.stat_result | None) -> None:
+        """Put /dev/null where ``fd`` is, but only if both are still ours: user code may have closed and reopened everything."""
+        try:
+            if expected is not None and not os.path.samestat(os.fstat(fd), expected):
+                return
+            if os.path.samestat(os.fstat(self.brief.devnull), self.devnull_stat):
+                os.dup2(self.brief.devnull, fd, inheritable=False)
+        except OSError:
+            # Closed by user code: then accept() fails by itself, and there is nothing to unplug.
+            return
+
+    def _clean_up(self) -> None:
+        """What an interpreter does at its end, without waiting for threads that a handler left behind."""
+        for what, step in (("atexit", atexit._run_exitfuncs), ("flush", _flush)):  # noqa: SLF001 - multiprocessing does the same
+            try:
+                step()
+            except BaseException:  # noqa: BLE001 - user code; this process ends anyway
+                log.event("exit_failed", what=what, text=traceback.format_exc())
+
+
+def _flush() -> None:
+    for stream in (sys.stdout, sys.stderr):
+        if stream is not None:
+            stream.flush()
+
+
+def freeze() -> None:
+    """Before the first fork: everything that exists now is left alone by the collector, so that its pages stay shared."""
+    gc.collect()
+    gc.freeze()
