@@ -421,16 +421,17 @@ class Generation:
         board = self.board
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
-        idle = row.count(IDLE)
+        idle, busy = row.count(IDLE), row.count(BUSY)
         starting = row.count(STARTING) + row.count(PARKED) + row.count(PAUSED)
         for slot in self._absent:
             if 0 <= slot - first < len(row):
                 state = row[slot - first]
                 idle -= state == IDLE
+                busy -= state == BUSY
                 starting -= state in (STARTING, PARKED, PAUSED)
         missing = self.targets[place] - idle - starting
         returning = self._returning(place, missing) if missing > 0 else 0
-        return View(self.targets[place], idle, starting, returning, room, self._vacated[place])
+        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place])
 
     def _returning(self, place: int, missing: int) -> int:
         """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""

@@ -33,6 +33,7 @@ class View:
     idle: int  # in accept(), not asked to leave
     starting: int  # forked or ordered, not in accept() yet
     returning: int  # busy, runnable and young
+    busy: int  # serving, not asked to leave; the returning ones included
     room: int  # how many more processes the ceiling leaves to this listener
     vacated: int = 0
 
@@ -43,7 +44,7 @@ class Memory:
 
     short: int = 0
     short_at: float | None = None
-    low_water: int | None = None  # fewest idle since `window_at`; None when nobody is surplus
+    low_water: int | None = None  # fewest idle since `window_at`; None when there are no more workers than wanted
     window_at: float = 0.0
     saturated: bool = False
 
@@ -88,20 +89,17 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
 
 
 def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
-    surplus = view.idle - view.target
-    if surplus <= 0:
-        return Memory(), Decision(0, 0, None, view.target - min(view.starting, view.target))
-    if memory.low_water is None:
-        return Memory(low_water=view.idle, window_at=now), Decision(0, 0, now + spare_timeout, view.idle)
-    low = min(memory.low_water, view.idle)
-    end = memory.window_at + spare_timeout
-    if now < end:
-        return Memory(low_water=low, window_at=memory.window_at), Decision(0, 0, end, max(view.target, low))
+    needed = view.target - min(view.starting, view.target)
+    if view.idle + view.starting + view.busy <= view.target:
+        return Memory(), Decision(0, 0, None, needed)
+    # More workers than acceptors wanted. No event tells when the busy ones are done, so there is a look at every window's end.
+    low = view.idle if memory.low_water is None else min(memory.low_water, view.idle)
+    begun = now if memory.low_water is None else memory.window_at
+    if now < begun + spare_timeout:
+        return Memory(low_water=low, window_at=begun), Decision(0, 0, begun + spare_timeout, max(needed, low))
     retire = max(0, low - view.target)
     left = view.idle - retire
-    if left <= view.target:
-        return Memory(), Decision(0, retire, None, view.target)
-    return Memory(low_water=left, window_at=now), Decision(0, retire, now + spare_timeout, left)
+    return Memory(low_water=left, window_at=now), Decision(0, retire, now + spare_timeout, max(needed, left))
 
 
 def rooms(max_workers: int, targets: Sequence[int], live: Sequence[int], live_elsewhere: int) -> list[int]:

@@ -1,0 +1,201 @@
+"""For people who test their own handlers: a real daemon on a free port, for as long as a ``with`` block or a test.
+
+    from prefork.testing import serve
+
+    def test_echo():
+        with serve("mymodule:loop", workers=2) as server, server.connect() as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(5) == b"hello"
+
+With pytest the fixture ``prefork_server`` does the same: ``server = prefork_server("mymodule:loop", workers=2)``.
+"""
+
+import contextlib
+import os
+import select
+import signal
+import socket
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from prefork.config import flag
+from prefork.errors import PreforkError, RefusedError
+from prefork.ops import status as status_page
+from prefork.ops.control import ask
+
+START_TIMEOUT = 30.0
+STOP_TIMEOUT = 30.0
+
+
+class StartError(PreforkError):
+    """The daemon did not come up. The message holds its log; ``exit_status`` its exit code, None when it was just too slow."""
+
+    def __init__(self, message: str, exit_status: int | None) -> None:
+        super().__init__(message)
+        self.exit_status = exit_status
+
+
+@dataclass(frozen=True, slots=True)
+class Server:
+    """A running daemon. ``address`` is what ``socket.connect`` takes: (host, port), or a path."""
+
+    address: Any
+    pid: int
+    control: str
+    log_path: Path
+    process: "subprocess.Popen[bytes]"
+
+    def connect(self, timeout: float = 10.0) -> socket.socket:
+        """A connection to the first address."""
+        return connect(self.address, timeout)
+
+    def status(self) -> dict[str, Any]:
+        """What ``prefork status --json`` prints. Raises RefusedError."""
+        facts, descriptors = ask(self.control, "status", START_TIMEOUT)
+        if not facts["ok"]:
+            raise RefusedError(str(facts))
+        return status_page.assemble(facts, descriptors)
+
+    def command(self, command: str, **arguments: Any) -> dict[str, Any]:
+        """Send a command to the control socket and wait for its outcome: ``{"ok": ..., ...}``."""
+        return ask(self.control, command, START_TIMEOUT, **arguments)[0]
+
+    def log(self) -> str:
+        """Everything that the daemon and its handlers have written so far."""
+        return self.log_path.read_text(errors="replace")
+
+    def stop(self, signo: int = signal.SIGTERM) -> int:
+        """Send a signal (SIGTERM: graceful) and wait for the end. Returns the exit status, also of one that has ended."""
+        if self.process.poll() is None:
+            self.process.send_signal(signo)
+        return self.process.wait(STOP_TIMEOUT)
+
+
+def connect(address: Any, timeout: float = 10.0) -> socket.socket:
+    """A connection to (host, port) or to a path."""
+    if isinstance(address, str):
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+        sock.settimeout(timeout)
+        sock.connect(address)
+        return sock
+    return socket.create_connection(address, timeout)
+
+
+@contextlib.contextmanager
+def serve(
+    target: str | Callable[..., Any],
+    *,
+    folder: str | os.PathLike[str] | None = None,
+    environment: Mapping[str, str] | None = None,
+    arguments: tuple[str, ...] = (),
+    **options: Any,
+) -> Iterator[Server]:
+    """Run ``prefork serve`` on a free port of 127.0.0.1 until the block ends; then stop it, and by force if it does not.
+
+    ``target`` is MODULE:ATTR or a function at the top of a module; ``folder`` is the daemon's working directory (default: ours,
+    or the function's). Options are those of the configuration (``workers=2``); ``arguments`` are added to the command line as
+    they are. Raises StartError.
+    """
+    module, place = _named(target)
+    with tempfile.TemporaryDirectory(prefix="prefork-") as scratch:
+        ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        ready.bind(f"{scratch}/notify")
+        options = {"bind": "127.0.0.1:0", "control": f"{scratch}/control", **options}
+        if module:
+            options["module"] = module
+        command = [sys.executable, "-m", "prefork", "serve", *_flags(options), *arguments]
+        log_path = Path(scratch) / "log"
+        settings = {**os.environ, **(environment or {}), "NOTIFY_SOCKET": f"{scratch}/notify"}
+        with ready, log_path.open("wb") as log_file:
+            process = subprocess.Popen(
+                command,
+                cwd=folder or place,
+                env=settings,
+                stdin=subprocess.DEVNULL,
+                stdout=log_file,
+                stderr=subprocess.STDOUT,
+            )
+            try:
+                _wait_until_ready(process, ready, log_path)
+                yield Server(_first_address(str(options["control"])), process.pid, str(options["control"]), log_path, process)
+            finally:
+                _end(process)
+
+
+def _named(target: str | Callable[..., Any]) -> tuple[str, Path | None]:
+    if isinstance(target, str):
+        return target, None
+    file = sys.modules[target.__module__].__file__
+    parents = target.__module__.count(".") + 1
+    return f"{target.__module__}:{target.__qualname__}", Path(file).absolute().parents[parents - 1] if file else None
+
+
+def _flags(options: Mapping[str, Any]) -> list[str]:
+    return [
+        f"{flag(key)}={one}" for key, value in options.items() for one in (value if isinstance(value, list | tuple) else [value])
+    ]
+
+
+def _wait_until_ready(process: "subprocess.Popen[bytes]", ready: socket.socket, log_path: Path) -> None:
+    ended = os.pidfd_open(process.pid)
+    try:
+        deadline = time.monotonic() + START_TIMEOUT
+        while True:
+            happened, _, _ = select.select([ready, ended], [], [], max(0.0, deadline - time.monotonic()))
+            if ready in happened:
+                if b"READY=1" in ready.recv(4096).split(b"\n"):
+                    return
+            elif ended in happened:
+                status = process.wait()
+                raise StartError(f"prefork ended with exit status {status}:\n{log_path.read_text(errors='replace')}", status)
+            else:
+                raise StartError(f"prefork is not ready after {START_TIMEOUT:g} s:\n{log_path.read_text(errors='replace')}", None)
+    finally:
+        os.close(ended)
+
+
+def _first_address(control: str) -> Any:
+    if control == "off":
+        return None
+    facts, descriptors = ask(control, "status", START_TIMEOUT)
+    for fd in descriptors:
+        os.close(fd)
+    text = facts["listeners"][0]["address"]
+    if text.startswith("unix:"):
+        return text.removeprefix("unix:")
+    host, _, port = text.rpartition(":")
+    return host.strip("[]") or "::1", int(port)
+
+
+def _end(process: "subprocess.Popen[bytes]") -> None:
+    if process.poll() is None:
+        process.terminate()
+        try:
+            process.wait(STOP_TIMEOUT)
+        except subprocess.TimeoutExpired:
+            process.kill()
+            process.wait()
+            raise
+
+
+try:
+    import pytest
+except ImportError:  # the fixture is for those who have pytest; the rest of this module needs nothing
+    pass
+else:
+
+    @pytest.fixture
+    def prefork_server() -> Iterator[Callable[..., Server]]:
+        """A function like `serve` that gives the server; every server it started is stopped at the end of the test."""
+        with contextlib.ExitStack() as stack:
+
+            def start(target: str | Callable[..., Any], **options: Any) -> Server:
+                return stack.enter_context(serve(target, **options))
+
+            yield start

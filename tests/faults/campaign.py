@@ -1,0 +1,187 @@
+"""The faults, each against a daemon under load whose clients are counted. One function each, used with small counts by the
+suite and with full counts by ``python -m tests.faults``. Each returns its figures and raises AssertionError when a promise
+does not hold."""
+
+import os
+import random
+import signal
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prefork.testing import Server, serve
+from tests import watch
+from tests.load import Load
+
+Figures = dict[str, Any]
+HANDLERS = Path(__file__).parents[1] / "handlers"
+
+
+def _balance(server: Server, load: Load, figures: Figures, kills: int = 0) -> None:
+    """What the clients counted is what the daemon counted, once all is quiet."""
+    watch.until("nobody is served any more", lambda: server.status()["totals"]["serving"] == 0)
+    totals = server.status()["totals"]
+    figures |= {"connections": load.connections, "failures": load.classes, "worst": load.worst, "totals": totals}
+    assert watch.identity_holds(totals), totals
+    failures = len(load.failures)
+    assert failures <= kills, f"{load.classes} with {kills} kills"
+    if kills == 0:
+        assert totals["accepted"] == totals["ok"] == load.connections, (totals, load.connections)
+    else:
+        assert load.connections <= totals["accepted"] <= load.connections + failures, (totals, load.connections, failures)
+    assert load.refused == 0, f"{load.refused} refused"
+
+
+def _machine(server: Server) -> Figures:
+    """Descriptors and memory of master and workers."""
+    pids = [w["pid"] for w in watch.workers(server, "idle", "busy")]
+    shares = [watch.pss_kib(pid) for pid in pids]
+    return {
+        "workers": len(pids),
+        "processes": len(watch.family(server.pid)) + 1,
+        "master_fds": len(watch.descriptors(server.pid)),
+        "worker_fds": sorted({len(watch.descriptors(pid)) for pid in pids}),
+        "master_pss_kib": watch.pss_kib(server.pid),
+        "worker_pss_kib": round(statistics.mean(shares)),
+    }
+
+
+def steady(seconds: float = 3.0, workers: int = 8) -> Figures:
+    """A constant load of four clients in a closed loop: nobody is lost, next to nobody forked, the pool does not inflate."""
+    figures: Figures = {}
+    with serve("echo:loop", workers=workers, spare_timeout=max(2.0, seconds / 6)) as server:
+        watch.settled(server, workers)
+        figures["before"] = _machine(server)
+        with Load(server.address, clients=4) as load:
+            time.sleep(1.0)
+            early = server.status()["totals"]["forked"]
+            time.sleep(seconds)
+            late = server.status()["totals"]["forked"]
+            figures["forks_after_first_second"] = late - early
+            figures["workers_under_load"] = len(watch.workers(server))
+        _balance(server, load, figures)
+        watch.settled(server, workers)
+        figures["after"] = _machine(server)
+        assert figures["after"]["master_fds"] == figures["before"]["master_fds"]
+        assert figures["after"]["worker_fds"] == figures["before"]["worker_fds"]
+    assert figures["workers_under_load"] <= 2 * workers, figures
+    return figures
+
+
+def reloads(count: int = 10, handler: str = "echo:loop") -> Figures:
+    """One SIGHUP after the other under load: nobody is lost and nothing is left over."""
+    figures: Figures = {}
+    with serve(handler, workers=4, folder=HANDLERS, spare_timeout=1) as server:
+        watch.settled(server, 4)
+        figures["before"] = _machine(server)
+        with Load(server.address, clients=4) as load:
+            for generation in range(2, count + 2):
+                os.kill(server.pid, signal.SIGHUP)
+                watch.until(f"generation {generation}", lambda g=generation: _at(server, g))
+        _balance(server, load, figures)
+        watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 5)
+        watch.settled(server, 4)
+        figures["after"] = _machine(server)
+        assert figures["after"]["processes"] == figures["before"]["processes"], figures
+        assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
+        assert figures["after"]["master_pss_kib"] < figures["before"]["master_pss_kib"] + 2048, figures
+    return figures
+
+
+def _at(server: Server, generation: int) -> bool:
+    status = server.status()
+    return status["generation"] == generation and status["state"] == "running"
+
+
+def kill_workers(count: int = 20, interval: float = 0.05, workers: int = 8, seed: int = 0) -> Figures:
+    """SIGKILL to a random worker every 50 ms under load: at most one error for each kill, and the place is filled again."""
+    figures: Figures = {"restored": []}
+    chance = random.Random(seed)
+    kills: list[float] = []
+    with serve("echo:loop", workers=workers) as server:
+        watch.settled(server, workers)
+        figures["before"] = _machine(server)
+        with Load(server.address, clients=4) as load:
+            for _ in range(count):
+                time.sleep(interval)
+                victim = chance.choice([w["pid"] for w in watch.workers(server, "idle", "busy")])
+                os.kill(victim, signal.SIGKILL)
+                kills.append(time.monotonic())
+                figures["restored"].append(_time_to_restore(server, victim, workers))
+        _balance(server, load, figures, kills=count)
+        for at, kind in load.failures:
+            assert any(kill - 0.001 <= at <= kill + load.timeout for kill in kills), f"{kind} without a kill"
+        watch.until("every place is filled", lambda: server.status()["listeners"][0]["workers"]["idle"] >= workers)
+        figures["after"] = _machine(server)
+        assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
+    restored = figures.pop("restored")
+    figures["restored_median"], figures["restored_worst"] = statistics.median(restored), max(restored)
+    return figures
+
+
+def _time_to_restore(server: Server, victim: int, workers: int) -> float:
+    """Seconds until as many live workers as wanted are idle, or busy and about to be back."""
+    begun = time.monotonic()
+
+    def restored() -> bool:
+        pids = [w["pid"] for w in server.status()["workers"] if w["state"] in ("idle", "busy")]
+        return victim not in pids and len(pids) >= workers
+
+    watch.until("the killed worker is replaced", restored)
+    return time.monotonic() - begun
+
+
+def kill_fork_server(count: int = 3) -> Figures:
+    """SIGKILL to the fork server under load: its workers serve on until the next generation is ready; nobody is lost."""
+    figures: Figures = {}
+    with serve("slowimport:loop", workers=4, spare_timeout=1, folder=HANDLERS, environment={"IMPORT_SECONDS": "1"}) as server:
+        watch.settled(server, 4)
+        figures["before"] = _machine(server)
+        with Load(server.address, clients=2, rate=1000) as load:
+            for _ in range(count):
+                generation = server.status()["generation"]
+                os.kill(watch.fork_server(server), signal.SIGKILL)
+                watch.until("a new fork server", lambda g=generation: _at(server, g + 1))
+        _balance(server, load, figures)
+        watch.until("the orphans have gone", lambda: len(watch.family(server.pid)) == 5)
+        figures["after"] = _machine(server)
+        assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
+    return figures
+
+
+def kill_master(count: int = 1) -> Figures:
+    """SIGKILL to the master under load: every idle process is gone within a second, and the port is free."""
+    gone: list[float] = []
+    free: list[float] = []
+    for _ in range(count):
+        with serve("echo:loop", workers=8) as server, Load(server.address, clients=4) as load:
+            watch.until("the load runs", lambda: load.connections > 100)
+            pids = [child.pid for child in watch.family(server.pid)]
+            server.process.kill()
+            server.process.wait()
+            begun = time.monotonic()
+            watch.until("every process is gone", lambda: all(map(watch.is_gone, pids)), 5.0)
+            gone.append(time.monotonic() - begun)
+            with serve("echo:loop", bind=f"{server.address[0]}:{server.address[1]}"):
+                free.append(time.monotonic() - begun)
+            load.stop()
+        assert gone[-1] < 1.0, f"{gone[-1]:.3f} s until the last process had gone"
+    return {"gone_worst": max(gone), "next_daemon_ready_worst": max(free)}
+
+
+FAULTS: dict[str, Callable[..., Figures]] = {
+    "steady": steady,
+    "reloads": reloads,
+    "kill_workers": kill_workers,
+    "kill_fork_server": kill_fork_server,
+    "kill_master": kill_master,
+}
+
+
+def leftovers() -> list[str]:
+    """Children of this process that should not be there."""
+    return [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]

@@ -1,0 +1,110 @@
+"""What tests ask of a daemon and of the machine: wait for something to be so, with a deadline, and look at processes."""
+
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any, TypeVar
+
+import psutil
+
+from prefork.testing import Server
+
+T = TypeVar("T")
+DEADLINE = 20.0
+
+
+def until(what: str, look: Callable[[], T], deadline: float = DEADLINE) -> T:
+    """Look until it is true; a deadline that passes is a failure that names ``what``.
+
+    For states that no event tells of. It looks often, and sleeps only between two looks, never instead of one.
+    """
+    end = time.monotonic() + deadline
+    while True:
+        if found := look():
+            return found
+        if time.monotonic() > end:
+            raise AssertionError(f"not so after {deadline:g} s: {what}")
+        time.sleep(0.002)
+
+
+def workers(server: Server, *states: str) -> list[dict[str, Any]]:
+    """The workers in these states (all without any)."""
+    return [w for w in server.status()["workers"] if not states or w["state"] in states]
+
+
+def settled(server: Server, idle: int, listener: int = 0) -> dict[str, Any]:
+    """Wait until a listener has exactly so many idle workers and nobody is starting or retiring. Returns the status."""
+
+    def look() -> dict[str, Any] | None:
+        status = server.status()
+        counted = status["listeners"][listener]["workers"]
+        return status if (counted["idle"], counted["starting"], counted["retiring"]) == (idle, 0, 0) else None
+
+    return until(f"{idle} idle workers", look)
+
+
+def logged(server: Server, text: str, times: int = 1) -> str:
+    """Wait until the log holds ``text``. Returns the log."""
+    until(f"{text!r} {times} times in the log:\n{server.log()}", lambda: server.log().count(text) >= times)
+    return server.log()
+
+
+def family(pid: int) -> list[psutil.Process]:
+    """All descendants."""
+    try:
+        return psutil.Process(pid).children(recursive=True)
+    except psutil.NoSuchProcess:
+        return []
+
+
+def fork_server(server: Server, generation: int | None = None) -> int:
+    """The pid of a generation's fork server: the master's child with that title."""
+    number = server.status()["generation"] if generation is None else generation
+    for child in psutil.Process(server.pid).children():
+        if child.cmdline() and child.cmdline()[0].endswith(f" gen {number}"):
+            return child.pid
+    raise AssertionError(f"no fork server of generation {number}: {[c.cmdline() for c in family(server.pid)]}")
+
+
+def descriptors(pid: int) -> dict[int, str]:
+    """The open descriptors of a process, and what they are."""
+    found = {}
+    for name in os.listdir(f"/proc/{pid}/fd"):
+        try:
+            found[int(name)] = os.readlink(f"/proc/{pid}/fd/{name}")
+        except FileNotFoundError:
+            continue  # closed meanwhile
+    return found
+
+
+def pss_kib(pid: int) -> int:
+    """Proportional set size."""
+    for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
+        if line.startswith("Pss:"):
+            return int(line.split()[1])
+    raise AssertionError("no Pss")
+
+
+def is_gone(pid: int) -> bool:
+    """No such process, or a zombie that only waits to be reaped."""
+    try:
+        return psutil.Process(pid).status() == psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return True
+
+
+def identity_holds(totals: dict[str, int]) -> bool:
+    """The equation that holds at every reading."""
+    ended = totals["ok"] + totals["error"] + totals["killed"] + totals["rejected"]
+    return ended + totals["serving"] == totals["accepted"]
+
+
+@contextmanager
+def fewer_than(seconds: float, what: str) -> Iterator[None]:
+    """The block takes less than so many seconds."""
+    begun = time.monotonic()
+    yield
+    took = time.monotonic() - begun
+    assert took < seconds, f"{what} took {took:.3f} s, not less than {seconds} s"
