@@ -84,9 +84,11 @@ def serve(file: str | None, **given: Any) -> None:
       prefork serve -m mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
-    from prefork.master import Master  # noqa: PLC0415 - the other commands do not need it
+    from prefork.master import Master
 
-    command_line = {key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())}
+    command_line = {
+        key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())
+    }
     with _errors():
         sys.exit(Master(Sources(command_line, environment(), file)).run())
 
@@ -96,7 +98,9 @@ def _instance(command: Callable[..., Any]) -> Callable[..., Any]:
     return click.argument("name", required=False)(command)
 
 
-def _answer(name: str | None, path: str | None, command: str, patience: float | None, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
+def _answer(
+    name: str | None, path: str | None, command: str, patience: float | None, **arguments: Any
+) -> tuple[dict[str, Any], list[int]]:
     answer, descriptors = ask(find(name, path), command, patience, **arguments)
     if not answer.get("ok"):
         raise RefusedError(f"{command} refused: {answer.get('reason')}")
@@ -111,7 +115,7 @@ def status(name: str | None, control: str | None, *, as_json: bool) -> None:
 
     NAME is the instance's name; with one instance running it can be left out.
     """
-    from prefork.ops import status as status_page  # noqa: PLC0415
+    from prefork.ops import status as status_page
 
     with _errors():
         facts, descriptors = _answer(name, control, "status", PROMPT)

@@ -140,15 +140,15 @@ class Config:
         short="-b",
         multiple=True,
     )
-    workers: int = _option(
-        8, _whole(1, WORKERS_LIMIT), "Processes kept waiting in accept(), for each listener.", "N", short="-w"
-    )
+    workers: int = _option(8, _whole(1, WORKERS_LIMIT), "Processes kept waiting in accept(), for each listener.", "N", short="-w")
     max_workers: int = _option(
         256, _whole(1, WORKERS_LIMIT), "Ceiling on worker processes of this daemon; at it, clients wait in the queue.", "N"
     )
     spare_timeout: float = _option(10.0, _positive_seconds, "How long surplus acceptors are kept.", "SECONDS")
     backlog: int = _option(2048, _whole(1, (1 << 31) - 1), "The listen queue (the kernel cuts it to net.core.somaxconn).", "N")
-    boot_timeout: float = _option(60.0, _positive_seconds, "How long the handler's import, and a worker's start, may take.", "SECONDS")
+    boot_timeout: float = _option(
+        60.0, _positive_seconds, "How long the handler's import, and a worker's start, may take.", "SECONDS"
+    )
     drain_timeout: float = _option(
         0.0, _seconds, "How long workers retired by a reload or scaling may finish; 0 is as long as they take.", "SECONDS"
     )

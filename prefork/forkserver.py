@@ -23,7 +23,7 @@ from prefork.errors import HandlerError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
-from prefork.pool.wire import Command, Kind, Order, Report
+from prefork.pool.wire import Kind, Order, Report
 from prefork.system import process, signals
 
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
@@ -57,7 +57,7 @@ def main(brief: Brief) -> NoReturn:
     status = 1
     try:
         status = ForkServer(brief).run()
-    except BaseException:  # noqa: BLE001 - the last line of a process: it must not unwind into the master's frames
+    except BaseException:
         log.event("bug", where="fork server", text=traceback.format_exc())
     os._exit(status)
 

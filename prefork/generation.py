@@ -12,6 +12,7 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from dataclasses import dataclass, field
+from typing import Any
 
 from prefork import forkserver, log
 from prefork.config import Config
@@ -281,7 +282,7 @@ class Generation:
             self._vacated[worker.listener] += 1
         if status != 0 or serving:
             self.tally.deaths.append(Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024))
-        who = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
+        who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
         if not was_ready and not worker.retiring:
             self._died_unready(who, now)
         elif status != 0 or serving:
@@ -292,7 +293,7 @@ class Generation:
         self.look_soon(worker.listener, now)
         return True
 
-    def _died_unready(self, who: dict[str, object], now: float) -> None:
+    def _died_unready(self, who: dict[str, Any], now: float) -> None:
         if not self.committed:
             self.failure = self.failure or f"worker {who['slot']} died before it was ready: {who['cause']}"
             return
@@ -686,5 +687,3 @@ class Generation:
         if self.pid is not None and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)
         return min(times, default=None)
-
-

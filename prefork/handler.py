@@ -69,7 +69,7 @@ def load(target: str) -> Handler:
             where = getattr(found, "__file__", None) or "a built-in module"
             raise HandlerError(f"{target}: {where} has no {error.name!r}") from None
         raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
-    except BaseException as error:  # noqa: BLE001 - sys.exit() at import must not end the fork server as if it had meant to
+    except BaseException as error:
         raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
     if threading.active_count() > 1:
         names = ", ".join(sorted(t.name for t in threading.enumerate() if t is not threading.main_thread()))

@@ -83,7 +83,7 @@ _dropped = 0
 
 def configure(*, level: str | None = None, role: str | None = None) -> None:
     """Set the least level that is written, and what this process is called in its lines."""
-    global _level, _role  # noqa: PLW0603 - a process has one log
+    global _level, _role
     _level = Level[level.upper()] if level is not None else _level
     _role = role if role is not None else _role
 
@@ -96,7 +96,7 @@ def event(name: str, /, *, text: str = "", **fields: object) -> None:
 
 
 def _write(level: Level, message: str, text: str) -> None:
-    global _dropped  # noqa: PLW0603
+    global _dropped
     now = time.time()
     stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d}"
     head = f"{stamp} {level.name} {_role}[{os.getpid()}]: "

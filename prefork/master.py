@@ -116,7 +116,7 @@ class Master:
                 self._reap()
                 self._hear_signals()
                 self._tend()
-        except Exception:  # noqa: BLE001 - a bug of ours: say so and leave nothing behind
+        except Exception:
             log.event("bug", where="master", text=traceback.format_exc())
             self._kill_everything()
             self._close()
@@ -142,7 +142,7 @@ class Master:
             self.listeners = self._open(conf.bind, conf)
             self._warn_of_limits()
             self.inbox = signals.Inbox(HANDLED)
-            self.selector.register(self.inbox, selectors.EVENT_READ, lambda now: None)
+            self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self._boot("start", conf, self.listeners, [])
         except BaseException:
@@ -288,7 +288,9 @@ class Master:
 
     # -- generations
 
-    def _boot(self, what: str, conf: Config, listeners: list[Listener], clients: list[Client], opened: Sequence[Listener] = ()) -> None:
+    def _boot(
+        self, what: str, conf: Config, listeners: list[Listener], clients: list[Client], opened: Sequence[Listener] = ()
+    ) -> None:
         generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now)
         self.next_number += 1
         generation.start()
@@ -695,4 +697,3 @@ def _working_directory() -> str:
         return name if os.path.samefile(name, real) else real
     except OSError:
         return real
-

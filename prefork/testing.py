@@ -147,7 +147,8 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", ready: socket.socket, 
     try:
         deadline = time.monotonic() + START_TIMEOUT
         while True:
-            happened, _, _ = select.select([ready, ended], [], [], max(0.0, deadline - time.monotonic()))
+            watched: list[Any] = [ready, ended]
+            happened, _, _ = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))
             if ready in happened:
                 if b"READY=1" in ready.recv(4096).split(b"\n"):
                     return

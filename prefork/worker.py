@@ -65,7 +65,7 @@ def main(brief: Brief, handler: Handler) -> NoReturn:
         worker = Worker(brief, handler)
         worker.start()
         status = worker.run()
-    except BaseException:  # noqa: BLE001 - the last line of a process: it must not unwind into the fork server's frames
+    except BaseException:
         log.event("bug", where="worker", text=traceback.format_exc())
     os._exit(status)
 
@@ -122,7 +122,7 @@ class Worker:
         self._clean_up()
         return status
 
-    def serve(self) -> int:  # noqa: PLR0915 - the hot path is one function: each call in it costs every connection
+    def serve(self) -> int:
         """Accept, serve, again. Returns the exit status once this worker was asked to leave or can't accept any more."""
         board, slot, listener = self.board, self.slot, self.brief.listener
         states, words, order_words, retire, row = board.states, board.words, board.order_words, board.retire, board.board
@@ -139,8 +139,13 @@ class Worker:
         high_at = board.listener_word(place, scoreboard.HIGH)
         last_look, last_bucket = scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
         family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
-        accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]  # noqa: SLF001 - accept() without 10 us of enums
-        now_ns, new_socket, default_timeout, close = time.monotonic_ns, socket.socket, socket.getdefaulttimeout, _socket.socket.close
+        accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
+        now_ns, new_socket, default_timeout, close = (
+            time.monotonic_ns,
+            socket.socket,
+            socket.getdefaulttimeout,
+            _socket.socket.close,
+        )
         call = self._with_connection if self.handler.takes_connection else self.handler.call
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
         slot_number = slot + 1
@@ -165,7 +170,9 @@ class Worker:
             states[slot] = BUSY
             words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
             below = order_words[ring_at]
-            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since - order_words[last_look] > UNSEEN_NS:
+            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since - order_words[
+                last_look
+            ] > UNSEEN_NS:
                 self._ring(wire.Ring.ACCEPTED)
             sock = new_socket(family, kind, protocol, fd)
             if default_timeout() is not None:
@@ -175,7 +182,7 @@ class Worker:
                 call(sock)
             except ConnectionError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
-            except BaseException as error:  # noqa: BLE001 - one connection's trouble is one connection's
+            except BaseException as error:
                 failed = not self.forked
                 self._handler_raised(error, peer[:-1].decode())
             if self.forked:
@@ -186,7 +193,7 @@ class Worker:
             except OSError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
             bucket = (now_ns() - since >> 10).bit_length()
-            words[histogram_at + (bucket if bucket < last_bucket else last_bucket)] += 1
+            words[histogram_at + (min(last_bucket, bucket))] += 1
             if failed:
                 ended_error += 1
                 words[error_at] = ended_error
@@ -208,7 +215,7 @@ class Worker:
                 return None
             case Verdict.BLOCK_AGAIN:
                 log.event("accept_unblocked")
-                os.set_blocking(self.brief.listener.fileno(), True)  # noqa: FBT003
+                os.set_blocking(self.brief.listener.fileno(), True)
                 return None
             case Verdict.PAUSE:
                 self.pauses += 1
@@ -294,7 +301,7 @@ class Worker:
         signal.signal(signal.SIGINT, self._on_retire)
         signal.signal(signals.PARENT_DIED, self._on_parent_died)
 
-    def _on_retire(self, signo: int, frame: object) -> None:
+    def _on_retire(self, _signo: int, _frame: object) -> None:
         """Never raises: it runs between any two steps of the user's code."""
         self.retiring = True
         state = self.board.states[self.slot]
@@ -321,10 +328,10 @@ class Worker:
 
     def _clean_up(self) -> None:
         """What an interpreter does at its end, without waiting for threads that a handler left behind."""
-        for what, step in (("atexit", atexit._run_exitfuncs), ("flush", _flush)):  # noqa: SLF001 - multiprocessing does the same
+        for what, step in (("atexit", atexit._run_exitfuncs), ("flush", _flush)):
             try:
                 step()
-            except BaseException:  # noqa: BLE001 - user code; this process ends anyway
+            except BaseException:
                 log.event("exit_failed", what=what, text=traceback.format_exc())
 
 

@@ -8,7 +8,7 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any
+from typing import Any, Self
 
 from prefork.testing import connect
 
@@ -43,7 +43,7 @@ class Load:
         self._tallies = [Tally() for _ in range(clients)]
         self._threads = [threading.Thread(target=self._run, args=(tally,)) for tally in self._tallies]
 
-    def __enter__(self) -> "Load":
+    def __enter__(self) -> Self:
         for thread in self._threads:
             thread.start()
         return self

@@ -251,7 +251,7 @@ def _explain(wanted: Address, error: OSError) -> Exception:
 
 def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
-    import psutil  # slow to import, and only needed here
+    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
 
     found: Any
     try:

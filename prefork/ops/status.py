@@ -10,7 +10,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from prefork.pool import scoreboard
-from prefork.pool.scoreboard import BUSY, FREE, LEAVING, NOTHING, STATES, Access, Counts, Layout, Scoreboard
+from prefork.pool.scoreboard import BUSY, FREE, LEAVING, STATES, Access, Counts, Layout, Scoreboard
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -89,7 +89,7 @@ def _worker(board: Scoreboard, slot: int, state: int, generation: int, listener:
 
 
 def _summary(workers: list[dict[str, Any]], address: str, target: int) -> dict[str, int]:
-    counted = {state: 0 for state in _WORKER_STATES}
+    counted = dict.fromkeys(_WORKER_STATES, 0)
     for worker in workers:
         if worker["listener"] == address:
             counted[worker["state"]] += 1

@@ -226,12 +226,12 @@ class Scoreboard:
         killed_at = self.killed_word(slot)
         words = self.words
         for _ in range(3):
-            ended = words[begun_at + 1 : begun_at + 4].tolist()
+            ok, error, rejected = words[begun_at + 1 : begun_at + 4].tolist()
             killed = self.order_words[killed_at]
             begun = words[begun_at]
-            if ended == words[begun_at + 1 : begun_at + 4].tolist() and killed == self.order_words[killed_at]:
+            if [ok, error, rejected] == words[begun_at + 1 : begun_at + 4].tolist() and killed == self.order_words[killed_at]:
                 break
-        return Counts(begun, *ended, killed)
+        return Counts(begun, ok, error, rejected, killed)
 
     def restore(self, slot: int, counts: Counts) -> None:
         """Put back counters that a worker's stray write has spoilt."""

@@ -139,9 +139,7 @@ def pack_report(report: Report) -> bytes:
             half = TEXT_LIMIT // 2 - 16
             text = text[:half] + b"\n[... cut ...]\n" + text[-half:]
         return bytes([Kind.FAILED]) + text
-    return _REPORT.pack(
-        report.kind, report.slot, report.pid, report.status, report.utime_us, report.stime_us, report.max_rss_kib
-    )
+    return _REPORT.pack(report.kind, report.slot, report.pid, report.status, report.utime_us, report.stime_us, report.max_rss_kib)
 
 
 def read_report(message: bytes) -> Report | None:

@@ -90,7 +90,7 @@ _touched = False
 def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        global _touched  # noqa: PLW0603 - signals are the process's
+        global _touched
         _touched = True
         return function(*args, **kwargs)
 
@@ -113,5 +113,5 @@ def touched() -> bool:
 
 def forget() -> None:
     """What there is now is as it should be."""
-    global _touched  # noqa: PLW0603
+    global _touched
     _touched = False

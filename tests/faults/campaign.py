@@ -1,6 +1,7 @@
 """The faults, each against a daemon under load whose clients are counted. One function each, used with small counts by the
 suite and with full counts by ``python -m tests.faults``. Each returns its figures and raises AssertionError when a promise
-does not hold."""
+does not hold.
+"""
 
 import os
 import random
@@ -164,7 +165,7 @@ def kill_master(count: int = 1) -> Figures:
             server.process.kill()
             server.process.wait()
             begun = time.monotonic()
-            watch.until("every process is gone", lambda: all(map(watch.is_gone, pids)), 5.0)
+            watch.until("every process is gone", lambda pids=pids: all(map(watch.is_gone, pids)), 5.0)
             gone.append(time.monotonic() - begun)
             with serve("echo:loop", bind=f"{server.address[0]}:{server.address[1]}"):
                 free.append(time.monotonic() - begun)
