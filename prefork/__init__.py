@@ -3,4 +3,19 @@
 You write ``loop(sock)``; ``prefork serve --module echo:loop`` is everything between the socket and that function.
 """
 
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from prefork.handler import Connection
+
 __version__ = "0.1.0"
+__all__ = ["Connection", "__version__"]
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when asked for: the master imports this package and must not load what belongs to handlers.
+    if name == "Connection":
+        from prefork.handler import Connection  # noqa: PLC0415
+
+        return Connection
+    raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -630,6 +630,11 @@ class Generation:
             self._send(Order.LEAVE)
 
     @property
+    def accepts(self) -> bool:
+        """Whether somebody who was asked to leave may still be in accept()."""
+        return bool(self._nagging)
+
+    @property
     def left(self) -> bool:
         """Whether the fork server was told to leave, so that its end is no accident."""
         return self._left

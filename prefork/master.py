@@ -45,6 +45,8 @@ DRAIN_LOOK = 0.005
 FLOOD, FLOOD_REST = 16, 0.003
 # After this much more than planned the process did not sleep, it was stopped: nobody is punished for that time.
 STOPPED_FOR = 1.0
+# After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
+RELOAD_SETTLED = 1.0
 # A stop's last word: who is still there after SIGKILL and this long is not waited for.
 QUICK_LIMIT = 1.0
 
@@ -210,16 +212,17 @@ class Master:
         for generation in generations:
             if generation.pid is not None:
                 generation.receive(self.now)  # what a dead fork server said last comes before its end
+        # Workers before fork servers: one end of each may have been reaped just now, and a worker must not count as vanished.
         for change in ended:
             for generation in generations:
-                if generation.pid == change.pid:
-                    self._fork_server_ended(generation, change)
-                    break
                 worker = generation.pool.by_pid(change.pid)
                 if worker is not None:
                     cpu = change.utime + change.stime
                     generation.exited(worker.slot, change.pid, change.status, cpu, change.max_rss_kib, self.now)
-                    break
+        for change in ended:
+            for generation in generations:
+                if generation.pid == change.pid:
+                    self._fork_server_ended(generation, change)
 
     def _fork_server_ended(self, generation: Generation, change: process.Ended) -> None:
         self.selector.unregister(generation.channel)
@@ -382,7 +385,18 @@ class Master:
         for listener in removed:
             self._say_farewell(listener, self.now + self.config.graceful_timeout)
         log.configure(level=new.config.log_level)
-        self._tell(reload.clients, {"ok": True, "generation": new.number})
+        for client in reload.clients:
+            self.waiting.append((client, self.now + RELOAD_SETTLED, self._when_settled(old, new)))
+
+    def _when_settled(self, old: Generation | None, new: Generation) -> Callable[[], dict[str, Any] | None]:
+        """Who asked for a reload hears of it when nobody accepts with the old code any more."""
+
+        def outcome() -> dict[str, Any] | None:
+            left = old is None or not old.accepts
+            return {"ok": True, "generation": new.number} if left or self.now >= late else None
+
+        late = self.now + RELOAD_SETTLED
+        return outcome
 
     def _drain_deadline(self, generation: Generation) -> float | None:
         seconds = generation.config.drain_timeout
@@ -471,7 +485,7 @@ class Master:
             self.farewells.remove(farewell)
             for generation in self._generations():
                 if listener in generation.listeners:
-                    deadline = self.stop.deadline if self.stop is not None else self._drain_deadline(generation)
+                    deadline = None if self.stop is not None else self._drain_deadline(generation)
                     generation.retire(generation.listeners.index(listener), self.now, deadline)
             listener.close()
             log.event("no_longer_listening", address=listener.address)
@@ -530,7 +544,7 @@ class Master:
             self.draining.append(self.current)
             self.current = None
         for generation in self.draining:
-            generation.retire_all(self.now, stop.deadline)
+            generation.retire_all(self.now, None)  # the stop's own deadline is below
         if not self.draining:
             self.finished = True
         elif stop.deadline <= self.now and not stop.killed:

@@ -253,12 +253,17 @@ def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
     import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
 
-    found: Any
+    def listens(connections: list[Any]) -> list[Any]:
+        return [c for c in connections if c.status == "LISTEN" and c.laddr[1] == wanted.port]
+
     try:
-        found = [
-            c for c in psutil.net_connections("tcp") if c.status == "LISTEN" and c.laddr and c.laddr[1] == wanted.port and c.pid
-        ]
-        who = sorted({f"{psutil.Process(c.pid).name()} (pid {c.pid})" for c in found})
+        pid = next((c.pid for c in listens(psutil.net_connections("tcp")) if c.pid), None)
+        if pid is None:
+            return ""
+        holder = psutil.Process(pid)
+        # Children inherit it: name the oldest of the family, whom somebody can stop.
+        while (parent := holder.parent()) is not None and listens(parent.net_connections("tcp")):
+            holder = parent
+        return f" by {holder.name()} (pid {holder.pid})"
     except (OSError, psutil.Error):
         return ""
-    return f" by {', '.join(who[:3])}" if who else ""

@@ -1,0 +1,56 @@
+"""What every test is held to: it leaves no process, no descriptor and no file behind."""
+
+import os
+import tempfile
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prefork.system import process
+from tests import watch
+
+HANDLERS = Path(__file__).parent / "handlers"
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _own_scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+    """Temporary files of the code under test go to a directory of this process', so that leftovers are seen."""
+    before, tempfile.tempdir = tempfile.tempdir, str(tmp_path_factory.mktemp("scratch"))
+    # Orphans of a killed daemon become ours and not init's: none can slip away.
+    process.become_subreaper()
+    yield Path(tempfile.tempdir)
+    tempfile.tempdir = before
+
+
+@pytest.fixture(autouse=True)
+def _leaves_nothing_behind(_own_scratch: Path) -> Iterator[None]:
+    before = watch.descriptors(os.getpid())
+    yield
+    watch.until("no process is left behind", _no_children)
+    opened = {fd: what for fd, what in watch.descriptors(os.getpid()).items() if fd not in before}
+    assert not opened, f"descriptors left open: {opened}"
+    assert not (left := list(_own_scratch.iterdir())), f"files left behind: {left}"
+
+
+def _no_children() -> bool:
+    children = psutil.Process().children(recursive=True)
+    for child in children:
+        try:
+            if child.status() == psutil.STATUS_ZOMBIE and child.ppid() == os.getpid():
+                os.waitpid(child.pid, os.WNOHANG)
+        except (psutil.NoSuchProcess, ChildProcessError):
+            continue  # it has gone meanwhile
+    return not children
+
+
+@pytest.fixture
+def module(tmp_path: Path) -> Callable[[str], Path]:
+    """A function that writes ``mine.py`` (a handler module, and again to change it) and returns its folder."""
+
+    def write(source: str) -> Path:
+        (tmp_path / "mine.py").write_text(source)
+        return tmp_path
+
+    return write

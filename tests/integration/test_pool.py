@@ -1,0 +1,120 @@
+"""The pool: a constant number of acceptors, whatever handlers and signals do to the workers."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from contextlib import ExitStack
+
+from prefork.testing import Server, connect
+from tests import watch
+from tests.conftest import HANDLERS
+
+Start = Callable[..., Server]
+
+
+def hold(stack: ExitStack, server: Server, count: int) -> list[socket.socket]:
+    """So many connections that a worker each is serving."""
+    held = [stack.enter_context(server.connect()) for _ in range(count)]
+    for sock in held:
+        assert sock.recv(64)
+    return held
+
+
+def test_a_worker_that_is_killed_is_replaced_at_once(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=3)
+    status = watch.settled(server, 3)
+    victim = status["workers"][0]["pid"]
+    os.kill(victim, signal.SIGKILL)
+    watch.until("it has gone from the status", lambda: victim not in [w["pid"] for w in watch.workers(server)])
+    status = watch.settled(server, 3)
+    assert [(d["pid"], d["cause"], d["peer"]) for d in status["deaths"]] == [(victim, "signal 9 (SIGKILL)", None)]
+    assert "died: signal 9 (SIGKILL), serving nobody" in server.log()
+
+
+def test_a_worker_whose_handler_blocks_is_replaced(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2)
+    with ExitStack() as stack:
+        hold(stack, server, 5)
+        status = watch.settled(server, 2)
+        assert status["totals"]["serving"] == 5
+        assert status["listeners"][0]["workers"]["busy"] == 5
+        peers = {w["peer"] for w in status["workers"] if w["state"] == "busy"}
+        assert len(peers) == 5
+
+
+def test_at_the_ceiling_clients_wait_in_the_queue_and_are_served(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, max_workers=4)
+    with ExitStack() as stack:
+        held = hold(stack, server, 4)
+        watch.logged(server, "max_workers = 4 reached")
+        late = stack.enter_context(server.connect())
+        assert server.status()["listeners"][0]["queue"] == 1
+        assert len(watch.workers(server)) == 4
+        held[0].close()
+        assert late.recv(64)
+        assert server.status()["saturated_seconds"] > 0
+    watch.logged(server, "has acceptors again")
+
+
+def test_surplus_acceptors_go_after_spare_timeout_and_not_before(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, spare_timeout=0.6)
+    with ExitStack() as stack:
+        hold(stack, server, 4)
+        watch.settled(server, 2)
+    ended = time.monotonic()
+    watch.settled(server, 6)
+    watch.settled(server, 2)
+    assert time.monotonic() - ended > 0.3
+    totals = server.status()["totals"]
+    assert (totals["ok"], totals["killed"]) == (4, 0)
+
+
+def test_each_listener_keeps_its_own_acceptors_when_another_takes_the_ceiling(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, max_workers=6, bind=["127.0.0.1:0", "[::1]:0"])
+    with ExitStack() as stack:
+        hold(stack, server, 4)
+        watch.logged(server, "max_workers = 6 reached on 127.0.0.1")
+        watch.settled(server, 2, listener=1)
+        host, _, port = server.status()["listeners"][1]["address"].rpartition(":")
+        with connect((host.strip("[]"), int(port))) as sock:
+            assert sock.recv(64)
+
+
+def test_workers_that_die_before_they_are_ready_are_tried_again_ever_more_seldom(
+    prefork_server: Start, module: Callable[[str], object]
+) -> None:
+    folder = module(
+        "import os\n"
+        "os.register_at_fork(after_in_child=lambda: os._exit(3) if os.path.exists('broken') else None)\n"
+        "def loop(sock):\n    pass\n"
+    )
+    server = prefork_server("mine:loop", folder=folder, workers=2)
+    broken = f"{folder}/broken"
+    with open(broken, "w"):
+        pass
+    os.kill(watch.workers(server, "idle")[0]["pid"], signal.SIGKILL)
+    log = watch.logged(server, "before it was ready: exit status 3")
+    assert "1 in a row, next try in 1.5 s" in log
+    backoff = server.status()["backoff"]
+    assert "before it was ready" in backoff["reason"]
+    assert backoff["until"] > time.time()
+    os.unlink(broken)
+    watch.settled(server, 2)
+    assert server.status()["totals"]["forked"] <= 5
+    watch.logged(server, "workers start again, after 1 failures")
+    assert server.status()["backoff"] is None
+
+
+def test_a_worker_stopped_by_somebody_is_no_acceptor(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    victim = watch.settled(server, 1)["workers"][0]["pid"]
+    os.kill(victim, signal.SIGSTOP)
+    watch.until("another takes its place", lambda: len(watch.workers(server, "idle")) == 2)
+    # Who was stopped in accept() is still first in the kernel's row; it serves when it goes on.
+    with server.connect() as first, server.connect() as second:
+        for sock in (first, second):
+            sock.sendall(b"hello")
+        os.kill(victim, signal.SIGCONT)
+        assert first.recv(5) == second.recv(5) == b"hello"

@@ -1,0 +1,229 @@
+"""Reload: new code and configuration without losing anybody; a bad one changes nothing and says why."""
+
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import psutil
+import pytest
+
+from prefork.testing import Server, connect
+from tests import watch
+from tests.conftest import HANDLERS
+from tests.load import Load
+
+Start = Callable[..., Server]
+Module = Callable[[str], Path]
+
+SAYS = "def loop(sock):\n    sock.sendall(b{!r})\n"
+
+
+def says(server: Server) -> bytes:
+    with server.connect() as sock:
+        return sock.recv(64)
+
+
+def hup(server: Server, generation: int) -> None:
+    """Reload by signal, and wait until that generation serves alone."""
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, f"generation {generation} serves")
+    watch.until("nobody accepts with old code", lambda: all(w["generation"] == generation for w in watch.workers(server, "idle", "retiring")))
+
+
+def test_a_reload_serves_new_code_at_once_even_of_the_same_size_in_the_same_second(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(SAYS.format("one")), workers=2)
+    for generation, word in enumerate(("two", "six", "ten", "one"), 2):
+        module(SAYS.format(word))
+        hup(server, generation)
+        assert says(server) == word.encode()
+
+
+def test_an_old_connection_ends_in_peace_while_new_code_serves(prefork_server: Start) -> None:
+    server = prefork_server("tiny:about", folder=HANDLERS, workers=2)
+    with server.connect() as old:
+        assert b'"generation": 1' in old.recv(4096)
+        old.sendall(b"?")
+        assert old.recv(64) == b"false\n"
+        hup(server, 2)
+        watch.until("the old fork server has left", lambda: len(_fork_servers(server)) == 1)
+        old.sendall(b"?")
+        assert old.recv(64) == b"true\n"
+        with server.connect() as new:
+            assert b'"generation": 2' in new.recv(4096)
+        status = server.status()
+        assert status["totals"]["serving"] == 1
+    watch.until("the old worker has gone", lambda: len(watch.family(server.pid)) == 3)
+    assert server.status()["totals"]["ok"] == 2
+
+
+def _fork_servers(server: Server) -> set[int]:
+    return {child.pid for child in psutil.Process(server.pid).children()} - {w["pid"] for w in watch.workers(server)}
+
+
+@pytest.mark.parametrize(
+    ("source", "reason"),
+    [
+        ("raise RuntimeError('broken')\n", "RuntimeError: broken"),
+        ("def loop(sock) return\n", "SyntaxError"),
+        ("loop = 3\n", "int is not callable"),
+        ("def other(sock): pass\n", "has no 'loop'"),
+        ("import sys\nsys.exit(0)\n", "SystemExit"),
+        ("import os\nos._exit(0)\n", "the fork server died while it booted: exit status 0"),
+        ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "signal 11 (SIGSEGV)"),
+        ("import time\ntime.sleep(60)\n", "the import has not ended after boot_timeout = 0.5 s"),
+        (
+            "import os\nos.register_at_fork(after_in_child=lambda: os._exit(3))\ndef loop(sock): pass\n",
+            "died before it was ready: exit status 3",
+        ),
+    ],
+)
+def test_a_bad_reload_changes_nothing_and_says_why(prefork_server: Start, module: Module, source: str, reason: str) -> None:
+    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=0.5)
+    before = {w["pid"] for w in watch.settled(server, 2)["workers"]}
+    module(source)
+    answer = server.command("reload")
+    assert not answer["ok"]
+    assert reason in answer["reason"]
+    assert "refused, generation 1 keeps serving" in server.log()
+    status = watch.settled(server, 2)
+    assert (status["generation"], status["state"]) == (1, "running")
+    assert status["reload"]["result"] == "refused"
+    assert reason in status["reload"]["reason"]
+    assert {w["pid"] for w in status["workers"]} == before
+    watch.until("what was tried has gone", lambda: len(watch.family(server.pid)) == 3)
+    assert says(server) == b"old"
+    module(SAYS.format("new"))
+    assert server.command("reload")["ok"]
+    assert says(server) == b"new"
+
+
+def test_a_file_with_an_invalid_value_is_refused_and_a_mended_one_taken(prefork_server: Start, tmp_path: Path) -> None:
+    file = tmp_path / "echo.toml"
+    file.write_text('module = "echo:loop"\nworkers = 2\n')
+    server = prefork_server("", arguments=("--config", str(file)))
+    for broken, reason in (("workers = 0\n", "workers = 0 in"), ("workers = \n", "not TOML"), ('name = "b"\n', "name has changed, which needs a restart")):
+        file.write_text('module = "echo:loop"\n' + broken)
+        answer = server.command("reload")
+        assert not answer["ok"]
+        assert reason in answer["reason"]
+        watch.settled(server, 2)
+    file.unlink()
+    assert "can't read the configuration" in server.command("reload")["reason"]
+    file.write_text('module = "echo:loop"\nworkers = 3\n')
+    assert server.command("reload")["ok"]
+    watch.settled(server, 3)
+
+
+def test_reloads_under_load_that_add_and_remove_an_address_lose_nobody(prefork_server: Start, tmp_path: Path) -> None:
+    file = tmp_path / "echo.toml"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        second = free.getsockname()
+    file.write_text("workers = 2\n")
+    server = prefork_server("echo:loop", bind=[], arguments=("--config", str(file)), environment={"PREFORK_BIND": "127.0.0.1:0"})
+    one = f'bind = ["127.0.0.1:0"]\nworkers = 2\n'
+    two = f'bind = ["127.0.0.1:0", "127.0.0.1:{second[1]}"]\nworkers = 2\n'
+    server.stop()
+    file.write_text(one)
+    server = prefork_server("echo:loop", bind=[], arguments=("--config", str(file)))
+    with Load(server.address, clients=2) as load:
+        for _ in range(5):
+            file.write_text(two)
+            assert server.command("reload")["ok"]
+            with connect(second) as sock:
+                sock.sendall(b"hello")
+                assert sock.recv(5) == b"hello"
+                file.write_text(one)
+                assert server.command("reload")["ok"]
+                watch.logged(server, "no longer listening")
+                sock.sendall(b"again")
+                assert sock.recv(5) == b"again"
+            watch.until("the address is free", lambda: _refused(second))
+    assert not load.failures
+    assert load.refused == 0
+    watch.settled(server, 2)
+
+
+def _refused(address: tuple[str, int]) -> bool:
+    try:
+        connect(address, 1.0).close()
+    except ConnectionRefusedError:
+        return True
+    except TimeoutError:
+        return False
+    return False
+
+
+def test_an_added_address_that_is_taken_refuses_the_reload(prefork_server: Start, tmp_path: Path) -> None:
+    file = tmp_path / "echo.toml"
+    file.write_text('bind = ["127.0.0.1:0"]\nworkers = 2\n')
+    server = prefork_server("echo:loop", bind=[], arguments=("--config", str(file)))
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        file.write_text(f'bind = ["127.0.0.1:0", "127.0.0.1:{taken.getsockname()[1]}"]\nworkers = 2\n')
+        assert "is in use" in server.command("reload")["reason"]
+    watch.settled(server, 2)
+
+
+def test_drain_timeout_ends_old_connections_and_none_does_not(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1, drain_timeout=0.3)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        begun = time.monotonic()
+        hup(server, 2)
+        assert sock.recv(1) == b""
+        assert time.monotonic() - begun > 0.25
+    watch.until("it is counted", lambda: server.status()["totals"]["killed"] == 1)
+    assert server.status()["deaths"][0]["cause"] == "signal 9 (SIGKILL)"
+
+
+def test_a_reload_at_the_ceiling_gets_through(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, max_workers=2)
+    with server.connect() as one, server.connect() as two:
+        assert one.recv(64)
+        assert two.recv(64)
+        hup(server, 2)
+        with server.connect() as new:
+            assert new.recv(64)
+
+
+def test_a_reload_asked_for_during_a_reload_follows_it_once(prefork_server: Start) -> None:
+    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=1, environment={"IMPORT_SECONDS": "0.3"})
+    os.kill(server.pid, signal.SIGHUP)
+    watch.until("it reloads", lambda: server.status()["state"] == "reloading")
+    for _ in range(3):
+        os.kill(server.pid, signal.SIGHUP)
+        watch.logged(server, "another one follows it")
+    watch.logged(server, "generation 3 serves")
+    assert server.command("reload")["generation"] == 4
+
+
+def test_a_folder_that_is_switched_by_name_is_followed(prefork_server: Start, tmp_path: Path) -> None:
+    for word in ("old", "new"):
+        (tmp_path / word).mkdir()
+        (tmp_path / word / "mine.py").write_text(SAYS.format(word))
+    current = tmp_path / "current"
+    current.symlink_to("old")
+    server = prefork_server("mine:loop", folder=current, environment={"PWD": str(current)}, workers=1)
+    assert says(server) == b"old"
+    current.unlink()
+    current.symlink_to("new")
+    hup(server, 2)
+    assert says(server) == b"new"
+
+
+def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=8)
+    old = [w["pid"] for w in watch.settled(server, 8)["workers"]]
+    slowest = 0.0
+    for _ in range(5):
+        assert server.command("reload")["ok"]
+        committed = time.monotonic()
+        watch.until("the old workers have gone", lambda pids=old: all(map(watch.is_gone, pids)))
+        slowest = max(slowest, time.monotonic() - committed)
+        old = [w["pid"] for w in watch.workers(server)]
+    # The promise is 100 ms on a machine that is not starved; this one runs several tests at once.
+    assert slowest < 1.0

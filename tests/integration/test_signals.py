@@ -1,0 +1,144 @@
+"""Signals to the master: stop in its three forms, and one acceptor more or fewer."""
+
+import os
+import signal
+import socket
+import threading
+from collections.abc import Callable
+
+import pytest
+
+from prefork.testing import Server, connect
+from tests import watch
+from tests.conftest import HANDLERS
+from tests.load import Load
+
+Start = Callable[..., Server]
+
+
+@pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGINT])
+def test_a_graceful_stop_lets_connections_finish(prefork_server: Start, signo: int) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    with server.connect() as sock:
+        os.kill(server.pid, signo)
+        watch.logged(server, "no longer listening")
+        sock.sendall(b"still here")
+        assert sock.recv(64) == b"still here"
+        with pytest.raises(ConnectionRefusedError):
+            connect(server.address)
+    assert server.stop() == 0
+    assert "stopped: 1 connections served, 0 cut" in server.log()
+
+
+def test_a_graceful_stop_serves_whom_the_kernel_has_connected(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_workers=1)
+    with server.connect() as first:
+        assert first.recv(64)
+        with server.connect() as queued:
+            os.kill(server.pid, signal.SIGTERM)
+            watch.logged(server, "stopping")
+            first.shutdown(socket.SHUT_WR)
+            assert queued.recv(64)
+    assert server.stop() == 0
+    assert "2 connections served, 0 cut" in server.log()
+
+
+def test_stops_under_full_load_lose_nobody(prefork_server: Start) -> None:
+    for _ in range(3):
+        server = prefork_server("echo:loop", workers=4)
+        with Load(server.address, clients=4, timeout=0.5) as load:
+            watch.until("the load runs", lambda load=load: load.connections > 50)
+            assert server.stop() == 0
+            load.stop()
+        # Who is turned away in the handshake was never connected.
+        lost = [kind for _, kind in load.failures if not kind.startswith("connect")]
+        assert not lost
+        accepted = int(server.log().rpartition("stopped: ")[2].split()[0])
+        assert accepted == load.connections
+
+
+def test_connections_past_graceful_timeout_are_cut_and_named(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2, graceful_timeout=0.3)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        peer = f"127.0.0.1:{sock.getsockname()[1]}"
+        assert server.stop() == 0
+        assert sock.recv(1) == b""
+    assert f"is killed, serving {peer}: still there at the end of graceful_timeout" in server.log()
+    assert "1 connections served, 1 cut" in server.log()
+
+
+@pytest.mark.parametrize("how", ["QUIT", "INT twice"])
+def test_a_quick_stop_waits_for_nobody(prefork_server: Start, how: str) -> None:
+    server = prefork_server("echo:loop", workers=4)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        pids = [child.pid for child in watch.family(server.pid)]
+        if how == "INT twice":
+            os.kill(server.pid, signal.SIGINT)
+            watch.logged(server, "stopping (SIGINT)")
+        with watch.fewer_than(1.0, "a quick stop"):
+            assert server.stop(signal.SIGQUIT if how == "QUIT" else signal.SIGINT) == 0
+        assert all(map(watch.is_gone, pids))
+
+
+def test_ttin_and_ttou_are_one_acceptor_more_and_one_fewer(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    watch.settled(server, 2)
+    os.kill(server.pid, signal.SIGTTIN)
+    watch.settled(server, 3)
+    for idle in (2, 1):
+        os.kill(server.pid, signal.SIGTTOU)
+        watch.settled(server, idle)
+    os.kill(server.pid, signal.SIGTTOU)
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, "generation 2 serves")
+    watch.settled(server, 2)
+
+
+def test_only_the_master_hears_the_terminal(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    sessions = {os.getsid(child.pid) for child in watch.family(server.pid)}
+    assert os.getsid(server.pid) not in sessions
+    assert len(sessions) == 1
+
+
+def test_sighup_while_stopping_and_term_while_reloading_are_understood(prefork_server: Start) -> None:
+    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        os.kill(server.pid, signal.SIGHUP)
+        os.kill(server.pid, signal.SIGTERM)
+        watch.logged(server, "stopping")
+        os.kill(server.pid, signal.SIGHUP)
+        watch.logged(server, "SIGHUP ignored: the daemon is stopping")
+    assert server.stop() == 0
+
+
+def test_term_before_the_first_ready_ends_the_daemon(prefork_server: Start) -> None:
+    # Start it in a thread: the fixture waits for a READY that never comes.
+    started: list[str] = []
+
+    def start() -> None:
+        try:
+            prefork_server("slowimport:loop", folder=HANDLERS, environment={"IMPORT_SECONDS": "30"}, name="early")
+        except Exception as error:
+            started.append(str(error))
+
+    thread = threading.Thread(target=start)
+    thread.start()
+    pid = watch.until("the fork server runs", lambda: _master_of("prefork: early gen 1"))
+    os.kill(pid, signal.SIGTERM)
+    with watch.fewer_than(5.0, "ending a daemon that boots"):
+        thread.join()
+    assert "exit status 0" in started[0]
+
+
+def _master_of(title: str) -> int | None:
+    for child in watch.family(os.getpid()):
+        if child.cmdline()[:1] == [title]:
+            return child.ppid()
+    return None

@@ -1,0 +1,195 @@
+"""A worker and what handlers do to it: one connection's trouble is one connection's."""
+
+import json
+import os
+import signal
+import socket
+import time
+from collections.abc import Callable
+
+import psutil
+import pytest
+
+from prefork.testing import Server
+from tests import watch
+from tests.conftest import HANDLERS
+
+Start = Callable[..., Server]
+
+
+def tell(server: Server, line: str) -> bytes:
+    """One connection with one line; what comes back until the end, or nothing after a reset."""
+    with server.connect() as sock:
+        sock.sendall(line.encode())
+        try:
+            got = sock.recv(4096)
+            while data := sock.recv(4096):
+                got += data
+        except ConnectionResetError:
+            return b""
+    return got
+
+
+def test_a_worker_has_the_signals_of_a_fresh_process_but_for_its_own(prefork_server: Start) -> None:
+    server = prefork_server("tiny:state", folder=HANDLERS, workers=1)
+    told = json.loads(tell(server, ""))
+    ours = {signal.SIGTERM, signal.SIGINT, signal.SIGRTMIN + 2}
+    ignored = {signal.SIGPIPE, signal.SIGXFSZ}
+    for number, handler in told["handlers"].items():
+        wanted = repr(signal.SIG_IGN) if int(number) in ignored else repr(signal.SIG_DFL)
+        if int(number) in ours:
+            assert "Worker" in handler
+        elif handler != "None":
+            assert handler == wanted, f"signal {number}: {handler}"
+    assert told["mask"] == []
+    assert told["blocking"] is True
+
+
+def test_a_worker_has_no_descriptor_that_it_does_not_need(prefork_server: Start) -> None:
+    server = prefork_server("tiny:state", folder=HANDLERS, workers=1, bind=["127.0.0.1:0", "[::1]:0"])
+    told = json.loads(tell(server, ""))
+    # Standard three, listener, doorbell, /dev/null, and the connection.
+    assert len(told["fds"]) == 7
+    worker = watch.workers(server, "idle")[0]["pid"]
+    kinds = sorted(what.split(":")[0] for fd, what in watch.descriptors(worker).items() if fd > 2)
+    assert kinds == ["/dev/null", "pipe", "socket"]
+
+
+def test_a_reload_leaves_no_descriptor_of_its_client_or_of_older_generations(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    before = len(watch.descriptors(server.pid)), len(watch.descriptors(watch.fork_server(server)))
+    for _ in range(3):
+        assert server.command("reload")["ok"]
+    watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 3)
+    assert (len(watch.descriptors(server.pid)), len(watch.descriptors(watch.fork_server(server)))) == before
+
+
+@pytest.mark.parametrize("line", ["raise", "exit"])
+def test_a_handler_that_raises_costs_only_its_connection(prefork_server: Start, line: str) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    pid = watch.settled(server, 1)["workers"][0]["pid"]
+    assert tell(server, line) == b""
+    assert tell(server, "go on") == f"{pid} go on\n".encode()
+    log = watch.logged(server, "the handler raised, serving 127.0.0.1:")
+    assert "in obey" in log
+    assert "worker.py" not in log
+    totals = server.status()["totals"]
+    assert (totals["error"], totals["ok"], totals["exited"]) == (1, 1, 0)
+
+
+def test_a_connection_error_that_leaves_the_handler_is_the_peers_end(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    tell(server, "reset")
+    watch.until("it is counted", lambda: server.status()["totals"]["ok"] == 1)
+    assert "raised" not in server.log()
+
+
+def test_tracebacks_are_bounded(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    begun = time.monotonic()
+    for _ in range(50):
+        tell(server, "raise")
+    seconds = time.monotonic() - begun
+    assert server.log().count("RuntimeError: raised as told") <= 10 * (seconds + 1)
+    watch.until("all are counted", lambda: server.status()["totals"]["error"] == 50)
+
+
+def test_a_worker_that_ends_itself_is_replaced_and_its_connection_counted_as_killed(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=2)
+    tell(server, "os._exit")
+    status = watch.settled(server, 2)
+    assert (status["totals"]["killed"], status["totals"]["exited"]) == (1, 1)
+    assert status["deaths"][0]["cause"] == "exit status 3"
+    assert status["deaths"][0]["peer"].startswith("127.0.0.1:")
+    assert watch.identity_holds(status["totals"])
+
+
+@pytest.mark.parametrize("line", ["close", "close descriptor"])
+def test_a_handler_that_closes_its_own_socket_is_fine(prefork_server: Start, line: str) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    pid = watch.settled(server, 1)["workers"][0]["pid"]
+    tell(server, line)
+    assert tell(server, "go on") == f"{pid} go on\n".encode()
+
+
+def test_a_handler_that_closes_every_descriptor_ends_its_worker_and_nobody_else(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=2)
+    tell(server, "close all")
+    watch.until("the worker is replaced", lambda: server.status()["totals"]["exited"] == 1)
+    watch.settled(server, 2)
+    assert b"go on" in tell(server, "go on")
+
+
+def test_a_child_that_the_handler_forks_and_that_returns_does_not_serve(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    pid = watch.settled(server, 1)["workers"][0]["pid"]
+    assert tell(server, "fork") == f"{pid} fork\n".encode()
+    watch.until("the child has ended", lambda: all(map(_ended, psutil.Process(pid).children())))
+    totals = server.status()["totals"]
+    assert (totals["accepted"], totals["ok"], totals["serving"]) == (1, 1, 0)
+    assert tell(server, "go on") == f"{pid} go on\n".encode()
+
+
+def _ended(child: psutil.Process) -> bool:
+    return watch.is_gone(child.pid)
+
+
+@pytest.mark.parametrize("line", ["block", "replace", "alarm"])
+def test_a_handler_that_changes_signals_harms_neither_the_next_client_nor_retiring(prefork_server: Start, line: str) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    old = watch.settled(server, 1)["workers"][0]["pid"]
+    tell(server, line)
+    for _ in range(20):
+        assert tell(server, "go on") == f"{old} go on\n".encode()
+    assert server.command("reload")["ok"]
+    watch.until("it has left", lambda: watch.is_gone(old), 5.0)
+
+
+def test_a_default_timeout_left_behind_does_not_reach_the_next_connection(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    tell(server, "default timeout")
+    with server.connect() as sock:
+        # Longer than the time-out that was left behind: only a blocking socket is still there.
+        assert tell_late(sock) == b"go on"
+
+
+def tell_late(sock: socket.socket) -> bytes:
+    """Say something only once the other side must have been waiting for a while."""
+    deadline = time.monotonic() + 0.1
+    while time.monotonic() < deadline:
+        assert sock.gettimeout() is not None
+        time.sleep(0.01)
+    sock.sendall(b"go on")
+    return sock.recv(64).split()[1] + b" on"
+
+
+def test_a_file_made_of_the_socket_and_kept_does_not_keep_the_connection(prefork_server: Start, module: Callable[[str], object]) -> None:
+    folder = module("kept = []\ndef loop(sock):\n    kept.append(sock.makefile('rwb'))\n    sock.sendall(b'x')\n")
+    server = prefork_server("mine:loop", folder=folder, workers=1)
+    with server.connect(timeout=5.0) as sock:
+        assert sock.recv(1) == b"x"
+        assert sock.recv(1) == b""
+
+
+def test_the_connection_object_tells_who_where_and_which(prefork_server: Start) -> None:
+    server = prefork_server("tiny:about", folder=HANDLERS, workers=1)
+    with server.connect() as sock:
+        told = json.loads(sock.recv(4096))
+        assert told["peer"] == "127.0.0.1:%d" % sock.getsockname()[1]
+        assert told["local"] == told["listener"] == "127.0.0.1:%d" % server.address[1]
+        assert (told["worker"], told["generation"], told["id"]) == (0, 1, "1.0.1")
+        assert abs(told["accepted_at"] - time.monotonic()) < 10
+
+
+def test_retiring_a_worker_signalled_from_outside_loses_nobody(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        busy = watch.workers(server, "busy")[0]["pid"]
+        os.kill(busy, signal.SIGTERM)
+        sock.sendall(b"y")
+        assert sock.recv(1) == b"y"
+    watch.until("it has left", lambda: watch.is_gone(busy))
+    watch.settled(server, 2)
+    assert server.status()["deaths"] == []

@@ -1,0 +1,130 @@
+"""Addresses as users write them, and back."""
+
+import socket
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefork.net import address
+from prefork.net.address import TEMPORARY_NAME, UNIX_PATH_LIMIT, Address, parse
+
+ports = st.integers(0, 65535)
+v4 = st.ip_addresses(v=4).map(str)
+v6 = st.ip_addresses(v=6).map(str)
+LONGEST = UNIX_PATH_LIMIT - TEMPORARY_NAME
+
+
+@given(host=v4, port=ports)
+def test_an_ipv4_address_is_shown_as_it_is_written(host: str, port: int) -> None:
+    assert parse(f"{host}:{port}") == Address(socket.AF_INET, host, port)
+    assert str(parse(f"{host}:{port}")) == f"{host}:{port}"
+
+
+@given(host=v6, port=ports)
+def test_an_ipv6_address_is_shown_as_it_is_written(host: str, port: int) -> None:
+    assert parse(f"[{host}]:{port}").family == socket.AF_INET6
+    assert str(parse(f"[{host}]:{port}")) == f"[{host}]:{port}"
+
+
+@given(host=st.ip_addresses(v=6), port=ports)
+def test_two_spellings_of_one_ipv6_address_are_equal(host: object, port: int) -> None:
+    exploded = getattr(host, "exploded")  # noqa: B009 - hypothesis types it as either version
+    assert parse(f"[{exploded.upper()}]:{port}") == parse(f"[{host}]:{port}")
+
+
+@given(port=ports)
+def test_a_port_alone_is_every_address_of_both_families(port: int) -> None:
+    assert parse(f":{port}") == Address(socket.AF_INET6, "", port)
+    assert str(parse(f":{port}")) == f":{port}"
+    assert parse(f"[::]:{port}") != parse(f":{port}")
+
+
+def test_localhost_is_not_looked_up() -> None:
+    assert parse("localhost:80") == parse("127.0.0.1:80")
+
+
+@given(st.text(st.characters(exclude_characters="?\0", exclude_categories=["Cs"]), max_size=25))
+def test_a_unix_path_is_taken_literally(name: str) -> None:
+    assert parse(f"unix:/{name}") == Address(socket.AF_UNIX, f"/{name}", mode=0o600)
+    assert str(parse(f"unix:/{name}")) == f"unix:/{name}"
+
+
+@given(st.integers(0, 0o777))
+def test_a_unix_mode_is_octal(mode: int) -> None:
+    assert parse(f"unix:/a?mode={mode:o}").mode == mode
+    assert parse(f"unix:/a?mode=0{mode:o}").mode == mode
+
+
+@pytest.mark.parametrize("character", ["a", "é", "😀"])
+def test_a_unix_path_is_measured_in_bytes(character: str) -> None:
+    size = len(character.encode())
+    path = "/" + character * ((LONGEST - 1) // size)
+    assert parse(f"unix:{path}").host == path
+    with pytest.raises(ValueError, match=f"at most {LONGEST} bytes"):
+        parse(f"unix:{path}{character}")
+
+
+def test_the_longest_unix_path_can_be_bound_under_its_temporary_name() -> None:
+    # sun_path holds 108 bytes with the NUL.
+    assert len(parse("unix:/" + "a" * (LONGEST - 1)).host) + TEMPORARY_NAME + 1 <= 108
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("", r"HOST:PORT, :PORT, \[IPV6\]:PORT or unix:/path"),
+        ("7000", r"HOST:PORT, :PORT, \[IPV6\]:PORT or unix:/path"),
+        ("127.0.0.1:", "port must be a number from 0 to 65535, not ''"),
+        ("127.0.0.1:65536", "port must be a number from 0 to 65535, not '65536'"),
+        ("127.0.0.1:-1", "port must be a number from 0 to 65535, not '-1'"),
+        ("127.0.0.1:٨٠", "port must be a number from 0 to 65535"),
+        ("127.0.0.1:8_0", "port must be a number from 0 to 65535"),
+        ("127.0.0.1: 80", "port must be a number from 0 to 65535"),
+        ("example.org:80", "numeric address or localhost, not 'example.org'"),
+        ("127.1:80", "numeric address or localhost, not '127.1'"),
+        ("127.0.0.01:80", "numeric address or localhost, not '127.0.0.01'"),
+        ("[]:80", "numeric address or localhost, not ''"),
+        ("::1:80", r"in brackets: \[::1\]"),
+        ("[127.0.0.1]:80", "not IPv6: 127.0.0.1"),
+        ("unix:", "path is absolute: unix:/path"),
+        ("unix:run/a", "path is absolute: unix:/path"),
+        ("unix:/a\0b", f"at most {LONGEST} bytes"),
+        ("unix:/a?owner=me", "unknown parameter 'owner'; there is mode"),
+        ("unix:/a?mode", "mode is octal, 0 to 0777, not ''"),
+        ("unix:/a?mode=0888", "mode is octal, 0 to 0777, not '0888'"),
+        ("unix:/a?mode=1777", "mode is octal, 0 to 0777, not '1777'"),
+        ("unix:/a?mode=-1", "mode is octal, 0 to 0777, not '-1'"),
+    ],
+)
+def test_a_refused_address_is_told_what_would_be_right(text: str, says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        parse(text)
+
+
+def test_a_port_of_thousands_of_digits_is_refused_like_any_other() -> None:
+    with pytest.raises(ValueError, match="port must be a number from 0 to 65535"):
+        parse("127.0.0.1:" + "1" * 5000)
+
+
+pieces = st.sampled_from([":", "[", "]", "unix:", "/", "?mode=", "%", "::", "127.0.0.1", "localhost", "٣", "\0", "&", "=", "0"])
+
+
+@given(st.text() | st.lists(pieces | st.text(max_size=3)).map("".join))
+def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
+    try:
+        parsed = parse(text)
+    except ValueError:
+        return
+    assert parse(str(parsed)).host == parsed.host, "what was accepted can be shown and read again"
+
+
+@given(host=v4, port=ports)
+def test_a_mapped_peer_is_shown_as_ipv4(host: str, port: int) -> None:
+    assert address.peer_text(socket.AF_INET6, (f"::ffff:{host}", port, 0, 0)) == f"{host}:{port}"
+    assert address.peer_text(socket.AF_INET, (host, port)) == f"{host}:{port}"
+
+
+def test_other_peers_are_shown_by_their_family() -> None:
+    assert address.peer_text(socket.AF_INET6, ("fe80::1%eth0", 5, 0, 2)) == "[fe80::1%eth0]:5"
+    assert address.peer_text(socket.AF_UNIX, b"") == "unix"
