@@ -8,6 +8,7 @@ with the next one that can: the log never stops the daemon.
 import os
 import time
 from enum import IntEnum
+from typing import Any
 
 
 class Level(IntEnum):
@@ -88,7 +89,7 @@ def configure(*, level: str | None = None, role: str | None = None) -> None:
     _role = role if role is not None else _role
 
 
-def event(name: str, /, *, text: str = "", **fields: object) -> None:
+def event(name: str, /, *, text: str = "", **fields: Any) -> None:
     """Log the event ``name``. Raises KeyError when it, or one of its fields, is unknown: that is a bug of ours."""
     level, sentence = EVENTS[name]
     if level >= _level:

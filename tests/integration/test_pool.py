@@ -91,10 +91,11 @@ def test_workers_that_die_before_they_are_ready_are_tried_again_ever_more_seldom
         "def loop(sock):\n    pass\n"
     )
     server = prefork_server("mine:loop", folder=folder, workers=2)
+    victim = watch.settled(server, 2)["workers"][0]["pid"]
     broken = f"{folder}/broken"
     with open(broken, "w"):
         pass
-    os.kill(watch.workers(server, "idle")[0]["pid"], signal.SIGKILL)
+    os.kill(victim, signal.SIGKILL)
     log = watch.logged(server, "before it was ready: exit status 3")
     assert "1 in a row, next try in 1.5 s" in log
     backoff = server.status()["backoff"]

@@ -30,7 +30,10 @@ def hup(server: Server, generation: int) -> None:
     """Reload by signal, and wait until that generation serves alone."""
     os.kill(server.pid, signal.SIGHUP)
     watch.logged(server, f"generation {generation} serves")
-    watch.until("nobody accepts with old code", lambda: all(w["generation"] == generation for w in watch.workers(server, "idle", "retiring")))
+    watch.until(
+        "nobody accepts with old code",
+        lambda: all(w["generation"] == generation for w in watch.workers(server, "idle", "retiring")),
+    )
 
 
 def test_a_reload_serves_new_code_at_once_even_of_the_same_size_in_the_same_second(prefork_server: Start, module: Module) -> None:
@@ -73,7 +76,7 @@ def _fork_servers(server: Server) -> set[int]:
         ("import sys\nsys.exit(0)\n", "SystemExit"),
         ("import os\nos._exit(0)\n", "the fork server died while it booted: exit status 0"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "signal 11 (SIGSEGV)"),
-        ("import time\ntime.sleep(60)\n", "the import has not ended after boot_timeout = 0.5 s"),
+        ("import time\ntime.sleep(60)\n", "the import has not ended after boot_timeout = 2 s"),
         (
             "import os\nos.register_at_fork(after_in_child=lambda: os._exit(3))\ndef loop(sock): pass\n",
             "died before it was ready: exit status 3",
@@ -81,7 +84,7 @@ def _fork_servers(server: Server) -> set[int]:
     ],
 )
 def test_a_bad_reload_changes_nothing_and_says_why(prefork_server: Start, module: Module, source: str, reason: str) -> None:
-    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=0.5)
+    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=2)
     before = {w["pid"] for w in watch.settled(server, 2)["workers"]}
     module(source)
     answer = server.command("reload")
@@ -104,7 +107,11 @@ def test_a_file_with_an_invalid_value_is_refused_and_a_mended_one_taken(prefork_
     file = tmp_path / "echo.toml"
     file.write_text('module = "echo:loop"\nworkers = 2\n')
     server = prefork_server("", arguments=("--config", str(file)))
-    for broken, reason in (("workers = 0\n", "workers = 0 in"), ("workers = \n", "not TOML"), ('name = "b"\n', "name has changed, which needs a restart")):
+    for broken, reason in (
+        ("workers = 0\n", "workers = 0 in"),
+        ("workers = \n", "not TOML"),
+        ('name = "b"\n', "name has changed, which needs a restart"),
+    ):
         file.write_text('module = "echo:loop"\n' + broken)
         answer = server.command("reload")
         assert not answer["ok"]
@@ -124,7 +131,7 @@ def test_reloads_under_load_that_add_and_remove_an_address_lose_nobody(prefork_s
         second = free.getsockname()
     file.write_text("workers = 2\n")
     server = prefork_server("echo:loop", bind=[], arguments=("--config", str(file)), environment={"PREFORK_BIND": "127.0.0.1:0"})
-    one = f'bind = ["127.0.0.1:0"]\nworkers = 2\n'
+    one = 'bind = ["127.0.0.1:0"]\nworkers = 2\n'
     two = f'bind = ["127.0.0.1:0", "127.0.0.1:{second[1]}"]\nworkers = 2\n'
     server.stop()
     file.write_text(one)
@@ -215,6 +222,10 @@ def test_a_folder_that_is_switched_by_name_is_followed(prefork_server: Start, tm
     assert says(server) == b"new"
 
 
+def _wait_until_gone(pids: list[int]) -> None:
+    watch.until("the old workers have gone", lambda: all(map(watch.is_gone, pids)))
+
+
 def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=8)
     old = [w["pid"] for w in watch.settled(server, 8)["workers"]]
@@ -222,7 +233,7 @@ def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -
     for _ in range(5):
         assert server.command("reload")["ok"]
         committed = time.monotonic()
-        watch.until("the old workers have gone", lambda pids=old: all(map(watch.is_gone, pids)))
+        _wait_until_gone(old)
         slowest = max(slowest, time.monotonic() - committed)
         old = [w["pid"] for w in watch.workers(server)]
     # The promise is 100 ms on a machine that is not starved; this one runs several tests at once.

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -106,8 +107,9 @@ def test_a_unix_socket_that_is_not_ours_any_more_is_left_alone(prefork_server: S
 def test_an_address_in_use_names_who_holds_it(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", name="first")
     host, port = server.address
-    with pytest.raises(StartError, match=rf"{host}:{port} is in use by .*\(pid {server.pid}\)") as caught, serve(
-        "echo:loop", bind=f"{host}:{port}"
+    with (
+        pytest.raises(StartError, match=rf"{host}:{port} is in use by .*\(pid {server.pid}\)") as caught,
+        serve("echo:loop", bind=f"{host}:{port}"),
     ):
         pass
     assert caught.value.exit_status == 69
@@ -140,7 +142,7 @@ def test_a_low_port_without_permission_says_how_to_get_it() -> None:
         ({"bind": "here"}, 78, "an address is HOST:PORT"),
     ],
 )
-def test_a_start_that_can_not_be_ends_with_its_exit_code_and_a_remedy(options: dict[str, object], status: int, message: str) -> None:
+def test_a_start_that_can_not_be_ends_with_its_exit_code_and_a_remedy(options: dict[str, Any], status: int, message: str) -> None:
     with pytest.raises(StartError, match=message) as caught, serve("", folder=HANDLERS, **{"module": "tiny:who", **options}):
         pass
     assert caught.value.exit_status == status
@@ -153,7 +155,10 @@ def test_a_start_that_can_not_be_ends_with_its_exit_code_and_a_remedy(options: d
         ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("import nosuch", "No module named 'nosuch'"),
         ("def loop(sock) return", "SyntaxError"),
-        ("import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\ndef loop(s): pass", "started threads"),
+        (
+            "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\ndef loop(s): pass",
+            "started threads",
+        ),
     ],
 )
 def test_an_import_that_fails_ends_the_start_with_its_traceback(module: Callable[[str], Path], source: str, message: str) -> None:
@@ -198,8 +203,9 @@ def test_a_toml_file_gives_the_options_and_the_command_line_beats_it(prefork_ser
 def test_an_unknown_key_in_the_file_is_named_with_the_nearest(tmp_path: Path) -> None:
     file = tmp_path / "echo.toml"
     file.write_text('module = "echo:loop"\nworker = 5\n')
-    with pytest.raises(StartError, match=r"unknown option 'worker' in .*echo\.toml: did you mean 'workers'\?") as caught, serve(
-        "", arguments=("--config", str(file))
+    with (
+        pytest.raises(StartError, match=r"unknown option 'worker' in .*echo\.toml: did you mean 'workers'\?") as caught,
+        serve("", arguments=("--config", str(file))),
     ):
         pass
     assert caught.value.exit_status == 78

@@ -47,7 +47,7 @@ def test_stops_under_full_load_lose_nobody(prefork_server: Start) -> None:
     for _ in range(3):
         server = prefork_server("echo:loop", workers=4)
         with Load(server.address, clients=4, timeout=0.5) as load:
-            watch.until("the load runs", lambda load=load: load.connections > 50)
+            _wait_for(load, 50)
             assert server.stop() == 0
             load.stop()
         # Who is turned away in the handshake was never connected.
@@ -67,6 +67,10 @@ def test_connections_past_graceful_timeout_are_cut_and_named(prefork_server: Sta
         assert sock.recv(1) == b""
     assert f"is killed, serving {peer}: still there at the end of graceful_timeout" in server.log()
     assert "1 connections served, 1 cut" in server.log()
+
+
+def _wait_for(load: Load, connections: int) -> None:
+    watch.until("the load runs", lambda: load.connections > connections)
 
 
 @pytest.mark.parametrize("how", ["QUIT", "INT twice"])

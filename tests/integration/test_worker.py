@@ -50,7 +50,7 @@ def test_a_worker_has_no_descriptor_that_it_does_not_need(prefork_server: Start)
     told = json.loads(tell(server, ""))
     # Standard three, listener, doorbell, /dev/null, and the connection.
     assert len(told["fds"]) == 7
-    worker = watch.workers(server, "idle")[0]["pid"]
+    worker = watch.until("it is idle again", lambda: watch.workers(server, "idle"))[0]["pid"]
     kinds = sorted(what.split(":")[0] for fd, what in watch.descriptors(worker).items() if fd > 2)
     assert kinds == ["/dev/null", "pipe", "socket"]
 
@@ -97,11 +97,12 @@ def test_tracebacks_are_bounded(prefork_server: Start) -> None:
 def test_a_worker_that_ends_itself_is_replaced_and_its_connection_counted_as_killed(prefork_server: Start) -> None:
     server = prefork_server("tiny:obey", folder=HANDLERS, workers=2)
     tell(server, "os._exit")
-    status = watch.settled(server, 2)
+    status = watch.until("its death is known", lambda: (now := server.status())["deaths"] and now)
     assert (status["totals"]["killed"], status["totals"]["exited"]) == (1, 1)
     assert status["deaths"][0]["cause"] == "exit status 3"
     assert status["deaths"][0]["peer"].startswith("127.0.0.1:")
     assert watch.identity_holds(status["totals"])
+    watch.settled(server, 2)
 
 
 @pytest.mark.parametrize("line", ["close", "close descriptor"])
@@ -163,7 +164,9 @@ def tell_late(sock: socket.socket) -> bytes:
     return sock.recv(64).split()[1] + b" on"
 
 
-def test_a_file_made_of_the_socket_and_kept_does_not_keep_the_connection(prefork_server: Start, module: Callable[[str], object]) -> None:
+def test_a_file_made_of_the_socket_and_kept_does_not_keep_the_connection(
+    prefork_server: Start, module: Callable[[str], object]
+) -> None:
     folder = module("kept = []\ndef loop(sock):\n    kept.append(sock.makefile('rwb'))\n    sock.sendall(b'x')\n")
     server = prefork_server("mine:loop", folder=folder, workers=1)
     with server.connect(timeout=5.0) as sock:

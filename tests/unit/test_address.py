@@ -1,6 +1,7 @@
 """Addresses as users write them, and back."""
 
 import socket
+from ipaddress import IPv6Address
 
 import pytest
 from hypothesis import given
@@ -28,9 +29,8 @@ def test_an_ipv6_address_is_shown_as_it_is_written(host: str, port: int) -> None
 
 
 @given(host=st.ip_addresses(v=6), port=ports)
-def test_two_spellings_of_one_ipv6_address_are_equal(host: object, port: int) -> None:
-    exploded = getattr(host, "exploded")  # noqa: B009 - hypothesis types it as either version
-    assert parse(f"[{exploded.upper()}]:{port}") == parse(f"[{host}]:{port}")
+def test_two_spellings_of_one_ipv6_address_are_equal(host: IPv6Address, port: int) -> None:
+    assert parse(f"[{host.exploded.upper()}]:{port}") == parse(f"[{host}]:{port}")
 
 
 @given(port=ports)

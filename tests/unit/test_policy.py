@@ -1,5 +1,6 @@
 """How many workers are forked and retired: examples of one listener, and a simulated daemon with a fake clock that is driven
-at random. The simulation's master does what the real one does with a decision; its checks come from the promises, not the code."""
+at random. The simulation's master does what the real one does with a decision; its checks come from the promises, not the code.
+"""
 
 from dataclasses import dataclass, field
 
@@ -238,7 +239,7 @@ class Daemon:
         return sum(len(pool.workers) for pool in self.pools)
 
     def note(self, pool: SimulatedPool) -> None:
-        pool.idle_was = pool.idle_was[-500:] + [(self.now, pool.count("idle"))]
+        pool.idle_was = [*pool.idle_was[-500:], (self.now, pool.count("idle"))]
 
     def returning(self, pool: SimulatedPool) -> int:
         return sum(worker.runnable and self.now - worker.since < YOUNG for worker in pool.of("busy"))
@@ -270,7 +271,7 @@ class Daemon:
         wanted = max(0, pool.missing - seen.returning)
         if seen.room > 0:
             assert decision.fork >= min(seen.vacated, wanted, seen.room), "a place known to be empty is filled at once"
-        pool.looks = pool.looks[-50:] + [(self.now, wanted - decision.fork)]
+        pool.looks = [*pool.looks[-50:], (self.now, wanted - decision.fork)]
 
     # -- what happens
 

@@ -10,8 +10,8 @@ from prefork.pool.state import Pool
 
 LISTENERS, CAPACITY = 2, 3
 # Few enough that lies hit slots in use, free ones, and ones that do not exist.
-slots = st.integers(-1, LISTENERS * CAPACITY + 1)
-pids = st.integers(-1, 7)
+slots = st.integers(-1, LISTENERS * CAPACITY)
+pids = st.integers(0, 4)
 
 
 class PoolMachine(RuleBasedStateMachine):
@@ -38,7 +38,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert worker is not None
         assert (worker.slot, worker.listener, worker.since, worker.pid) == (min(free), listener, now, 0)
-        assert not (worker.ready or worker.retiring or worker.stopped or worker.killed)
+        assert (worker.ready, worker.retiring, worker.stopped, worker.killed) == (False,) * 4
         self.model[worker.slot] = None
         self.highest[listener] = max(self.highest[listener], min(free) - listener * CAPACITY + 1)
 
@@ -96,7 +96,7 @@ class PoolMachine(RuleBasedStateMachine):
 
 
 TestPool = PoolMachine.TestCase
-TestPool.settings = settings(max_examples=150, stateful_step_count=40)
+TestPool.settings = settings(max_examples=200, stateful_step_count=40)
 
 
 def test_the_oldest_unconfirmed_fork_comes_first() -> None:

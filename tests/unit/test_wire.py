@@ -10,12 +10,12 @@ from prefork.pool.wire import Command, Doorbell, Kind, Order, Report, Ring
 u32 = st.integers(0, 2**32 - 1)
 u64 = st.integers(0, 2**64 - 1)
 rings = st.builds(Doorbell, st.sampled_from(Ring), u32, u32, u32)
-reports = st.builds(
-    Report, st.sampled_from([kind for kind in Kind if kind is not Kind.FAILED]), u32, u32, st.integers(-(2**31), 2**31 - 1), u64, u64, u64
-)
+plain_kinds = st.sampled_from([kind for kind in Kind if kind is not Kind.FAILED])
+reports = st.builds(Report, plain_kinds, u32, u32, st.integers(-(2**31), 2**31 - 1), u64, u64, u64)
 MAGIC = wire.pack_doorbell(Ring.READY, 0, 0, 0)[:2]
 # Bytes, and pieces that look like the beginning of something.
-rubbish = st.lists(st.binary(max_size=40) | st.just(MAGIC) | st.just(MAGIC + b"\1\0") | rings.map(lambda r: packed(r)[:9])).map(b"".join)
+pieces = st.binary(max_size=40) | st.just(MAGIC) | st.just(MAGIC + b"\1\0") | rings.map(lambda ring: packed(ring)[:9])
+rubbish = st.lists(pieces).map(b"".join)
 
 
 def packed(ring: Doorbell) -> bytes:

@@ -1,0 +1,141 @@
+"""One instance of each fault; `python -m tests.faults` runs the same with full counts."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefork.pool import scoreboard
+from prefork.testing import Server
+from tests import watch
+from tests.conftest import HANDLERS
+from tests.faults import campaign
+from tests.load import Load
+
+Start = Callable[..., Server]
+
+
+def test_a_steady_load_loses_nobody() -> None:
+    # How few are forked is a figure: a starved machine makes it another one. The rule itself is tested in unit/test_policy.py.
+    campaign.steady(seconds=2.0)
+
+
+def test_reloads_under_load_lose_nobody() -> None:
+    campaign.reloads(count=10)
+
+
+def test_killed_workers_cost_at_most_a_connection_each() -> None:
+    campaign.kill_workers(count=20)
+
+
+def test_a_killed_fork_server_costs_nobody_anything() -> None:
+    figures = campaign.kill_fork_server(count=1)
+    assert figures["worst"] < 0.9, "a client waited for the import"
+
+
+def test_a_killed_master_leaves_nothing() -> None:
+    campaign.kill_master(count=1)
+
+
+def test_a_master_that_is_stopped_for_a_while_punishes_nobody(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=4, boot_timeout=1.5, drain_timeout=5, spare_timeout=1)
+    with Load(server.address, clients=2) as load:
+        os.kill(server.pid, signal.SIGHUP)
+        os.kill(server.pid, signal.SIGSTOP)
+        begun = load.connections
+        # The fault is time itself: longer than boot_timeout. The workers serve on meanwhile.
+        time.sleep(2.0)
+        assert load.connections > begun
+        os.kill(server.pid, signal.SIGCONT)
+        watch.logged(server, "generation 2 serves")
+    assert not load.failures
+    watch.settled(server, 4)
+    totals = server.status()["totals"]
+    assert (totals["killed"], totals["ok"]) == (0, load.connections)
+
+
+def test_a_fork_server_that_is_stopped_is_replaced(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=2)
+    watch.settled(server, 1)
+    os.kill(watch.fork_server(server), signal.SIGSTOP)
+    with server.connect() as held:
+        # It can't fork the replacement that this connection needs.
+        assert held.recv(64)
+        watch.logged(server, "does not answer: it is killed")
+        watch.logged(server, "generation 2 serves")
+        with server.connect() as sock:
+            assert sock.recv(64)
+    watch.until("all is counted", lambda: server.status()["totals"]["ok"] == 2)
+
+
+GARBAGE = """
+import os, mmap
+
+def loop(sock):
+    line = sock.recv(64)
+    if line == b"pipe":
+        for name in os.listdir("/proc/self/fd"):
+            try:
+                if os.readlink(f"/proc/self/fd/{name}").startswith("pipe:") and int(name) > 2:
+                    for _ in range(2000):
+                        os.write(int(name), os.urandom(64))
+            except OSError:
+                pass
+    if line == b"board":
+        import gc
+        from prefork.pool.scoreboard import Scoreboard
+        for found in gc.get_referrers(Scoreboard):
+            if isinstance(found, Scoreboard):
+                for slot in range(8):
+                    record = found.record(slot)
+                    found.words[record : record + 64] = memoryview(os.urandom(512)).cast("Q")
+    sock.sendall(line)
+"""
+
+
+@pytest.mark.parametrize("what", ["pipe", "board"])
+def test_garbage_from_a_worker_changes_nothing_for_others(prefork_server: Start, module: Callable[[str], Path], what: str) -> None:
+    server = prefork_server("mine:loop", folder=module(GARBAGE), workers=4)
+    watch.settled(server, 4)
+    for _ in range(3):
+        with server.connect() as sock:
+            sock.sendall(what.encode())
+            assert sock.recv(64) == what.encode()
+    # Pids on a spoilt board are anybody's: ask the kernel for the workers.
+    killed = [child.pid for child in watch.family(server.pid) if child.pid != watch.fork_server(server)]
+    for pid in killed:
+        os.kill(pid, signal.SIGKILL)
+    watch.until("they have gone", lambda: all(map(watch.is_gone, killed)))
+    with server.connect() as sock:
+        sock.sendall(b"hello")
+        assert sock.recv(64) == b"hello"
+    watch.until("the pool is whole", lambda: len(watch.family(server.pid)) >= 5)
+    assert server.status()["state"] == "running"
+    assert "internal error" not in server.log()
+
+
+def test_the_orders_of_the_master_can_not_be_overwritten_by_a_worker(prefork_server: Start, module: Callable[[str], Path]) -> None:
+    assert scoreboard.Access.WORKER.value == (True, False)
+    folder = module(
+        "import ctypes, gc\n"
+        "from prefork.worker import Worker\n"
+        "def loop(sock):\n"
+        "    line = sock.recv(64)\n"
+        "    if line == b'orders':\n"
+        "        with open('/proc/self/maps') as maps:\n"
+        "            at = next(int(l.split('-')[0], 16) for l in maps if 'prefork-orders' in l)\n"
+        "        ctypes.memset(at, 0, 4096)\n"
+        "    sock.sendall(line)\n"
+    )
+    server = prefork_server("mine:loop", folder=folder, workers=2)
+    with server.connect() as sock:
+        sock.sendall(b"orders")
+        try:
+            assert sock.recv(64) == b""
+        except ConnectionResetError:
+            pass  # how the kernel ends a dead process' connection with unread data
+    status = watch.until("its death is known", lambda: (now := server.status())["deaths"] and now)
+    assert status["deaths"][0]["cause"] == "signal 11 (SIGSEGV)"

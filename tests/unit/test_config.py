@@ -1,0 +1,279 @@
+"""Settings: where they come from, and what a user is told about a wrong one."""
+
+import dataclasses
+import os
+import tomllib
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from prefork.config import FILE_LIMIT, OPTIONS, Config, Sources, environment, flag, needs_restart, variable
+from prefork.errors import ConfigError
+from prefork.net.address import parse
+
+# For each option a wrong value and what the message says would be right.
+WRONG = {
+    "module": ("echo", "must be MODULE:ATTR, like echo:loop"),
+    "bind": ("nowhere", "'nowhere': an address is HOST:PORT"),
+    "workers": ("0", "must be a whole number from 1 to "),
+    "max_workers": ("-1", "must be a whole number from 1 to "),
+    "spare_timeout": ("0", "must be more than 0 seconds"),
+    "backlog": ("many", "must be a whole number from 1 to 2147483647"),
+    "boot_timeout": ("1 week", "must be a duration, 0 or more: seconds (1.5) or 30s, 5m, 1h"),
+    "drain_timeout": ("-1", "must be a duration, 0 or more"),
+    "graceful_timeout": ("inf", "must be a duration, 0 or more"),
+    "name": ("a b", "must be letters, digits, '.', '_' and '-', at most 64"),
+    "control": ("here", "must be an absolute path, or off"),
+    "log_level": ("loud", "must be one of debug, info, warning, error"),
+}
+# For each option a right value other than its default.
+OTHER = {
+    "module": "echo:other",
+    "bind": "127.0.0.1:0",
+    "workers": "3",
+    "max_workers": "100",
+    "spare_timeout": "1",
+    "backlog": "5",
+    "boot_timeout": "1",
+    "drain_timeout": "1",
+    "graceful_timeout": "1",
+    "name": "other",
+    "control": "off",
+    "log_level": "debug",
+}
+
+
+def load(**command_line: object) -> Config:
+    return Sources({"module": "echo:loop", **command_line}).load()
+
+
+def refusal(sources: Sources) -> str:
+    with pytest.raises(ConfigError) as caught:
+        sources.load()
+    return str(caught.value)
+
+
+def written(folder: Path, text: str) -> str:
+    path = folder / "prefork.toml"
+    path.write_text(text)
+    return str(path)
+
+
+# -- wrong values
+
+
+def test_the_tables_of_this_file_know_every_option() -> None:
+    assert set(WRONG) == set(OTHER) == set(OPTIONS)
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_a_wrong_value_is_told_with_its_key_its_place_and_what_would_be_right(key: str, tmp_path: Path) -> None:
+    value, right = WRONG[key]
+    path = written(tmp_path, f"{key} = '{value}'")
+    for sources, place in [
+        (Sources(file=path), f"in {path}"),
+        (Sources(environment={variable(key): value}), f"in the environment ({variable(key)})"),
+        (Sources({key: value}), f"on the command line ({flag(key)})"),
+    ]:
+        message = refusal(sources)
+        assert message.startswith(f"{key} = {value!r} {place}: ")
+        assert right in message
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_an_empty_value_is_refused_and_not_the_default(key: str) -> None:
+    assert refusal(Sources(environment={variable(key): ""})).startswith(f"{key} = ''")
+
+
+def test_a_long_wrong_value_does_not_fill_the_screen() -> None:
+    assert len(refusal(Sources({"module": "x" * 100_000}))) < 500
+
+
+def test_an_unknown_key_is_told_with_the_nearest_known_one(tmp_path: Path) -> None:
+    path = written(tmp_path, "max_worker = 3")
+    assert refusal(Sources(file=path)) == f"unknown option 'max_worker' in {path}: did you mean 'max_workers'?"
+
+
+def test_an_unknown_key_like_no_other_is_told_with_all_known_ones(tmp_path: Path) -> None:
+    message = refusal(Sources(file=written(tmp_path, "[server]\nport = 3")))
+    assert "unknown option 'server'" in message
+    assert ", ".join(OPTIONS) in message
+
+
+def test_without_a_handler_the_user_is_told_how_to_name_one() -> None:
+    assert "--module MODULE:ATTR" in refusal(Sources())
+
+
+def test_a_ceiling_below_the_acceptors_is_refused_with_the_least_that_will_do() -> None:
+    two = ["127.0.0.1:1", "127.0.0.1:2"]
+    message = refusal(Sources({"module": "echo:loop", "workers": 5, "max_workers": 9, "bind": two}))
+    assert "max_workers = 9" in message
+    assert "5 x 2 = 10" in message
+    assert load(workers=5, max_workers=10, bind=two).max_workers == 10
+
+
+def test_an_address_named_twice_is_refused() -> None:
+    assert "'localhost:80' is named twice" in refusal(Sources({"bind": ["127.0.0.1:80", "localhost:80"]}))
+    assert len(load(bind=["127.0.0.1:0", "127.0.0.1:0"]).bind) == 2, "two free ports are two addresses"
+
+
+# -- right values
+
+
+def test_the_defaults_are_what_their_own_options_would_parse() -> None:
+    config = load()
+    for key in ("workers", "max_workers", "spare_timeout", "backlog", "boot_timeout", "drain_timeout", "graceful_timeout"):
+        assert OPTIONS[key].parse(getattr(config, key)) == getattr(config, key)
+    assert config.bind == (parse("127.0.0.1:7000"),)
+    assert config.instance == "echo"
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_each_place_can_set_each_option(key: str, tmp_path: Path) -> None:
+    # TOML has numbers; text is taken as well, as on the command line.
+    module = "" if key == "module" else "module = 'echo:loop'\n"
+    values = [
+        getattr(Sources(base, env, file).load(), key)
+        for base, env, file in [
+            ({"module": "echo:loop", key: OTHER[key]}, {}, None),
+            ({"module": "echo:loop"} if module else {}, {variable(key): OTHER[key]}, None),
+            ({}, {}, written(tmp_path, f"{module}{key} = '{OTHER[key]}'")),
+        ]
+    ]
+    assert values[0] == values[1] == values[2] != getattr(Config(), key)
+
+
+@pytest.mark.parametrize("places", range(8))
+def test_command_line_beats_environment_beats_file_beats_default(places: int, tmp_path: Path) -> None:
+    command_line = {"workers": 11} if places & 4 else {}
+    env = {"PREFORK_WORKERS": "12"} if places & 2 else {}
+    file = written(tmp_path, "module = 'echo:loop'\n" + ("workers = 13" if places & 1 else ""))
+    expected = 11 if places & 4 else 12 if places & 2 else 13 if places & 1 else Config().workers
+    assert Sources(command_line, env, file).load().workers == expected
+
+
+def test_a_wrong_value_is_told_even_where_a_stronger_one_hides_it() -> None:
+    assert "in the environment" in refusal(Sources({"module": "echo:loop", "workers": 3}, {"PREFORK_WORKERS": "x"}))
+
+
+def test_other_variables_are_none_of_our_business(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "environ", {"PREFORK_WORKERS": "3", "WORKERS": "4", "prefork_workers": "5"})
+    assert environment() == {"PREFORK_WORKERS": "3"}
+
+
+@pytest.mark.parametrize(
+    ("text", "seconds"), [("1.5", 1.5), (2, 2.0), (0.25, 0.25), ("30s", 30.0), ("5m", 300.0), ("1.5h", 5400.0), ("0", 0.0)]
+)
+def test_a_duration_is_seconds_or_says_its_unit(text: object, seconds: float) -> None:
+    assert load(drain_timeout=text).drain_timeout == seconds
+
+
+@pytest.mark.parametrize(
+    "text", ["", " 5", "5 s", "5d", "1e3", "-5s", ".5", "5s\n", "NaN", True, float("nan"), float("inf"), -0.1, [5]]
+)
+def test_what_only_looks_like_a_duration_is_refused(text: object) -> None:
+    assert "must be a duration" in refusal(Sources({"drain_timeout": text}))
+
+
+# -- the file
+
+
+def test_numbers_and_lists_are_written_as_toml_has_them(tmp_path: Path) -> None:
+    path = written(tmp_path, "module = 'echo:loop'\nworkers = 3\nspare_timeout = 1.5\nbind = [':80', 'unix:/a?mode=0660']")
+    config = Sources(file=path).load()
+    assert (config.workers, config.spare_timeout, config.bind) == (3, 1.5, (parse(":80"), parse("unix:/a?mode=0660")))
+
+
+@pytest.mark.parametrize(
+    ("data", "says"),
+    [
+        (b"#" * (FILE_LIMIT + 1), f"larger than {FILE_LIMIT} bytes"),
+        (b"name = '\xff'", "not UTF-8 (byte 8)"),
+        (b"workers: 3", "not TOML"),
+        (b"workers = 3\nworkers = 4", "not TOML"),
+        (b"workers = " + b"[" * 100_000, "nested too deeply"),
+    ],
+)
+def test_an_unusable_file_is_told_with_its_name_and_what_is_wrong(data: bytes, says: str, tmp_path: Path) -> None:
+    path = tmp_path / "prefork.toml"
+    path.write_bytes(data)
+    message = refusal(Sources(file=str(path)))
+    assert message.startswith(f"{path}: ")
+    assert says in message
+
+
+def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
+    text = "module = 'echo:loop'\n"
+    assert Sources(file=written(tmp_path, text + "#" * (FILE_LIMIT - len(text)))).load().module == "echo:loop"
+
+
+def test_a_file_that_can_not_be_read_is_told_with_the_reason(tmp_path: Path) -> None:
+    assert refusal(Sources(file=f"{tmp_path}/none")) == f"{tmp_path}/none: can't read the configuration: No such file or directory"
+    assert refusal(Sources(file=str(tmp_path))) == f"{tmp_path}: can't read the configuration: Is a directory"
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        pytest.param("spare_timeout = 1" + "0" * 400, id="more than a float holds"),
+        pytest.param("workers = " + "9" * 5000, id="more digits than int() takes"),
+        pytest.param("workers = 0x" + "f" * 5000, id="more digits than repr() gives"),
+        pytest.param("workers" + ".a" * 5000 + " = 1", id="deeper than repr() goes"),
+    ],
+)
+def test_an_absurd_file_is_a_config_error(text: str, tmp_path: Path) -> None:
+    refusal(Sources(file=written(tmp_path, text)))
+
+
+# -- any value
+
+values = st.recursive(
+    st.integers() | st.floats() | st.booleans() | st.text() | st.datetimes() | st.dates() | st.times()
+    | st.sampled_from([*OTHER.values(), *(wrong for wrong, _ in WRONG.values()), "unix:/", "5s", "[::1]:1"]),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(), inner, max_size=4),
+    max_leaves=8,
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+@given(value=values)
+def test_any_value_is_taken_or_refused(key: str, value: Any) -> None:
+    try:
+        config = Sources({"module": "echo:loop", key: value}).load()
+    except ConfigError as error:
+        assert key in str(error)
+        return
+    assert type(getattr(config, key)) is type(getattr(Config(), key)), "what was taken has the option's type"
+
+
+@given(st.text())
+def test_any_text_is_toml_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
+    path = tmp_path_factory.getbasetemp() / "any.toml"
+    path.write_bytes(text.encode())
+    try:
+        Sources({"module": "echo:loop"}, file=str(path)).load()
+    except ConfigError as error:
+        assert str(path) in str(error)
+    else:
+        assert set(tomllib.loads(text)) <= set(OPTIONS)
+
+
+# -- reload
+
+
+@pytest.mark.parametrize("key", OPTIONS)
+def test_only_the_daemons_name_and_control_socket_need_a_restart(key: str) -> None:
+    old = load()
+    new = load(**{key: OTHER[key]})
+    assert dataclasses.asdict(old) != dataclasses.asdict(new)
+    assert needs_restart(old, new) == (key if key in ("name", "control") else None)
+
+
+def test_a_reload_reads_the_same_places_again(tmp_path: Path) -> None:
+    sources = Sources(file=written(tmp_path, "module = 'echo:loop'\nworkers = 1"))
+    assert sources.load().workers == 1
+    written(tmp_path, "module = 'echo:loop'\nworkers = 2")
+    assert sources.load().workers == 2

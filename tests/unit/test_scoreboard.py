@@ -1,0 +1,290 @@
+"""The scoreboard on real shared memory, with a second process where it matters."""
+
+import faulthandler
+import os
+import signal
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from itertools import pairwise
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from prefork.pool import scoreboard
+from prefork.pool.scoreboard import BUSY, IDLE, NOTHING, Access, Counts, Layout, Scoreboard
+
+WORD = 8
+MS = 1_000_000
+
+
+@contextmanager
+def mapped(layout: Layout, *accesses: Access) -> Iterator[list[Scoreboard]]:
+    """The same two boards, mapped once for each access."""
+    board_fd, orders_fd = scoreboard.create("board", layout.board_bytes), scoreboard.create("orders", layout.orders_bytes)
+    boards: list[Scoreboard] = []
+    try:
+        boards += [Scoreboard(board_fd, orders_fd, layout, access) for access in accesses]
+        yield boards
+    finally:
+        for board in boards:
+            board.close()
+        os.close(board_fd)
+        os.close(orders_fd)
+
+
+def fork(child: Callable[[], object]) -> int:
+    """A second process that runs ``child`` and nothing else of ours. Returns its pid."""
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # newer Pythons: the test process may have threads; the child uses none
+        pid = os.fork()
+    if pid == 0:
+        status = 1
+        try:
+            child()
+            status = 0
+        finally:
+            os._exit(status)
+    return pid
+
+
+# -- where things are
+
+
+@given(listeners=st.integers(1, 5), capacity=st.integers(1, 20_000))
+def test_the_regions_of_the_boards_are_aligned_and_do_not_overlap(listeners: int, capacity: int) -> None:
+    layout = Layout(listeners, capacity)
+    with mapped(layout, Access.MASTER) as [board]:
+        last = layout.slots - 1
+        words = [0, *(board.listener_word(listener, which) for listener in range(listeners) for which in range(2))]
+        words += [scoreboard.STOPPING, scoreboard.LAST_LOOK]
+        assert len(set(words)) == len(words)
+        regions = [
+            [(0, (max(words) + 1) * WORD)],
+            [(layout.retire_at, layout.retire_at + layout.slots)],
+            [(board.killed_word(slot) * WORD, (board.killed_word(slot) + 1) * WORD) for slot in {0, last // 2, last}],
+        ]
+        assert_apart([region for group in regions for region in sorted(group)], layout.orders_bytes)
+        states = layout.recent_at - (layout.slots + 4095) // 4096 * 4096
+        records = [(board.record(slot) * WORD, (board.record(slot) + scoreboard.RECORD_WORDS) * WORD) for slot in (0, last)]
+        ring = (layout.recent_at, layout.recent_at + listeners * scoreboard.RECENT * WORD)
+        assert_apart([(0, WORD), (states, states + layout.slots), ring, *records[: layout.slots]], layout.board_bytes)
+
+
+def assert_apart(regions: list[tuple[int, int]], size: int) -> None:
+    assert all(start % WORD == 0 for start, _ in regions)
+    assert all(end <= start for (_, end), (start, _) in pairwise(regions))
+    assert regions[-1][1] == size
+
+
+def test_the_fields_of_a_record_do_not_overlap() -> None:
+    words = [scoreboard.PID, scoreboard.SINCE, scoreboard.BEGUN, scoreboard.OK, scoreboard.ERROR, scoreboard.REJECTED]
+    words += [scoreboard.STARTED, *range(scoreboard.PEER, scoreboard.PEER + scoreboard.PEER_BYTES // WORD)]
+    words += range(scoreboard.HISTOGRAM, scoreboard.HISTOGRAM + scoreboard.BUCKETS)
+    assert len(set(words)) == len(words)
+    assert max(words) < scoreboard.RECORD_WORDS
+
+
+@settings(max_examples=30)
+@given(listeners=st.integers(1, 4), capacity=st.integers(1, 50))
+def test_what_is_written_for_one_slot_is_seen_for_no_other(listeners: int, capacity: int) -> None:
+    layout = Layout(listeners, capacity)
+    with mapped(layout, Access.MASTER, Access.READER) as [writer, reader]:
+        for slot in range(layout.slots):
+            writer.states[slot] = IDLE if slot % 3 else BUSY
+            writer.retire[slot] = slot % 2
+            writer.restore(slot, Counts(6 * slot, slot, slot, slot, 0))
+            writer.order_words[writer.killed_word(slot)] = slot
+        for slot in range(layout.slots):
+            assert reader.counts(slot) == Counts(6 * slot, slot, slot, slot, slot)
+            assert reader.retire[slot] == slot % 2
+        for listener in range(listeners):
+            own = range(listener * capacity, (listener + 1) * capacity)
+            assert {layout.listener(slot) for slot in own} == {listener}
+            assert list(reader.row(listener, capacity)) == [IDLE if slot % 3 else BUSY for slot in own]
+
+
+# -- counters
+
+counters = st.builds(Counts, *[st.integers(0, 10**6)] * 5)
+
+
+@given(counters, counters)
+def test_the_identity_holds_for_counts_and_for_their_sums(one: Counts, other: Counts) -> None:
+    total = one + other
+    assert total.ok + total.error + total.rejected + total.killed + total.serving == total.begun
+    assert total.serving == one.serving + other.serving
+    assert total + NOTHING == total
+
+
+def count_flat_out(board_fd: int, orders_fd: int, layout: Layout) -> None:
+    """A worker that serves as fast as none can: the next connection follows at once, each takes some 10 us."""
+    board = Scoreboard(board_fd, orders_fd, layout, Access.WORKER)
+    begun_at = board.record(1) + scoreboard.BEGUN
+    ends = [0, 0, 0]
+    begun, outcome, words = 0, 0, board.words
+    until = time.monotonic() + 0.35
+    while time.monotonic() < until:
+        begun += 1
+        words[begun_at] = begun
+        for _ in range(300):
+            pass
+        ends[outcome] += 1
+        words[begun_at + 1 + outcome] = ends[outcome]
+        outcome = (outcome + 1) % 3
+    words[begun_at] = begun + 1  # and it goes while it serves
+
+
+def test_counters_read_while_another_process_counts_are_consistent_and_never_go_back() -> None:
+    layout = Layout(1, 2)
+    board_fd, orders_fd = scoreboard.create("board", layout.board_bytes), scoreboard.create("orders", layout.orders_bytes)
+    board = Scoreboard(board_fd, orders_fd, layout, Access.MASTER)
+    pid = fork(lambda: count_flat_out(board_fd, orders_fd, layout))
+    try:
+        readings = 0
+        before, status = NOTHING, None
+        while status is None:
+            counts = board.counts(1)
+            readings += 1
+            assert counts.serving in (0, 1)
+            assert counts.begun >= before.begun
+            assert counts.ok >= before.ok
+            assert counts.error >= before.error
+            assert counts.rejected >= before.rejected
+            before = counts
+            if readings % 100 == 0:
+                ended, code = os.waitpid(pid, os.WNOHANG)
+                status = code if ended else None
+        assert status == 0
+        assert readings > 1000
+        assert before.begun > 1000
+        last = board.counts(1)
+        assert last.serving == 1
+        board.order_words[board.killed_word(1)] += 1
+        assert board.counts(1) == Counts(last.begun, last.ok, last.error, last.rejected, 1)
+        assert board.counts(1).serving == 0
+        assert board.counts(0) == NOTHING
+    finally:
+        board.close()
+        os.close(board_fd)
+        os.close(orders_fd)
+
+
+# -- who may write what
+
+
+def test_a_worker_can_read_the_orders_and_not_write_them() -> None:
+    with mapped(Layout(1, 4), Access.MASTER, Access.WORKER) as [master, worker]:
+        master.retire[2] = 1
+        assert worker.retire[2] == 1
+        with pytest.raises(TypeError):
+            worker.retire[2] = 0
+        with pytest.raises(TypeError):
+            worker.order_words[scoreboard.STOPPING] = 1
+        with pytest.raises(TypeError):
+            worker.orders[0] = 0
+        worker.states[2] = BUSY
+        assert master.states[2] == BUSY
+
+
+def test_a_reader_can_write_nothing() -> None:
+    with mapped(Layout(1, 4), Access.READER) as [reader]:
+        with pytest.raises(TypeError):
+            reader.states[0] = BUSY
+        with pytest.raises(TypeError):
+            reader.words[100] = 1
+        with pytest.raises(TypeError):
+            reader.retire[0] = 1
+
+
+def test_the_masters_mapping_stays_with_the_master() -> None:
+    def touch() -> None:
+        faulthandler.disable()
+        board.retire[0] = 1
+
+    with mapped(Layout(1, 4), Access.MASTER) as [board]:
+        _, status = os.waitpid(fork(touch), 0)
+        assert os.waitstatus_to_exitcode(status) == -signal.SIGSEGV
+        assert board.retire[0] == 0
+
+
+def test_a_memfd_is_its_owners_only_and_costs_nothing_until_it_is_used() -> None:
+    fd = scoreboard.create("board", Layout(1, 1 << 20).board_bytes)
+    try:
+        assert os.fstat(fd).st_mode & 0o777 == 0o600
+        assert os.fstat(fd).st_blocks * 512 <= 4096
+        assert not os.get_inheritable(fd)
+    finally:
+        os.close(fd)
+
+
+@pytest.mark.parametrize("spoilt", ["board", "orders"])
+@pytest.mark.parametrize("how", ["magic", "size", "empty"])
+def test_what_is_no_scoreboard_of_this_version_is_refused(spoilt: str, how: str) -> None:
+    layout = Layout(2, 100)
+    sizes = {"board": layout.board_bytes, "orders": layout.orders_bytes}
+    fds = {name: scoreboard.create(name, size - (name == spoilt and how == "size")) for name, size in sizes.items()}
+    if how == "magic":
+        os.pwrite(fds[spoilt], b"prefork\2", 0)
+    elif how == "empty":
+        os.ftruncate(fds[spoilt], 0)
+    try:
+        with pytest.raises(ValueError, match="not a prefork scoreboard of this version"):
+            Scoreboard(fds["board"], fds["orders"], layout, Access.READER)
+    finally:
+        for fd in fds.values():
+            os.close(fd)
+
+
+def test_close_unmaps() -> None:
+    with mapped(Layout(1, 4), Access.MASTER) as [board]:
+        board.close()
+        with pytest.raises(ValueError, match="mmap closed"):
+            board.board[0]
+        with pytest.raises(ValueError, match="released"):
+            board.states[0]
+
+
+# -- gossip
+
+
+def accepted(board: Scoreboard, slot: int, at_ns: int, listener: int) -> None:
+    """What a worker notes in its listener's ring when it accepts."""
+    ring = board.layout.recent_at // WORD + listener * scoreboard.RECENT
+    board.words[ring + (at_ns >> scoreboard.RECENT_SHIFT) % scoreboard.RECENT] = slot + 1
+
+
+@given(now=st.integers(10**9, 10**18), ages=st.dictionaries(st.integers(0, 9), st.integers(0, 66 * MS), max_size=10))
+def test_recent_tells_who_accepted_lately(now: int, ages: dict[int, int]) -> None:
+    entry = 1 << scoreboard.RECENT_SHIFT
+    with mapped(Layout(1, 10), Access.MASTER) as [board]:
+        for slot, age in ages.items():
+            accepted(board, slot, now - age, 0)
+        found = board.recent(0, now, 50 * MS)
+        assert not any(ages.get(slot, 10**9) > 50 * MS + entry for slot in found)
+        taken = [(now - age) // entry for age in ages.values()]
+        lately = {slot for slot, age in ages.items() if age <= 50 * MS and taken.count((now - age) // entry) == 1}
+        assert lately <= found, "each that has an entry of its own"
+
+
+def test_recent_tells_of_no_other_listeners_workers_and_believes_no_nonsense() -> None:
+    now = 10**12
+    with mapped(Layout(3, 4), Access.MASTER) as [board]:
+        for offset, slot in enumerate([3, 4, 7, 8, 2**40]):  # of listener 1 only 4 to 7
+            accepted(board, slot, now - offset * MS, 1)
+        assert board.recent(1, now, 50 * MS) == {4, 7}
+        assert board.recent(0, now, 50 * MS) == set()
+        assert board.recent(2, now, 50 * MS) == set()
+
+
+def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
+    with mapped(Layout(1, 2), Access.MASTER) as [board]:
+        at = (board.record(0) + scoreboard.PEER) * WORD
+        for text in (b"[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:65535", b"10.0.0.1:5"):
+            board.board[at : at + len(text) + 1] = text + b"\0"
+            assert board.peer(0) == text.decode()
+        board.board[at : at + scoreboard.PEER_BYTES] = b"\xff" * scoreboard.PEER_BYTES
+        assert board.peer(0) == "\ufffd" * scoreboard.PEER_BYTES
+        assert board.peer(1) == ""
