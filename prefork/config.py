@@ -8,13 +8,12 @@ supervising). Parsing asks nobody and opens nothing but that file.
 """
 
 import difflib
-import math
 import os
 import re
+import stat
 import tomllib
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field, fields
-from pathlib import Path
 from typing import Any
 
 from prefork.errors import ConfigError
@@ -24,6 +23,8 @@ from prefork.net.address import Address
 FILE_LIMIT = 1_000_000
 # A slot number has to fit in 32 bits on the wire; a machine's pid_max is at most 2**22.
 WORKERS_LIMIT = 1 << 20
+# Thirty years: everything longer is a mistake, and a float stays exact to the microsecond.
+SECONDS_LIMIT = 1e9
 _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 LOG_LEVELS = ("debug", "info", "warning", "error")
@@ -61,8 +62,9 @@ def _whole(low: int, high: int) -> Callable[[Any], int]:
 def _seconds(value: Any) -> float:
     if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", value)):
         value = float(match[1]) * _UNITS[match[2]]
-    if isinstance(value, bool) or not isinstance(value, int | float) or not math.isfinite(value) or value < 0:
-        raise ValueError("must be a duration, 0 or more: seconds (1.5) or 30s, 5m, 1h")
+    # Not a number (nan) fails both comparisons.
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= SECONDS_LIMIT:
+        raise ValueError("must be a duration, 0 to 1e9 seconds: 1.5, 30s, 5m or 1h")
     return float(value)
 
 
@@ -90,7 +92,7 @@ def _addresses(value: Any) -> tuple[Address, ...]:
             parsed = address.parse(text)
         except ValueError as error:
             raise ValueError(f"{text!r}: {error}") from None
-        if parsed in found and not (parsed.port == 0 and parsed.mode == 0o600 and not text.startswith("unix:")):
+        if any(parsed.same_place(other) for other in found):
             raise ValueError(f"{text!r} is named twice")
         found.append(parsed)
     return tuple(found)
@@ -106,7 +108,7 @@ def _control(value: Any) -> str:
     text = _text(value)
     if text != "off":
         try:
-            address.parse(f"unix:{text}")
+            address.check_path(text)
         except ValueError as error:
             raise ValueError(f"must be an absolute path, or off ({error})") from None
     return text
@@ -204,8 +206,14 @@ class Sources:
 
 def _read_file(path: str) -> dict[str, Any]:
     try:
-        with Path(path).open("rb") as file:
-            data = file.read(FILE_LIMIT + 1)
+        # O_NONBLOCK: opening a FIFO must not wait for a writer.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            if not stat.S_ISREG(os.fstat(fd).st_mode):
+                raise ConfigError(f"{path}: can't read the configuration: not a regular file")
+            data = os.read(fd, FILE_LIMIT + 1)
+        finally:
+            os.close(fd)
         if len(data) > FILE_LIMIT:
             raise ConfigError(f"{path}: larger than {FILE_LIMIT} bytes; a configuration is a few lines of TOML")
         return tomllib.loads(data.decode())
@@ -213,7 +221,7 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: can't read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); TOML is UTF-8 text") from None
-    except tomllib.TOMLDecodeError as error:
+    except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits is another
         raise ConfigError(f"{path}: not TOML: {error}") from None
     except RecursionError:
         raise ConfigError(f"{path}: nested too deeply; the configuration is flat") from None
@@ -228,9 +236,15 @@ def _parse(key: str, raw: Any, place: str, known: tuple[str, ...]) -> Any:
     try:
         return option.parse(raw)
     except ValueError as error:
-        shown = repr(raw)
-        shown = shown if len(shown) <= 200 else shown[:200] + "..."
-        raise ConfigError(f"{key} = {shown} {place}: {error}") from None
+        raise ConfigError(f"{key} = {_shown(raw)} {place}: {error}") from None
+
+
+def _shown(raw: Any) -> str:
+    try:
+        text = repr(raw)
+    except (ValueError, RecursionError):  # a number of thousands of digits, a table thousands deep
+        return f"(a huge {type(raw).__name__})"
+    return text if len(text) <= 200 else text[:200] + "..."
 
 
 def _check(config: Config) -> None:

@@ -40,6 +40,7 @@ class Brief:
     generation: int
     module: str
     name: str
+    log_level: str
     folder: str  # entered by name for each generation: a deploy may have switched what the name stands for
     master_pid: int
     listeners: tuple[Listener, ...]
@@ -58,8 +59,11 @@ def main(brief: Brief) -> NoReturn:
     try:
         status = ForkServer(brief).run()
     except BaseException:
+        # Nothing may unwind into the master's frames below us, which would close its listeners.
+        signals.block()
         log.event("bug", where="fork server", text=traceback.format_exc())
-    os._exit(status)
+    finally:
+        os._exit(status)
 
 
 class ForkServer:
@@ -109,10 +113,10 @@ class ForkServer:
         signals.fresh()
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
         os.dup2(brief.devnull, 0)
-        keep = {0, 1, 2, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
+        keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
-        log.configure(role=f"gen {brief.generation}")
+        log.configure(level=brief.log_level, role=f"gen {brief.generation}")
         # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() != brief.master_pid:
@@ -128,6 +132,8 @@ class ForkServer:
             raise HandlerError(f"can't enter the working directory {self.brief.folder}: {error.strerror}") from None
         handler.prepare_path(self.brief.folder)
         loaded = handler.load(self.brief.module)
+        if os.getpid() != self.pid:
+            os._exit(0)  # a child that the import forked has come back here
         # The import may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
             for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
@@ -268,9 +274,12 @@ class ForkServer:
             waiting = [listener for listener in self.brief.listeners if not listener.drained()]
             if waiting and time.monotonic() - since < FAREWELL:
                 return
+            for pid in self.children:
+                os.kill(pid, signal.SIGTERM)
             for listener in self.brief.listeners:
                 listener.close()
             self.parted = True
+            return
         for pid, slot in self.children.items():
             if self.board.states[slot] not in (scoreboard.BUSY, scoreboard.LEAVING):
-                os.kill(pid, signal.SIGTERM)
+                os.kill(pid, signal.SIGTERM)  # again: the first may have come just before the system call

@@ -10,7 +10,8 @@ import signal
 import socket
 import time
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -31,6 +32,12 @@ NAG_FIRST, NAG_AGAIN, NAG_SELDOM, NAG_PATIENCE = 0.001, 0.020, 1.0, 50
 SETTLE = 0.001
 # A fork that was ordered of a fork server which then died: its child, if any, has written its pid long before.
 LIMBO, LIMBO_LOOK = 0.5, 0.02
+# A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
+PATIENCE = 2.0
+# Reports taken in one turn: a fork server that floods its channel must not hold the loop.
+REPORTS_AT_ONCE = 256
+# So much nonsense is not a misunderstanding: that fork server is replaced.
+GOSSIP_LIMIT = 10_000
 
 
 @dataclass(frozen=True, slots=True)
@@ -123,22 +130,41 @@ class Generation:
         self._deadline_at: float | None = None
         self._limbo_at: float | None = None
         self._limbo_until = 0.0
+        self._patience_at: float | None = None
         self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
         self._outbox: deque[bytes] = deque()
         self._left = False
+        self._resources = ExitStack()
+        self._gate = -1
+        self.stopped = False
         self.pid: int | None = None
 
     # -- the fork server
 
+    def prepare(self) -> tuple[socket.socket, int]:
+        """Make boards, gate and channel. Returns the fork server's ends of channel and gate."""
+        layout, keep = self.layout, self._resources
+        self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
+        keep.callback(os.close, self.board_fd)
+        self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
+        keep.callback(os.close, self.orders_fd)
+        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
+        keep.callback(self.board.close)
+        gate, self._gate = os.pipe2(os.O_CLOEXEC)
+        keep.callback(self._open_gate)
+        try:
+            self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(gate)
+            raise
+        keep.callback(self.channel.close)
+        self.channel.setblocking(False)
+        return theirs, gate
+
     def start(self) -> None:
         """Fork the fork server. Raises OSError when the machine does not let us."""
-        layout, wiring = self.layout, self.wiring
-        self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
-        self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
-        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
-        gate, self._gate = os.pipe2(os.O_CLOEXEC)
-        self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        self.channel.setblocking(False)
+        wiring = self.wiring
+        theirs, gate = self.prepare()
         try:
             with signals.blocked():
                 master_pid = os.getpid()
@@ -148,11 +174,12 @@ class Generation:
                         forkserver.Brief(
                             generation=self.number,
                             module=self.config.module,
+                            log_level=self.config.log_level,
                             name=wiring.name,
                             folder=wiring.folder,
                             master_pid=master_pid,
                             listeners=self.listeners,
-                            layout=layout,
+                            layout=self.layout,
                             board_fd=self.board_fd,
                             orders_fd=self.orders_fd,
                             channel=theirs,
@@ -189,8 +216,8 @@ class Generation:
         return bool(self._outbox)
 
     def receive(self, now: float) -> bool:
-        """Take in what the fork server reports. False once it has closed its end."""
-        while True:
+        """Take in what the fork server reports, so much of it at once. False once it has closed its end, or talks nonsense."""
+        for _ in range(REPORTS_AT_ONCE):
             try:
                 message = self.channel.recv(wire.MESSAGE_LIMIT)
             except BlockingIOError:
@@ -204,6 +231,7 @@ class Generation:
                 self.gossip += 1
                 if self.gossip & (self.gossip - 1) == 0:  # 1, 2, 4, 8, ...: a liar must not fill the log
                     log.event("gossip", count=self.gossip, generation=self.number)
+        return self.gossip < GOSSIP_LIMIT
 
     def _fold(self, report: Report, now: float) -> bool:
         """Fold one report into the state. False when it can't be true."""
@@ -215,7 +243,7 @@ class Generation:
             case Kind.FAILED if not self.ready:
                 self.failure = report.text
             case Kind.FORKED:
-                if self.pool.forked(report.slot, report.pid) is None:
+                if report.pid > process.PID_LIMIT or self.pool.forked(report.slot, report.pid) is None:
                     return False
                 self.tally.forked += 1
             case Kind.FORK_FAILED:
@@ -224,7 +252,7 @@ class Generation:
                     return False
                 self._forget(worker)
                 self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
-            case Kind.EXITED:
+            case Kind.EXITED if os.WIFEXITED(report.status) or os.WIFSIGNALED(report.status):
                 cpu = (report.utime_us + report.stime_us) / 1e6
                 return self.exited(report.slot, report.pid, report.status, cpu, report.max_rss_kib, now)
             case Kind.STOPPED | Kind.CONTINUED:
@@ -252,6 +280,10 @@ class Generation:
                 # It was reaped by a fork server that died before it could tell.
                 self.exited(worker.slot, worker.pid, None, 0.0, 0, now)
         self._limbo_at, self._limbo_until = now, now + LIMBO
+        self._patience_at = None
+        for worker in self.pool.workers.values():
+            if worker.killed:
+                self._signal(worker, Order.KILL)
         self._nag_all(now)
 
     def _clear_limbo(self, now: float) -> None:
@@ -262,6 +294,7 @@ class Generation:
                 self.tally.forked += 1
             elif now >= self._limbo_until:
                 self.pool.fork_failed(worker.slot)
+                self._settle(worker.slot)
                 self._forget(worker)
         self._limbo_at = now + LIMBO_LOOK if self.pool.unborn else None
 
@@ -274,7 +307,10 @@ class Generation:
             return False
         self.tally.exited += 1
         was_ready = self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
+        before = self._counted.get(slot, NOTHING).begun
         serving = self._settle(slot)
+        # It ended by itself, with an error, and never served anybody: the next one would do the same.
+        useless = status is not None and os.WIFEXITED(status) and status != 0 and self._counted[slot].begun == before
         peer = self.board.peer(slot) if serving else None
         cause = "reaped by its dead fork server" if status is None else process.describe(status)
         self._forget(worker)
@@ -283,8 +319,8 @@ class Generation:
         if status != 0 or serving:
             self.tally.deaths.append(Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024))
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
-        if not was_ready and not worker.retiring:
-            self._died_unready(who, now)
+        if not worker.retiring and (not was_ready or useless):
+            self._failed_early(who, now, ready=was_ready)
         elif status != 0 or serving:
             if not worker.killed:
                 log.event("worker_died", peer=peer or "nobody", **who)
@@ -293,12 +329,13 @@ class Generation:
         self.look_soon(worker.listener, now)
         return True
 
-    def _died_unready(self, who: dict[str, Any], now: float) -> None:
+    def _failed_early(self, who: dict[str, Any], now: float, *, ready: bool) -> None:
+        what = "ended before it served anybody" if ready else "died before it was ready"
         if not self.committed:
-            self.failure = self.failure or f"worker {who['slot']} died before it was ready: {who['cause']}"
+            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}"
             return
-        seconds = self.trouble.add(now, f"a worker died before it was ready: {who['cause']}")
-        log.event("worker_unready", failures=self.trouble.failures, seconds=seconds, **who)
+        seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}")
+        log.event("worker_early", what=what, failures=self.trouble.failures, seconds=seconds, **who)
 
     def _settle(self, slot: int) -> bool:
         """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
@@ -360,6 +397,12 @@ class Generation:
         """Look at this listener's workers at once."""
         self._wake(place, now)
 
+    def room_was_made(self, now: float) -> None:
+        """A process somewhere has ended: who waits at the ceiling may go on."""
+        for place, memory in enumerate(self._memory):
+            if memory.saturated:
+                self._wake(place, now)
+
     def look_soon_all(self, now: float) -> None:
         """Look at every listener's workers at once."""
         for place in range(len(self.listeners)):
@@ -392,8 +435,9 @@ class Generation:
             self._nag(now)
         if self._deadline_at is not None and self._deadline_at <= now:
             self._cut(now)
-        if self.ready and self._hung(now):
+        if self._hung(now):
             log.event("fork_server_hung", generation=self.number)
+            self._patience_at = None
             self.kill_fork_server()
 
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
@@ -480,8 +524,17 @@ class Generation:
 
     def _hung(self, now: float) -> bool:
         """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
+        if self.pid is None:
+            return False
         oldest = next(iter(self.pool.unborn.values()), None)
-        return self.pid is not None and oldest is not None and oldest.since + self.config.boot_timeout < now
+        late = oldest is not None and oldest.since + self.config.boot_timeout <= now
+        return late or (self._patience_at is not None and self._patience_at <= now)
+
+    def note_stop(self, pid: int, now: float, *, stopped: bool) -> None:
+        """Somebody has stopped or continued a process of ours: a stopped fork server is replaced if it stays so."""
+        if pid == self.pid:
+            self.stopped = stopped
+            self._patience_at = now + PATIENCE if stopped else None
 
     # -- retiring
 
@@ -508,6 +561,7 @@ class Generation:
         if place in self.retired:
             return
         self.retired.add(place)
+        self._look_at[place] = None
         self._arm(place, 0)
         for worker in self.pool.workers.values():
             if worker.listener == place:
@@ -579,15 +633,16 @@ class Generation:
         self._nag_at = now + wait if self._nagging else None
 
     def _cut(self, now: float) -> None:
-        """Kill retiring workers whose deadline has passed; never one that only waits in accept(): a client may be with it."""
+        """Kill retiring workers whose deadline has passed; never one that waits in accept(): a client may be with it."""
         self._deadline_at = None
         for worker in self.pool.workers.values():
             if worker.deadline is None or worker.killed:
                 continue
-            if worker.deadline > now:
-                self._deadline_at = worker.deadline if self._deadline_at is None else min(self._deadline_at, worker.deadline)
-            elif self.board.states[worker.slot] == BUSY:
+            if worker.deadline <= now and self.board.states[worker.slot] in (BUSY, LEAVING):
                 self.kill(worker, "its time to finish is over")
+                continue
+            again = worker.deadline if worker.deadline > now else now + NAG_SELDOM
+            self._deadline_at = again if self._deadline_at is None else min(self._deadline_at, again)
 
     def kill(self, worker: Worker, why: str) -> None:
         """SIGKILL, and say so."""
@@ -609,7 +664,7 @@ class Generation:
             if self.pid is None and worker.pid:
                 process.signal_child(worker.pid, signal.SIGKILL)
         if self.pid is not None:
-            if self.ready:
+            if self.ready and not self.stopped:
                 self._send(Order.QUIT)
             else:
                 self.kill_fork_server()
@@ -621,13 +676,14 @@ class Generation:
 
     # -- the end
 
-    def let_go(self) -> None:
+    def let_go(self, now: float) -> None:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
         if self.pid is None or self._left or not self.ready:
             return
         if len(self.retired) == len(self.listeners) and not self._nagging and not self.pool.unborn:
             self._left = True
             self._send(Order.LEAVE)
+            self._patience_at = now + PATIENCE
 
     @property
     def accepts(self) -> bool:
@@ -645,15 +701,18 @@ class Generation:
         return self.pid is None and not self.pool.workers
 
     def close(self) -> None:
-        """Fold its counters into the tally and let go of its memory."""
-        for slot in self._counted:
-            self.tally.counts += self.board.counts(slot)
+        """Fold its counters into the tally and let go of its memory and descriptors."""
+        for slot in self._slots():
+            self._settle(slot)
+            self.tally.counts += self._counted[slot]
             self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, self.board.histogram(slot), strict=True)]
-        self._open_gate()
-        self.board.close()
-        os.close(self.board_fd)
-        os.close(self.orders_fd)
+        self._resources.close()
         log.event("drained", generation=self.number)
+
+    def _slots(self) -> Iterator[int]:
+        """Every slot that was ever used."""
+        for place, high in enumerate(self.pool.high):
+            yield from range(place * self.layout.capacity, place * self.layout.capacity + high)
 
     # -- what the master asks
 
@@ -674,11 +733,7 @@ class Generation:
 
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""
-        total = NOTHING
-        for place, high in enumerate(self.pool.high):
-            for offset in range(high):
-                total += self.board.counts(place * self.layout.capacity + offset)
-        return total
+        return sum((self.board.counts(slot) for slot in self._slots()), NOTHING)
 
     def saturated_for(self, now: float) -> float:
         """Seconds at the ceiling with somebody missing, added up over the listeners."""
@@ -687,7 +742,7 @@ class Generation:
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""
         times = [at for at in self._look_at if at is not None] if self.ready else []
-        times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at) if at is not None]
+        times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.pid is not None and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

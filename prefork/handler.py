@@ -56,8 +56,9 @@ def prepare_path(folder: str) -> None:
 def load(target: str) -> Handler:
     """Import ``MODULE:ATTR``. Raises HandlerError."""
     module_name, _, attribute = target.partition(":")
+    found: Any = None
     try:
-        found: Any = importlib.import_module(module_name)
+        found = importlib.import_module(module_name)
         for name in attribute.split("."):
             found = getattr(found, name)
     except ModuleNotFoundError as error:
@@ -65,7 +66,7 @@ def load(target: str) -> Handler:
             raise HandlerError(f"{target}: no module {error.name!r} in {os.getcwd()} or on the Python path") from None
         raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
     except AttributeError as error:
-        if error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
+        if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
             where = getattr(found, "__file__", None) or "a built-in module"
             raise HandlerError(f"{target}: {where} has no {error.name!r}") from None
         raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
@@ -82,6 +83,8 @@ def _takes_connection(target: str, found: Any) -> bool:
         raise HandlerError(f"{target}: {type(found).__name__} is not callable; a handler is a function loop(sock)")
     if isinstance(found, type):
         raise HandlerError(f"{target}: a class; a handler is a function loop(sock)")
+    if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found) or inspect.isgeneratorfunction(found):
+        raise HandlerError(f"{target}: calling it only makes a coroutine or generator; a handler is a plain function loop(sock)")
     try:
         signature = inspect.signature(found)
     except (TypeError, ValueError):

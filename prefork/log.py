@@ -6,6 +6,7 @@ with the next one that can: the log never stops the daemon.
 """
 
 import os
+import stat
 import time
 from enum import IntEnum
 from typing import Any
@@ -31,6 +32,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "stopping_quickly": (Level.INFO, "stopping at once ({why})"),
     "stopped": (Level.INFO, "stopped: {accepted} connections served, {killed} cut"),
     "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
+    "log_may_wait": (Level.WARNING, "standard error can't be opened anew ({reason}): a reader that stops stops the daemon"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "listening": (Level.INFO, "listening on {address}"),
@@ -54,10 +56,9 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
     "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
-    "worker_unready": (
+    "worker_early": (
         Level.ERROR,
-        "worker {slot} of generation {generation} (pid {pid}) died before it was ready: {cause}; {failures} in a row, next try "
-        "in {seconds:.1f} s",
+        "worker {slot} of generation {generation} (pid {pid}) {what}: {cause}; {failures} in a row, next try in {seconds:.1f} s",
     ),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
@@ -73,13 +74,16 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_again": (Level.INFO, "accept works again, after {count} failures"),
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
-    "handler_left": (Level.WARNING, "the handler left {what} behind: this worker ends and is replaced"),
+    "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
     "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
 }
 
 _level = Level.INFO
 _role = "master"
+_fd = 2
 _dropped = 0
+# What write(2) puts into a pipe in one piece (pipe(7)).
+_PIPE_BUF = 4096
 
 
 def configure(*, level: str | None = None, role: str | None = None) -> None:
@@ -87,6 +91,24 @@ def configure(*, level: str | None = None, role: str | None = None) -> None:
     global _level, _role
     _level = Level[level.upper()] if level is not None else _level
     _role = role if role is not None else _role
+
+
+def never_wait() -> None:
+    """Make writing to a pipe that nobody empties fail instead of waiting. Once, by the master; its children inherit it.
+
+    O_NONBLOCK belongs to the open file, which others share: so the pipe is opened anew.
+    """
+    global _fd
+    if _fd == 2 and stat.S_ISFIFO(os.fstat(2).st_mode):
+        try:
+            _fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        except OSError as error:
+            event("log_may_wait", reason=error.strerror)
+
+
+def descriptors() -> set[int]:
+    """What a process must keep open to be heard."""
+    return {1, 2, _fd}
 
 
 def event(name: str, /, *, text: str = "", **fields: Any) -> None:
@@ -104,14 +126,23 @@ def _write(level: Level, message: str, text: str) -> None:
     lines = [head + _printable(message), *("    " + _printable(line) for line in text.splitlines())]
     if _dropped:
         lines.insert(0, f"{head}{_dropped} log lines could not be written")
-    data = ("\n".join(lines) + "\n").encode("utf-8", "backslashreplace")
-    try:
-        while data:
-            data = data[os.write(2, data) :]
-    except OSError:
-        _dropped += 1
-    else:
-        _dropped = 0
+    for piece in _pieces([(line + "\n").encode("utf-8", "backslashreplace") for line in lines]):
+        try:
+            os.write(_fd, piece)
+        except OSError:
+            _dropped += 1
+            return
+    _dropped = 0
+
+
+def _pieces(lines: list[bytes]) -> list[bytes]:
+    """Whole lines, joined as long as the pieces are written in one go."""
+    pieces = [b""]
+    for line in lines:
+        if pieces[-1] and len(pieces[-1]) + len(line) > _PIPE_BUF:
+            pieces.append(b"")
+        pieces[-1] += line
+    return pieces
 
 
 def _printable(line: str) -> str:

@@ -39,6 +39,7 @@ HANDLED = (
     signal.SIGTTOU,
     signal.SIGCHLD,
 )
+LONGEST_SLEEP = 86400.0
 # While a queue is being emptied it is looked at this often.
 DRAIN_LOOK = 0.005
 # A flood of doorbells (no worker of ours rings that often) is not listened to for this long.
@@ -106,6 +107,8 @@ class Master:
         self.failure: PreforkError | None = None
         self.finished = False
         self.deaf_until: float | None = None
+        self.seen_exited = 0
+        self.pid = os.getpid()
 
     # -- the loop
 
@@ -115,8 +118,10 @@ class Master:
         try:
             while not self.finished:
                 self._sleep()
+                # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.
+                arrived = self.inbox.take()
                 self._reap()
-                self._hear_signals()
+                self._obey_signals(arrived)
                 self._tend()
         except Exception:
             log.event("bug", where="master", text=traceback.format_exc())
@@ -134,6 +139,7 @@ class Master:
         self.name = conf.instance
         process.set_title(f"prefork: master {self.name}")
         process.become_subreaper()
+        log.never_wait()
         self.notifier = Notifier.from_environment()
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -156,10 +162,12 @@ class Master:
         planned = self._wake_at()
         for generation in self._generations():
             self._listen_to(generation)
-        timeout = None if planned is None else max(0.0, planned - self._clock())
+        before = self._clock()
+        # epoll takes at most 2**31 milliseconds.
+        timeout = None if planned is None else min(LONGEST_SLEEP, max(0.0, planned - before))
         events = self.selector.select(timeout)
         if timeout is not None:
-            self.lost += max(0.0, self._clock() - max(self.now, planned or 0.0) - OVERSLEPT)
+            self.lost += max(0.0, self._clock() - max(self.now, before + timeout) - OVERSLEPT)
         self.now = self._clock()
         for key, _ in events:
             key.data(self.now)
@@ -205,10 +213,15 @@ class Master:
             self.deaf_until = now + FLOOD_REST
 
     def _reap(self) -> None:
-        ended = [change for change in process.reap() if isinstance(change, process.Ended)]
-        if not ended:
+        changes = process.reap(stops=True)
+        if not changes:
             return
         generations = self._generations()
+        for change in changes:
+            if isinstance(change, process.Changed):
+                for generation in generations:
+                    generation.note_stop(change.pid, self.now, stopped=change.stopped)
+        ended = [change for change in changes if isinstance(change, process.Ended)]
         for generation in generations:
             if generation.pid is not None:
                 generation.receive(self.now)  # what a dead fork server said last comes before its end
@@ -236,8 +249,7 @@ class Master:
             log.event("fork_server_died", generation=generation.number, cause=cause)
             self.restart_at = self.now
 
-    def _hear_signals(self) -> None:
-        arrived = self.inbox.take()
+    def _obey_signals(self, arrived: set[int]) -> None:
         if signal.SIGQUIT in arrived:
             self._stop_quickly("SIGQUIT")
         if signal.SIGTERM in arrived:
@@ -259,6 +271,10 @@ class Master:
         self._tend_reload()
         generations = self._generations()
         live = sum(generation.live() for generation in generations)
+        if self.tally.exited != self.seen_exited:
+            self.seen_exited = self.tally.exited
+            for generation in generations:
+                generation.room_was_made(self.now)
         for generation in generations:
             generation.tend(self.now, live - generation.live())
         for generation in [g for g in self.draining if g.gone]:
@@ -267,7 +283,7 @@ class Master:
         self._tend_farewells()
         self._tend_stop()
         for generation in self.draining:
-            generation.let_go()
+            generation.let_go(self.now)
         self._tend_waiting()
         if self.deaf_until is not None and self.deaf_until <= self.now:
             self.deaf_until = None
@@ -292,11 +308,24 @@ class Master:
     # -- generations
 
     def _boot(
-        self, what: str, conf: Config, listeners: list[Listener], clients: list[Client], opened: Sequence[Listener] = ()
+        self,
+        what: str,
+        conf: Config,
+        listeners: list[Listener],
+        clients: list[Client],
+        *,
+        opened: Sequence[Listener] = (),
+        targets: Sequence[int] | None = None,
     ) -> None:
         generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now)
         self.next_number += 1
-        generation.start()
+        if targets is not None:
+            generation.targets = list(targets)
+        try:
+            generation.start()
+        except OSError:
+            generation.close()
+            raise
         self.selector.register(generation.channel, selectors.EVENT_READ, self._postman(generation))
         self.reload = Reload(what, self.now, generation, list(opened), clients)
 
@@ -319,10 +348,10 @@ class Master:
             changed = config.needs_restart(self.config, conf)
             if changed is not None:
                 raise ConfigError(f"{changed} has changed, which needs a restart")
-            kept = {listener.configured: listener for listener in self.listeners}
-            opened = self._open([address for address in conf.bind if address not in kept], conf)
-            fresh = {listener.configured: listener for listener in opened}
-            self._boot(what, conf, [kept.get(address) or fresh[address] for address in conf.bind], clients, opened)
+            places = self._match(conf.bind)
+            opened = self._open([address for address, kept in zip(conf.bind, places, strict=True) if kept is None], conf)
+            added = iter(opened)
+            self._boot(what, conf, [kept or next(added) for kept in places], clients, opened=opened)
         except (PreforkError, OSError) as error:
             for listener in opened:
                 listener.close()
@@ -334,7 +363,8 @@ class Master:
         if self.current is None or self.reload is not None or self.stop is not None:
             return
         try:
-            self._boot("restart of the fork server", self.current.config, self.listeners, [])
+            # What was scaled by hand stays so until the next reload.
+            self._boot("restart of the fork server", self.current.config, self.listeners, [], targets=self.current.targets)
         except OSError as error:
             self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
 
@@ -370,6 +400,8 @@ class Master:
         new.commit(self.now)
         removed = [listener for listener in self.listeners if listener not in new.listeners]
         self.listeners = list(new.listeners)
+        for listener, address in zip(new.listeners, new.config.bind, strict=True):
+            listener.adopt(address, new.config.backlog)
         for listener in reload.opened:
             log.event("listening", address=listener.address)
         if old is not None:
@@ -468,6 +500,18 @@ class Master:
             raise
         return opened
 
+    def _match(self, wanted: Sequence[Address]) -> list[Listener | None]:
+        """For each address the listener that is open for it already, each listener once: two free ports are two."""
+        left = list(self.listeners)
+        found: list[Listener | None] = []
+        for address in wanted:
+            place = (address.family, address.host, address.port)
+            kept = next((at for at in left if (at.configured.family, at.configured.host, at.configured.port) == place), None)
+            if kept is not None:
+                left.remove(kept)
+            found.append(kept)
+        return found
+
     def _warn_of_limits(self) -> None:
         limit = next((queue[1] for listener in self.listeners if (queue := listener.queue()) is not None), None)
         if limit is not None and limit < self.config.backlog:
@@ -496,6 +540,8 @@ class Master:
         clients = [client] if client is not None else []
         if self.stop is not None:
             self.stop.clients += clients
+            if timeout is not None and not self.stop.killed:
+                self._hurry(self.now + timeout)
             return
         seconds = self.config.graceful_timeout if timeout is None else timeout
         self.stop = Stop(why, self.now + seconds, clients)
@@ -507,6 +553,14 @@ class Master:
             generation.announce_stop()
         for listener in self.listeners:
             self._say_farewell(listener, self.stop.deadline)
+        self._hurry(self.stop.deadline)
+
+    def _hurry(self, deadline: float) -> None:
+        """Nothing that ends may take longer than this stop."""
+        if self.stop is not None:
+            self.stop.deadline = min(self.stop.deadline, deadline)
+            for farewell in self.farewells:
+                farewell.deadline = min(farewell.deadline, self.stop.deadline)
 
     def _stop_quickly(self, why: str, client: Client | None = None) -> None:
         clients = [client] if client is not None else []
@@ -559,12 +613,18 @@ class Master:
             stop.deadline = self.now + QUICK_LIMIT
 
     def _kill_everything(self) -> None:
+        if os.getpid() != self.pid:
+            return  # a child that has unwound into these frames must not act for the master
         for generation in self._generations():
             generation.quit()
             generation.kill_fork_server()
 
     def _close(self) -> None:
         """Leave nothing behind, and tell those who wait for it."""
+        if os.getpid() != self.pid:
+            os._exit(PreforkError.exit_code)
+        # Nothing is left to do for a signal, and the interpreter gives them their default action while it ends.
+        signals.block()
         counts = self.tally.counts
         for listener in self.listeners:
             listener.close()
@@ -626,6 +686,9 @@ class Master:
     def _tend_waiting(self) -> None:
         for entry in list(self.waiting):
             client, deadline, outcome = entry
+            if self.control is None or client not in self.control.clients:
+                self.waiting.remove(entry)  # nobody waits for it any more
+                continue
             answer = outcome()
             if answer is None and deadline <= self.now:
                 answer = {"ok": False, "reason": f"not there after boot_timeout = {self.config.boot_timeout:g} s; see the log"}
@@ -656,7 +719,12 @@ class Master:
 
     def _report_status(self, client: Client) -> None:
         """What only the master knows, and the boards; `prefork.ops.status` makes the rest of it."""
-        generations = self._generations()[: control.DESCRIPTORS_LIMIT // 2]
+        generations = self._generations()
+        most = control.DESCRIPTORS_LIMIT // 2
+        ended = self.tally.counts
+        for generation in generations[most:]:  # more than an answer can carry: their totals only
+            ended += generation.accepted()
+        generations = generations[:most]
         troubled = [t for t in (self.trouble, self.current.trouble if self.current else None) if t and t.until > self.now]
         facts: dict[str, Any] = {
             "ok": True,
@@ -673,7 +741,7 @@ class Master:
             "saturated_seconds": self.saturated_before + (self.current.saturated_for(self.now) if self.current else 0.0),
             "listeners": [_listener_facts(listener) for listener in self.listeners],
             "targets": self.current.targets if self.current is not None else [],
-            "ended": _fields(self.tally.counts),
+            "ended": _fields(ended),
             "histogram": self.tally.histogram,
             "forked": self.tally.forked,
             "exited": self.tally.exited,

@@ -66,8 +66,12 @@ def main(brief: Brief, handler: Handler) -> NoReturn:
         worker.start()
         status = worker.run()
     except BaseException:
+        # A left-over alarm of the handler may still ring; nothing may unwind into the frames of the fork server and the master
+        # below us, which would act for them on sockets that are shared.
+        signals.block()
         log.event("bug", where="worker", text=traceback.format_exc())
-    os._exit(status)
+    finally:
+        os._exit(status)
 
 
 class Worker:
@@ -97,10 +101,13 @@ class Worker:
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
             os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal
-        process.close_all_but({0, 1, 2, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
+        process.close_all_but({*log.descriptors(), 0, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
         process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
         log.configure(role=f"gen {brief.generation} worker {self.slot}")
         os.register_at_fork(after_in_child=self._after_fork)
+        # What the import registered belongs to the fork server's life: run at each worker's end it would remove, say, a
+        # temporary directory under the others' feet. A worker runs what was registered in it.
+        atexit._clear()
         self._take_signals()
         signals.unblock()
         signals.forget()
@@ -179,11 +186,16 @@ class Worker:
                 sock.settimeout(None)
             failed = False
             try:
-                call(sock)
+                try:
+                    call(sock)
+                finally:
+                    if signals.touched():
+                        self._put_back()
             except ConnectionError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
             except BaseException as error:
                 failed = not self.forked
+                self._put_back()
                 self._handler_raised(error, peer[:-1].decode())
             if self.forked:
                 os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
@@ -203,8 +215,6 @@ class Worker:
             if self.pauses:
                 log.event("accept_again", count=self.pauses)
                 self.pauses = 0
-            if signals.touched():
-                self._put_back()
 
     # -- accepting
 
@@ -223,10 +233,9 @@ class Worker:
                     log.event("accept_paused", count=self.pauses, reason=error.strerror, seconds=PAUSE)
                 self.board.states[self.slot] = PAUSED
                 time.sleep(PAUSE)
+                self._ring(wire.Ring.READY)  # an acceptor again: whoever looked meanwhile has counted on it, or not
                 return None
-            case Verdict.CLOSED:
-                return EXIT_RETIRED
-            case Verdict.UNPLUGGED if self._asked_to_leave():
+            case Verdict.UNPLUGGED | Verdict.CLOSED if self._asked_to_leave():
                 return EXIT_RETIRED
             case _:
                 log.event("accept_broken", reason=f"{type(error).__name__}: {error}")
@@ -277,11 +286,18 @@ class Worker:
 
     def _put_back(self) -> None:
         """The handler changed signals: put back what retiring and accepting depend on."""
-        for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
-            signal.setitimer(timer, 0)
-        self._take_signals()
-        signals.unblock()
-        signals.forget()
+        while True:
+            try:
+                signals.block()
+                for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                    signal.setitimer(timer, 0)
+                self._take_signals()
+                signals.unblock()
+                signals.forget()
+            except BaseException as error:  # an alarm that had rung before its timer was stopped; it can't ring for ever
+                log.event("late_alarm", reason=error)
+            else:
+                return
 
     def _after_fork(self) -> None:
         """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""

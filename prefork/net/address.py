@@ -5,6 +5,7 @@ would block the master.
 """
 
 import ipaddress
+import re
 import socket
 from dataclasses import dataclass
 from typing import Any
@@ -25,6 +26,11 @@ class Address:
     port: int = 0
     mode: int = 0o600
 
+    def same_place(self, other: "Address") -> bool:
+        """Whether both can't be listened on at once; two free ports (0) can."""
+        here, there = (self.family, self.host, self.port), (other.family, other.host, other.port)
+        return here == there and (self.port != 0 or self.family == socket.AF_UNIX)
+
     def __str__(self) -> str:
         if self.family == socket.AF_UNIX:
             return f"unix:{self.host}"
@@ -40,8 +46,8 @@ def parse(text: str) -> Address:
     host, colon, port_text = text.rpartition(":")
     if not colon:
         raise ValueError("an address is HOST:PORT, :PORT, [IPV6]:PORT or unix:/path")
-    if not (port_text.isascii() and port_text.isdigit() and int(port_text) <= 65535):
-        raise ValueError(f"the port must be a number from 0 to 65535, not {port_text!r}")
+    if not re.fullmatch(r"[0-9]{1,5}", port_text) or int(port_text) > 65535:
+        raise ValueError(f"the port must be a number from 0 to 65535, not {port_text[:40]!r}")
     port = int(port_text)
     if host == "":
         return Address(socket.AF_INET6, "", port)
@@ -54,9 +60,11 @@ def parse(text: str) -> Address:
 
 def _ip(host: str, version: int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
     try:
+        if not (host.isascii() and host.isprintable()):
+            raise ValueError
         ip = ipaddress.ip_address(host)
     except ValueError:
-        raise ValueError(f"the host must be a numeric address or localhost, not {host!r}") from None
+        raise ValueError(f"the host must be a numeric address or localhost, not {host[:80]!r}") from None
     if ip.version != version:
         raise ValueError(f"an IPv6 address is written in brackets: [{host}]" if ip.version == 6 else f"not IPv6: {host}")
     return ip
@@ -64,10 +72,7 @@ def _ip(host: str, version: int) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
 
 def _parse_unix(text: str) -> Address:
     path, _, query = text.removeprefix("unix:").partition("?")
-    if not path.startswith("/"):
-        raise ValueError("a Unix socket's path is absolute: unix:/path")
-    if "\0" in path or len(path.encode()) > UNIX_PATH_LIMIT - TEMPORARY_NAME:
-        raise ValueError(f"a Unix socket's path has at most {UNIX_PATH_LIMIT - TEMPORARY_NAME} bytes")
+    check_path(path)
     mode = 0o600
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key != "mode":
@@ -79,6 +84,18 @@ def _parse_unix(text: str) -> Address:
         if not 0 <= mode <= 0o777:
             raise ValueError(f"mode is octal, 0 to 0777, not {value!r}")
     return Address(socket.AF_UNIX, path, mode=mode)
+
+
+def check_path(path: str) -> None:
+    """Raise ValueError when no Unix socket can be bound at ``path``."""
+    if not path.startswith("/"):
+        raise ValueError("a Unix socket's path is absolute: unix:/path")
+    try:
+        length = len(path.encode())
+    except UnicodeEncodeError:
+        raise ValueError("a Unix socket's path must be UTF-8 here") from None
+    if "\0" in path or length > UNIX_PATH_LIMIT - TEMPORARY_NAME:
+        raise ValueError(f"a Unix socket's path has at most {UNIX_PATH_LIMIT - TEMPORARY_NAME} bytes")
 
 
 def peer_text(family: int, address: Any) -> str:

@@ -137,9 +137,16 @@ class Listener:
         self._unlink()
         self.sock.close()
 
+    def adopt(self, wanted: Address, backlog: int) -> None:
+        """Take over what a reload may change of an address that stays: the queue's limit, a path's permission bits."""
+        self.sock.listen(backlog)
+        if self.inode is not None and wanted.mode != self.configured.mode and inode_of(wanted.host) == self.inode:
+            os.chmod(wanted.host, wanted.mode)
+        self.configured = wanted
+
     def _unlink(self) -> None:
-        if self.inode is not None and _inode(self.address.host) == self.inode:
-            os.unlink(self.address.host)
+        if self.inode is not None and inode_of(self.address.host) == self.inode:
+            remove(self.address.host)
         self.inode = None
 
 
@@ -186,7 +193,7 @@ def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[
             except BaseException:
                 os.unlink(temporary)
                 raise
-        inode = _inode(path)
+        inode = inode_of(path)
         if inode is None:
             raise FileNotFoundError(errno.ENOENT, "it was removed as soon as it was made", path)
     except BaseException:
@@ -224,12 +231,22 @@ def _make_way(path: str) -> None:
     raise AddressError(f"unix:{path}: another process listens there")
 
 
-def _inode(path: str) -> tuple[int, int] | None:
+def inode_of(path: str) -> tuple[int, int] | None:
+    """Device and inode at a path; None when there is nothing, or no way to it."""
     try:
         status = os.lstat(path)
-    except FileNotFoundError:
+    except OSError:  # gone, or the way to it: then nothing of ours is there
         return None
     return status.st_dev, status.st_ino
+
+
+def remove(path: str) -> bool:
+    """Remove a socket's path. False when it is not to be removed by us any more (a read-only or vanished directory)."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
 
 
 def _explain(wanted: Address, error: OSError) -> Exception:

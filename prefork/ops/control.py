@@ -20,13 +20,15 @@ from typing import Any
 
 from prefork import log
 from prefork.errors import RefusedError
-from prefork.net.listener import open_unix
+from prefork.net.listener import inode_of, open_unix, remove
 
 REQUEST_LIMIT = 4096
 CLIENTS = 64
 # A request is a line from a command on this machine: whoever needs longer for it, or for taking the answer, is not one.
 PATIENCE = 10.0
-DESCRIPTORS_LIMIT = 64
+# SCM_RIGHTS takes 253 descriptors (unix(7)).
+DESCRIPTORS_LIMIT = 250
+ACCEPT_PAUSE = 0.1
 _UCRED = struct.Struct("3i")
 _SUFFIX = ".sock"
 
@@ -52,12 +54,19 @@ class ControlServer:
     selector: selectors.BaseSelector
     obey: Callable[[Client, dict[str, Any]], None]
     clients: set[Client] = field(default_factory=set)
+    resume_at: float | None = None
 
     def accept(self, now: float) -> None:
         """Take a client in, or turn it away."""
         try:
             sock, _ = self.sock.accept()
         except (BlockingIOError, ConnectionAbortedError):
+            return
+        except OSError as error:
+            # Out of descriptors or memory: the client waits in the queue, and asking again at once would spin.
+            log.event("control_refused", reason=error.strerror)
+            self.selector.unregister(self.sock)
+            self.resume_at = now + ACCEPT_PAUSE
             return
         sock.setblocking(False)
         _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
@@ -139,26 +148,27 @@ class ControlServer:
             client.sock.close()
 
     def tend(self, now: float) -> None:
-        """Drop those who take too long."""
+        """Drop those who take too long; accept again after a pause."""
+        if self.resume_at is not None and self.resume_at <= now:
+            self.resume_at = None
+            self.selector.register(self.sock, selectors.EVENT_READ, self.accept)
         for client in [c for c in self.clients if c.deadline is not None and c.deadline <= now]:
             self.drop(client)
 
     def wake_at(self) -> float | None:
         """When to `tend`."""
-        return min((c.deadline for c in self.clients if c.deadline is not None), default=None)
+        times = [c.deadline for c in self.clients] + [self.resume_at]
+        return min((at for at in times if at is not None), default=None)
 
     def close(self) -> None:
         """Take no more commands; the path goes only if it is still ours."""
         for client in list(self.clients):
             self.drop(client)
-        self.selector.unregister(self.sock)
+        if self.resume_at is None:
+            self.selector.unregister(self.sock)
         self.sock.close()
-        try:
-            status = os.lstat(self.path)
-            if (status.st_dev, status.st_ino) == self.inode:
-                os.unlink(self.path)
-        except FileNotFoundError:
-            pass  # somebody cleaned up before us
+        if inode_of(self.path) == self.inode:
+            remove(self.path)
 
 
 def serve(path: str, selector: selectors.BaseSelector, obey: Callable[[Client, dict[str, Any]], None]) -> ControlServer:

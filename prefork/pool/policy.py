@@ -72,7 +72,7 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
     settled, next_look = 0, now + LOOK_AGAIN
     short, short_at = shortage, now
     if memory.short_at is not None:
-        if now - memory.short_at >= LOOK_AGAIN:
+        if now >= memory.short_at + LOOK_AGAIN:
             settled = min(shortage, memory.short)
         else:
             # Woken early, by somebody's death or the other listener: the first look still stands, with the smaller shortage.

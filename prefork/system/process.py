@@ -9,6 +9,8 @@ from dataclasses import dataclass
 
 from setproctitle import setproctitle
 
+# The most that kernel.pid_max can be (proc(5)).
+PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -72,7 +74,9 @@ def reap(*, stops: bool = False) -> list[Ended | Changed]:
 
 
 def is_child(pid: int) -> bool:
-    """Whether ``pid`` is a child of ours that was not reaped yet."""
+    """Whether ``pid`` is a child of ours that was not reaped yet. Any number may be asked about."""
+    if not 1 < pid <= PID_LIMIT:
+        return False
     try:
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT)
     except ChildProcessError:
@@ -119,7 +123,9 @@ def close_all_but(keep: Collection[int]) -> None:
 
 
 def describe(status: int) -> str:
-    """A wait status in words."""
+    """A wait status in words, whatever number it is."""
+    if not (os.WIFEXITED(status) or os.WIFSIGNALED(status)):
+        return f"wait status {status:#x}"
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exit status {code}"

@@ -71,6 +71,11 @@ def fresh() -> None:
             signal.signal(signo, action)
 
 
+def block() -> None:
+    """Hold every signal back until `unblock`."""
+    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+
+
 def unblock() -> None:
     """Let every signal in."""
     signal.pthread_sigmask(signal.SIG_SETMASK, ())

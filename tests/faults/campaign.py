@@ -164,7 +164,7 @@ def kill_master(count: int = 1) -> Figures:
     free: list[float] = []
     for _ in range(count):
         with serve("echo:loop", workers=8) as server, Load(server.address, clients=4) as load:
-            watch.until("the load runs", lambda: load.connections > 100)
+            watch.until("the load runs", partial(_runs, load))
             pids = [child.pid for child in watch.family(server.pid)]
             server.process.kill()
             server.process.wait()
@@ -178,12 +178,38 @@ def kill_master(count: int = 1) -> Figures:
     return {"gone_worst": max(gone), "next_daemon_ready_worst": max(free)}
 
 
+def stops(count: int = 3, handler: str = "echo:loop") -> Figures:
+    """Graceful stops under full load: nobody whom the kernel had connected is cut; refused ones are counted apart."""
+    figures: Figures = {"connections": 0, "refused": 0, "turned_away": 0, "slowest_stop": 0.0}
+    for _ in range(count):
+        with serve(handler, workers=4) as server, Load(server.address, clients=4, timeout=0.5) as load:
+            watch.until("the load runs", partial(_runs, load))
+            begun = time.monotonic()
+            server.stop()
+            figures["slowest_stop"] = max(figures["slowest_stop"], time.monotonic() - begun)
+            load.stop()
+            # Who is turned away in the handshake was never connected.
+            lost = [kind for _, kind in load.failures if not kind.startswith("connect")]
+            assert not lost, lost
+            accepted = int(server.log().rpartition("stopped: ")[2].split()[0])
+            assert accepted == load.connections, f"{accepted} accepted, {load.connections} answered"
+            figures["connections"] += load.connections
+            figures["refused"] += load.refused
+            figures["turned_away"] += len(load.failures)
+    return figures
+
+
+def _runs(load: Load) -> bool:
+    return load.connections > 50
+
+
 FAULTS: dict[str, Callable[..., Figures]] = {
     "steady": steady,
     "reloads": reloads,
     "kill_workers": kill_workers,
     "kill_fork_server": kill_fork_server,
     "kill_master": kill_master,
+    "stops": stops,
 }
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from prefork.pool import scoreboard
-from prefork.testing import Server
+from prefork.testing import Server, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.faults import campaign
@@ -38,6 +38,17 @@ def test_a_killed_fork_server_costs_nobody_anything() -> None:
 
 def test_a_killed_master_leaves_nothing() -> None:
     campaign.kill_master(count=1)
+
+
+def test_stops_under_full_load_lose_nobody() -> None:
+    campaign.stops(count=3)
+
+
+@pytest.mark.slow
+def test_stops_under_full_load_lose_nobody_and_none_hangs() -> None:
+    # A SIGCHLD that went unheard once made one stop in 200 wait for the next event.
+    figures = campaign.stops(count=50)
+    assert figures["slowest_stop"] < 10.0
 
 
 def test_a_master_that_is_stopped_for_a_while_punishes_nobody(prefork_server: Start) -> None:
@@ -139,3 +150,15 @@ def test_the_orders_of_the_master_can_not_be_overwritten_by_a_worker(prefork_ser
             pass  # how the kernel ends a dead process' connection with unread data
     status = watch.until("its death is known", lambda: (now := server.status())["deaths"] and now)
     assert status["deaths"][0]["cause"] == "signal 11 (SIGSEGV)"
+
+
+def test_a_worker_outlives_neither_its_master_nor_its_fork_server() -> None:
+    # Both die at once: nobody is left to signal the workers but the kernel.
+    with serve("echo:loop", workers=2) as server:
+        pids = [worker["pid"] for worker in watch.settled(server, 2)["workers"]]
+        fork_server = watch.fork_server(server)
+        os.kill(server.pid, signal.SIGSTOP)
+        os.kill(fork_server, signal.SIGKILL)
+        os.kill(server.pid, signal.SIGKILL)
+        server.process.wait()
+        watch.until("the workers have gone", lambda: all(map(watch.is_gone, pids)), 5.0)

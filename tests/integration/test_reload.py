@@ -103,6 +103,37 @@ def test_a_bad_reload_changes_nothing_and_says_why(prefork_server: Start, module
     assert says(server) == b"new"
 
 
+HALF_READY = """
+import os, time
+first = os.pipe()
+os.write(first[1], b"x")
+os.set_blocking(first[0], False)
+
+def started():
+    try:
+        os.read(first[0], 1)
+    except BlockingIOError:
+        time.sleep(60)
+
+os.register_at_fork(after_in_child=started)
+
+def loop(sock):
+    sock.sendall(b"new")
+"""
+
+
+def test_new_code_serves_nobody_before_all_its_workers_are_ready(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=2)
+    module(HALF_READY)
+    os.kill(server.pid, signal.SIGHUP)
+    heard = set()
+    while "refused" not in server.log():
+        heard.add(says(server))
+    assert heard == {b"old"}
+    assert "its workers are not ready after boot_timeout = 2 s" in server.log()
+    watch.until("what was tried has gone", lambda: len(watch.family(server.pid)) == 3)
+
+
 def test_a_file_with_an_invalid_value_is_refused_and_a_mended_one_taken(prefork_server: Start, tmp_path: Path) -> None:
     file = tmp_path / "echo.toml"
     file.write_text('module = "echo:loop"\nworkers = 2\n')

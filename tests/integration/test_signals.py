@@ -11,7 +11,6 @@ import pytest
 from prefork.testing import Server, connect
 from tests import watch
 from tests.conftest import HANDLERS
-from tests.load import Load
 
 Start = Callable[..., Server]
 
@@ -43,20 +42,6 @@ def test_a_graceful_stop_serves_whom_the_kernel_has_connected(prefork_server: St
     assert "2 connections served, 0 cut" in server.log()
 
 
-def test_stops_under_full_load_lose_nobody(prefork_server: Start) -> None:
-    for _ in range(3):
-        server = prefork_server("echo:loop", workers=4)
-        with Load(server.address, clients=4, timeout=0.5) as load:
-            _wait_for(load, 50)
-            assert server.stop() == 0
-            load.stop()
-        # Who is turned away in the handshake was never connected.
-        lost = [kind for _, kind in load.failures if not kind.startswith("connect")]
-        assert not lost
-        accepted = int(server.log().rpartition("stopped: ")[2].split()[0])
-        assert accepted == load.connections
-
-
 def test_connections_past_graceful_timeout_are_cut_and_named(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2, graceful_timeout=0.3)
     with server.connect() as sock:
@@ -67,10 +52,6 @@ def test_connections_past_graceful_timeout_are_cut_and_named(prefork_server: Sta
         assert sock.recv(1) == b""
     assert f"is killed, serving {peer}: still there at the end of graceful_timeout" in server.log()
     assert "1 connections served, 1 cut" in server.log()
-
-
-def _wait_for(load: Load, connections: int) -> None:
-    watch.until("the load runs", lambda: load.connections > connections)
 
 
 @pytest.mark.parametrize("how", ["QUIT", "INT twice"])

@@ -178,8 +178,8 @@ def test_the_connection_object_tells_who_where_and_which(prefork_server: Start) 
     server = prefork_server("tiny:about", folder=HANDLERS, workers=1)
     with server.connect() as sock:
         told = json.loads(sock.recv(4096))
-        assert told["peer"] == "127.0.0.1:%d" % sock.getsockname()[1]
-        assert told["local"] == told["listener"] == "127.0.0.1:%d" % server.address[1]
+        assert told["peer"] == f"127.0.0.1:{sock.getsockname()[1]}"
+        assert told["local"] == told["listener"] == f"127.0.0.1:{server.address[1]}"
         assert (told["worker"], told["generation"], told["id"]) == (0, 1, "1.0.1")
         assert abs(told["accepted_at"] - time.monotonic()) < 10
 

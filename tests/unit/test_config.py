@@ -22,9 +22,9 @@ WRONG = {
     "max_workers": ("-1", "must be a whole number from 1 to "),
     "spare_timeout": ("0", "must be more than 0 seconds"),
     "backlog": ("many", "must be a whole number from 1 to 2147483647"),
-    "boot_timeout": ("1 week", "must be a duration, 0 or more: seconds (1.5) or 30s, 5m, 1h"),
-    "drain_timeout": ("-1", "must be a duration, 0 or more"),
-    "graceful_timeout": ("inf", "must be a duration, 0 or more"),
+    "boot_timeout": ("1 week", "must be a duration, 0 to 1e9 seconds: 1.5, 30s, 5m or 1h"),
+    "drain_timeout": ("-1", "must be a duration, 0 to 1e9 seconds"),
+    "graceful_timeout": ("inf", "must be a duration, 0 to 1e9 seconds"),
     "name": ("a b", "must be letters, digits, '.', '_' and '-', at most 64"),
     "control": ("here", "must be an absolute path, or off"),
     "log_level": ("loud", "must be one of debug, info, warning, error"),
@@ -212,7 +212,7 @@ def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:
 
 def test_a_file_that_can_not_be_read_is_told_with_the_reason(tmp_path: Path) -> None:
     assert refusal(Sources(file=f"{tmp_path}/none")) == f"{tmp_path}/none: can't read the configuration: No such file or directory"
-    assert refusal(Sources(file=str(tmp_path))) == f"{tmp_path}: can't read the configuration: Is a directory"
+    assert refusal(Sources(file=str(tmp_path))) == f"{tmp_path}: can't read the configuration: not a regular file"
 
 
 @pytest.mark.parametrize(

@@ -103,7 +103,7 @@ def test_every_event_is_logged_somewhere_with_the_fields_that_its_sentence_needs
     logged: set[str] = set()
     for path in Path(prefork.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(call, ast.Call) and ast.unparse(call.func) == "log.event"):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func) in {"log.event", "event"}):
                 continue
             name = ast.literal_eval(call.args[0])
             given = {keyword.arg for keyword in call.keywords}

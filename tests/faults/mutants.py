@@ -1,0 +1,120 @@
+"""Planted bugs, one for each promise, and the test that must fail with it: a test of the tests."""
+
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import dataclass
+from pathlib import Path
+
+import prefork
+
+
+@dataclass(frozen=True, slots=True)
+class Mutant:
+    """In ``file`` of the package ``old`` (found once) becomes ``new``; then the tests that ``check`` names must fail."""
+
+    name: str
+    file: str
+    old: str
+    new: str
+    check: tuple[str, ...]
+
+
+MUTANTS = [
+    Mutant(
+        "a SIGTERM handler that raises",
+        "worker.py",
+        "            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)\n",
+        "            os._exit(0)\n",
+        ("tests/faults/test_faults.py::test_reloads_under_load_lose_nobody",),
+    ),
+    Mutant(
+        "no repeat of the signal",
+        "generation.py",
+        "                self._signal(self.pool.workers[slot], Order.RETIRE)\n",
+        "                pass\n",
+        ("tests/unit/test_generation.py::test_a_worker_that_waits_in_accept_is_signalled_until_it_has_seen_it",),
+    ),
+    Mutant(
+        "a slot that is forgotten when its worker is reaped",
+        "pool/state.py",
+        "        self.live[worker.listener] -= 1\n",
+        "",
+        ("tests/unit/test_state.py",),
+    ),
+    Mutant(
+        "a fork too few",
+        "pool/policy.py",
+        "    fork = min(wanted, max(0, view.room))\n",
+        "    fork = min(wanted - 1, max(0, view.room))\n",
+        ("tests/integration/test_pool.py::test_a_worker_that_is_killed_is_replaced_at_once",),
+    ),
+    Mutant(
+        "a reload that serves before it is committed",
+        "worker.py",
+        "        os.read(self.brief.gate, 1)\n",
+        "",
+        ("tests/integration/test_reload.py::test_new_code_serves_nobody_before_all_its_workers_are_ready",),
+    ),
+    Mutant(
+        "a listener that is closed before its queue was served",
+        "master.py",
+        "            if not listener.drained() and farewell.deadline > self.now:\n",
+        "            if False:\n",
+        ("tests/integration/test_signals.py::test_a_graceful_stop_serves_whom_the_kernel_has_connected",),
+    ),
+    Mutant(
+        "workers that leave with their fork server",
+        "worker.py",
+        "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",
+        "        if True:\n            self._on_retire",
+        ("tests/faults/test_faults.py::test_a_killed_fork_server_costs_nobody_anything",),
+    ),
+    Mutant(
+        "workers that stay when the master is dead",
+        "worker.py",
+        "        process.signal_when_orphaned(signals.PARENT_DIED)\n",
+        "",
+        ("tests/faults/test_faults.py::test_a_worker_outlives_neither_its_master_nor_its_fork_server",),
+    ),
+    Mutant(
+        "a descriptor that leaks at each reload",
+        "generation.py",
+        "        os.close(self.orders_fd)\n",
+        "",
+        ("tests/faults/test_faults.py::test_reloads_under_load_lose_nobody",),
+    ),
+    Mutant(
+        "an ignored signal",
+        "master.py",
+        "    signal.SIGTTIN,\n",
+        "",
+        ("tests/integration/test_signals.py::test_ttin_and_ttou_are_one_acceptor_more_and_one_fewer",),
+    ),
+]
+
+
+def kills(mutant: Mutant, folder: Path) -> bool:
+    """Whether the tests notice: a copy of package and tests, the bug in it, and the tests that should fail."""
+    shutil.copytree(Path(prefork.__file__).parent, folder / "prefork", ignore=shutil.ignore_patterns("__pycache__"))
+    here = Path(__file__).parents[1]
+    shutil.copytree(here, folder / "tests", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copy(here.parent / "pyproject.toml", folder)
+    file = folder / "prefork" / mutant.file
+    source = file.read_text()
+    if source.count(mutant.old) != 1:
+        raise AssertionError(f"{mutant.name}: {mutant.old!r} is {source.count(mutant.old)} times in {mutant.file}, not once")
+    file.write_text(source.replace(mutant.old, mutant.new))
+    settings = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PREFORK"))}
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", *mutant.check],
+        cwd=folder,
+        env={**settings, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    if done.returncode not in (0, 1):
+        raise AssertionError(f"{mutant.name}: the tests did not run:\n{done.stdout}{done.stderr}")
+    return done.returncode == 1

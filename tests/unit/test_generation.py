@@ -1,0 +1,194 @@
+"""What the master asks of a fork server and when, with a fork server of ours at the other end: real boards, real channel, a
+clock that we turn.
+"""
+
+import os
+import socket
+from collections.abc import Iterator
+
+import pytest
+
+from prefork.config import Sources
+from prefork.generation import NAG_AGAIN, NAG_FIRST, Generation, Tally, Wiring
+from prefork.net import address
+from prefork.net.listener import open_listener
+from prefork.pool import scoreboard, wire
+from prefork.pool.wire import Command, Kind, Order, Report
+
+PID = 4_000_000  # more than this kernel gives
+
+
+class Peer:
+    """A generation, and the fork server's end of its channel in our hands."""
+
+    def __init__(self, workers: int) -> None:
+        config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5}).load()
+        self.listener = open_listener(address.parse("127.0.0.1:0"), 8)
+        self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2), Tally(), 0.0)
+        self.end, self.gate = self.generation.prepare()
+        self.generation.pid = os.getpid()
+        self.end.setblocking(False)
+        self.say(Report(Kind.READY))
+
+    def say(self, report: Report, now: float = 0.0) -> None:
+        self.end.send(wire.pack_report(report))
+        self.generation.receive(now)
+
+    def asked(self) -> list[Command | None]:
+        found = []
+        while True:
+            try:
+                found.append(wire.read_command(self.end.recv(64)))
+            except BlockingIOError:
+                return found
+
+    def boot(self, workers: int) -> None:
+        """Let all be forked, and wait in accept()."""
+        self.generation.tend(0.0, 0)
+        assert self.asked() == [Command(Order.FORK, slot) for slot in range(workers)]
+        for slot in range(workers):
+            self.say(Report(Kind.FORKED, slot, PID + slot))
+            self.generation.board.words[self.generation.board.record(slot) + scoreboard.STARTED] = 1
+            self.generation.board.states[slot] = scoreboard.IDLE
+        self.generation.commit(0.0)
+        self.generation.tend(0.0, 0)
+        assert self.asked() == []
+
+    def close(self) -> None:
+        self.generation.pid = None
+        self.generation.close()
+        os.close(self.gate)
+        self.end.close()
+        self.listener.close()
+
+
+@pytest.fixture
+def peer() -> Iterator[Peer]:
+    made = Peer(2)
+    made.boot(2)
+    yield made
+    made.close()
+
+
+def test_a_worker_that_waits_in_accept_is_signalled_until_it_has_seen_it(peer: Peer) -> None:
+    generation = peer.generation
+    generation.retire(0, 1.0, None)
+    retire = [Command(Order.RETIRE, 0), Command(Order.RETIRE, 1)]
+    assert peer.asked() == retire
+    assert generation.wake_at() == 1.0 + NAG_FIRST
+    now = 1.0 + NAG_FIRST
+    for _ in range(3):
+        generation.tend(now, 0)
+        assert peer.asked() == retire
+        now += NAG_AGAIN
+    generation.board.states[0] = scoreboard.LEAVING
+    generation.board.states[1] = scoreboard.BUSY
+    generation.tend(now, 0)
+    assert peer.asked() == []
+    assert generation.wake_at() is None
+
+
+def test_a_busy_worker_is_asked_by_the_word_alone(peer: Peer) -> None:
+    generation = peer.generation
+    generation.board.states[0] = scoreboard.BUSY
+    generation.retire(0, 1.0, None)
+    assert peer.asked() == [Command(Order.RETIRE, 1)]
+    assert list(generation.board.retire[:2]) == [1, 1]
+
+
+def test_only_busy_workers_are_killed_at_their_deadline(peer: Peer) -> None:
+    generation = peer.generation
+    generation.board.states[0] = scoreboard.BUSY
+    generation.retire(0, 1.0, 2.0)
+    peer.asked()
+    generation.tend(2.0, 0)
+    assert Command(Order.KILL, 0) in peer.asked()
+    generation.tend(3.0, 0)
+    assert Command(Order.KILL, 1) not in peer.asked()
+
+
+def test_a_worker_that_ends_is_replaced_at_once_and_its_slot_used_again(peer: Peer) -> None:
+    peer.say(Report(Kind.EXITED, 0, PID, status=9), 1.0)
+    peer.generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+
+
+@pytest.mark.parametrize(
+    "lie",
+    [
+        Report(Kind.EXITED, 0, 1),
+        Report(Kind.EXITED, 77, PID),
+        Report(Kind.FORKED, 0, 1),
+        Report(Kind.FORKED, 1 << 31, 1),
+        Report(Kind.FORK_FAILED, 1, status=11),
+        Report(Kind.STOPPED, 0, 1),
+        Report(Kind.READY),
+        Report(Kind.FAILED, text="after READY"),
+    ],
+)
+def test_a_fork_server_that_lies_changes_nothing(peer: Peer, lie: Report) -> None:
+    before = dict(peer.generation.pool.workers)
+    peer.say(lie, 1.0)
+    assert peer.generation.pool.workers == before
+    assert peer.generation.gossip == 1
+    assert peer.generation.failure is None
+
+
+def test_garbage_on_the_channel_is_counted(peer: Peer) -> None:
+    for message in (b"x", b"\x63" * 200, b"\0" * 40):
+        peer.end.send(message)
+    assert peer.generation.receive(1.0)
+    assert peer.generation.gossip == 3
+
+
+def test_impossible_counters_are_put_back_when_their_worker_ends(peer: Peer) -> None:
+    board = peer.generation.board
+    record = board.record(0)
+    board.words[record + scoreboard.BEGUN] = board.words[record + scoreboard.OK] = 7
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    peer.generation.tend(1.0, 0)
+    peer.say(Report(Kind.FORKED, 0, PID + 7), 1.0)
+    board.words[record + scoreboard.OK] = 1 << 60
+    peer.say(Report(Kind.EXITED, 0, PID + 7), 1.0)
+    counts = board.counts(0)
+    assert (counts.begun, counts.ok, counts.serving) == (7, 7, 0)
+
+
+def test_a_connection_that_ends_with_its_worker_is_counted_as_killed(peer: Peer) -> None:
+    board = peer.generation.board
+    board.words[board.record(0) + scoreboard.BEGUN] = 1
+    peer.say(Report(Kind.EXITED, 0, PID, status=11), 1.0)
+    counts = board.counts(0)
+    assert (counts.begun, counts.killed, counts.serving) == (1, 1, 0)
+
+
+def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+    peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.0)
+    generation.tend(1.003, 0)
+    assert peer.asked() == []
+    assert generation.trouble.until == 2.5
+    assert generation.wake_at() == 2.5
+    generation.tend(2.5, 0)
+    generation.tend(2.504, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+
+
+def test_a_burst_of_orders_waits_for_the_channel_and_none_is_lost() -> None:
+    peer = Peer(2)
+    peer.generation.tend(0.0, 0)
+    peer.asked()
+    peer.generation.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    for slot in range(500):
+        peer.generation._send(Order.KILL, slot)
+    found = peer.asked()
+    assert len(found) < 500
+    while len(found) < 500:
+        peer.generation.flush()
+        found += peer.asked()
+    assert not peer.generation.has_mail
+    assert found == [Command(Order.KILL, slot) for slot in range(500)]
+    peer.close()
