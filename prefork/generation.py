@@ -306,7 +306,7 @@ class Generation:
         if worker is None:
             return False
         self.tally.exited += 1
-        was_ready = self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
+        was_ready = self._was_ready(slot)
         before = self._counted.get(slot, NOTHING).begun
         serving = self._settle(slot)
         # It ended by itself, with an error, and never served anybody: the next one would do the same.
@@ -316,14 +316,13 @@ class Generation:
         self._forget(worker)
         if not worker.retiring:
             self._vacated[worker.listener] += 1
-        if status != 0 or serving:
+        if (status != 0 or serving) and self.committed:
             self.tally.deaths.append(Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024))
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
         if not worker.retiring and (not was_ready or useless):
             self._failed_early(who, now, ready=was_ready)
-        elif status != 0 or serving:
-            if not worker.killed:
-                log.event("worker_died", peer=peer or "nobody", **who)
+        elif (status != 0 or serving) and not worker.killed:
+            log.event("worker_died", peer=peer or "nobody", **who)
         else:
             log.event("worker_ended", **who)
         self.look_soon(worker.listener, now)
@@ -384,11 +383,10 @@ class Generation:
         worker = self.pool.workers.get(ring.slot)
         if worker is None:
             return False
-        if ring.why is wire.Ring.READY:
-            if not worker.ready and self.trouble.failures:
-                log.event("fork_again", failures=self.trouble.failures)
-                self.trouble = Trouble()
-            worker.ready = True
+        first = ring.why is wire.Ring.READY and self.pool.unready.pop(worker.slot, None) is not None
+        if first and self.trouble.failures:
+            log.event("fork_again", failures=self.trouble.failures)
+            self.trouble = Trouble()
         # A storm of accepts must not wake the master more often than a look is worth.
         self._wake(worker.listener, max(now, self._looked_at[worker.listener] + policy.LOOK_AGAIN))
         return True
@@ -435,6 +433,7 @@ class Generation:
             self._nag(now)
         if self._deadline_at is not None and self._deadline_at <= now:
             self._cut(now)
+        self._cut_unready(now)
         if self._hung(now):
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
@@ -522,6 +521,18 @@ class Generation:
             self.saturated_seconds += now - since
             log.event("unsaturated", address=self.listeners[place].address, seconds=now - since)
 
+    def _cut_unready(self, now: float) -> None:
+        """Kill workers that have not come as far as accept() in time: what runs in them then is somebody's code."""
+        for slot, worker in list(self.pool.unready.items()):
+            if worker.since + self.config.boot_timeout > now:
+                return
+            del self.pool.unready[slot]
+            if not self._was_ready(slot) and not worker.killed:
+                self.kill(worker, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
+
+    def _was_ready(self, slot: int) -> bool:
+        return self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
+
     def _hung(self, now: float) -> bool:
         """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
         if self.pid is None:
@@ -573,11 +584,9 @@ class Generation:
             self.retire(place, now, deadline)
 
     def abandon(self, now: float) -> None:
-        """Give up a generation that was never committed: none of its workers has ever accepted."""
+        """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""
         self.retire_all(now, None)
-        self._open_gate()
-        if not self.ready:
-            self.kill_fork_server()
+        self.quit()
 
     def announce_stop(self) -> None:
         """From now on ``conn.stopping`` is true, and a closed listener no surprise."""
@@ -745,5 +754,8 @@ class Generation:
         times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.pid is not None and oldest is not None:
+            times.append(oldest.since + self.config.boot_timeout)
+        oldest = next(iter(self.pool.unready.values()), None)
+        if oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)
         return min(times, default=None)

@@ -87,8 +87,6 @@ class Worker:
         self.retiring = False
         self.forked = False
         self.pauses = 0
-        self.tracebacks: list[float] = []
-        self.suppressed = 0
         self.listener_stat = os.fstat(brief.listener.fileno())
         self.devnull_stat = os.fstat(brief.devnull)
 
@@ -121,6 +119,7 @@ class Worker:
         # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
         os.read(self.brief.gate, 1)
         os.close(self.brief.gate)
+        board.states[slot] = IDLE
         self._ring(wire.Ring.READY)
         try:
             status = self.serve()
@@ -233,7 +232,8 @@ class Worker:
                     log.event("accept_paused", count=self.pauses, reason=error.strerror, seconds=PAUSE)
                 self.board.states[self.slot] = PAUSED
                 time.sleep(PAUSE)
-                self._ring(wire.Ring.READY)  # an acceptor again: whoever looked meanwhile has counted on it, or not
+                self.board.states[self.slot] = IDLE
+                self._ring(wire.Ring.READY)  # an acceptor again, which the master did not count on meanwhile
                 return None
             case Verdict.UNPLUGGED | Verdict.CLOSED if self._asked_to_leave():
                 return EXIT_RETIRED
@@ -270,15 +270,11 @@ class Worker:
         return self.handler.call(sock, connection)
 
     def _handler_raised(self, error: BaseException, peer: str) -> None:
-        now = time.monotonic()
-        self.tracebacks = [at for at in self.tracebacks if now - at < 1.0]
-        if len(self.tracebacks) >= TRACEBACKS_A_SECOND:
-            self.suppressed += 1
+        suppressed = self.board.may_log_traceback(int(time.monotonic()), TRACEBACKS_A_SECOND)
+        if suppressed is None:
             return
-        self.tracebacks.append(now)
-        if self.suppressed:
-            log.event("handler_errors", count=self.suppressed)
-            self.suppressed = 0
+        if suppressed:
+            log.event("handler_errors", count=suppressed)
         tb: TracebackType | None = error.__traceback__
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next

@@ -28,10 +28,15 @@ def _own_scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _leaves_nothing_behind(_own_scratch: Path) -> Iterator[None]:
     before = watch.descriptors(os.getpid())
     yield
-    watch.until("no process is left behind", _no_children)
+    try:
+        watch.until("no process is left behind", _no_children)
+    except AssertionError as error:
+        alive = [(p.pid, p.ppid(), p.status(), p.cmdline()) for p in psutil.Process().children(recursive=True)]
+        raise AssertionError(f"{error}: {alive}") from None
     opened = {fd: what for fd, what in watch.descriptors(os.getpid()).items() if fd not in before}
     assert not opened, f"descriptors left open: {opened}"
-    assert not (left := list(_own_scratch.iterdir())), f"files left behind: {left}"
+    files = list(_own_scratch.iterdir())
+    assert not files, f"files left behind: {files}"
 
 
 def _no_children() -> bool:

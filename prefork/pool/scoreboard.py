@@ -47,6 +47,10 @@ _WORD = 8
 _PAGE = 4096
 _MAGIC = int.from_bytes(b"prefork\1", "little")
 
+# The header page of the board, in words (word 0 is the magic): how many tracebacks were logged in which second, and how many
+# were not since.
+TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
+
 # A slot's record, in words.
 PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED = range(7)
 PEER = 8
@@ -232,6 +236,21 @@ class Scoreboard:
             if [ok, error, rejected] == words[begun_at + 1 : begun_at + 4].tolist() and killed == self.order_words[killed_at]:
                 break
         return Counts(begun, ok, error, rejected, killed)
+
+    def may_log_traceback(self, second: int, most: int) -> int | None:
+        """Whether one more traceback may be logged in this second, by any worker of the generation.
+
+        None when not; else how many were not logged before. Workers race for it without locks: a few more or fewer do not matter.
+        """
+        words = self.words
+        if words[TRACEBACK_SECOND] != second:
+            words[TRACEBACK_SECOND], words[TRACEBACKS] = second, 0
+        if words[TRACEBACKS] >= most:
+            words[SUPPRESSED] += 1
+            return None
+        words[TRACEBACKS] += 1
+        suppressed, words[SUPPRESSED] = words[SUPPRESSED], 0
+        return suppressed
 
     def restore(self, slot: int, counts: Counts) -> None:
         """Put back counters that a worker's stray write has spoilt."""

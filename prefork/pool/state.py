@@ -16,7 +16,6 @@ class Worker:
     listener: int
     since: float
     pid: int = 0  # 0 until the fork server has said FORKED
-    ready: bool = False  # has once been parked or idle
     retiring: bool = False  # was asked to leave
     stopped: bool = False  # SIGSTOPped by somebody
     deadline: float | None = None  # when its connection is cut; only for retiring ones
@@ -30,6 +29,7 @@ class Pool:
     listeners: int
     capacity: int
     workers: dict[int, Worker] = field(default_factory=dict)
+    unready: dict[int, Worker] = field(default_factory=dict)  # forked, and never parked or idle yet, oldest first
     unborn: dict[int, Worker] = field(default_factory=dict)  # forks that were ordered and not confirmed, oldest first
     high: list[int] = field(init=False)  # for each listener: one more than the highest slot that was ever used
     live: list[int] = field(init=False)  # for each listener: slots in use, retiring ones included
@@ -62,7 +62,7 @@ class Pool:
         if worker is None or worker.pid or pid <= 1 or pid in self._by_pid:
             return None
         worker.pid = pid
-        self._by_pid[pid] = self.unborn.pop(slot)
+        self._by_pid[pid] = self.unready[slot] = self.unborn.pop(slot)
         return worker
 
     def fork_failed(self, slot: int) -> Worker | None:
@@ -86,6 +86,7 @@ class Pool:
     def _release(self, worker: Worker) -> Worker:
         del self.workers[worker.slot]
         self.unborn.pop(worker.slot, None)
+        self.unready.pop(worker.slot, None)
         self._by_pid.pop(worker.pid, None)
         self.live[worker.listener] -= 1
         heapq.heappush(self._free[worker.listener], worker.slot % self.capacity)

@@ -132,7 +132,8 @@ def test_deadlines_of_months_are_fine(prefork_server: Start) -> None:
     with ExitStack() as stack:
         for _ in range(3):
             assert stack.enter_context(server.connect()).recv(64)
-    watch.until("all are idle", lambda: len(watch.workers(server, "idle")) >= 4)
+            watch.settled(server, 1)
+    watch.settled(server, 4)
     assert "internal error" not in server.log()
 
 

@@ -73,7 +73,7 @@ def test_a_handler_that_raises_costs_only_its_connection(prefork_server: Start, 
     log = watch.logged(server, "the handler raised, serving 127.0.0.1:")
     assert "in obey" in log
     assert "worker.py" not in log
-    totals = server.status()["totals"]
+    totals = watch.until("both are counted", lambda: (now := server.status()["totals"])["serving"] == 0 and now)
     assert (totals["error"], totals["ok"], totals["exited"]) == (1, 1, 0)
 
 
@@ -86,12 +86,13 @@ def test_a_connection_error_that_leaves_the_handler_is_the_peers_end(prefork_ser
 
 def test_tracebacks_are_bounded(prefork_server: Start) -> None:
     server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
-    begun = time.monotonic()
+    begun = int(time.monotonic())
     for _ in range(50):
         tell(server, "raise")
-    seconds = time.monotonic() - begun
-    assert server.log().count("RuntimeError: raised as told") <= 10 * (seconds + 1)
     watch.until("all are counted", lambda: server.status()["totals"]["error"] == 50)
+    seconds = int(time.monotonic()) - begun + 1
+    # Workers race for the last one of a second.
+    assert 10 <= server.log().count("RuntimeError: raised as told") <= 11 * seconds
 
 
 def test_a_worker_that_ends_itself_is_replaced_and_its_connection_counted_as_killed(prefork_server: Start) -> None:
@@ -126,8 +127,8 @@ def test_a_child_that_the_handler_forks_and_that_returns_does_not_serve(prefork_
     pid = watch.settled(server, 1)["workers"][0]["pid"]
     assert tell(server, "fork") == f"{pid} fork\n".encode()
     watch.until("the child has ended", lambda: all(map(_ended, psutil.Process(pid).children())))
-    totals = server.status()["totals"]
-    assert (totals["accepted"], totals["ok"], totals["serving"]) == (1, 1, 0)
+    totals = watch.until("it is counted", lambda: (now := server.status()["totals"])["serving"] == 0 and now)
+    assert (totals["accepted"], totals["ok"]) == (1, 1)
     assert tell(server, "go on") == f"{pid} go on\n".encode()
 
 

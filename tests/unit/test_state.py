@@ -112,8 +112,9 @@ def test_a_new_worker_inherits_nothing_from_the_one_before_it() -> None:
     first = pool.take(0, 1.0)
     assert first is not None
     pool.forked(0, 100)
-    first.ready = first.retiring = first.killed = True
+    first.retiring = first.killed = True
     pool.exited(0, 100)
     second = pool.take(0, 2.0)
     assert second is not None
-    assert (second.slot, second.pid, second.ready, second.retiring, second.killed) == (0, 0, False, False, False)
+    assert (second.slot, second.pid, second.retiring, second.killed) == (0, 0, False, False)
+    assert not pool.unready
