@@ -162,6 +162,7 @@ class Master:
         planned = self._wake_at()
         for generation in self._generations():
             self._listen_to(generation)
+        self.lost += max(0.0, self._clock() - self.now - OVERSLEPT)
         before = self._clock()
         # epoll takes at most 2**31 milliseconds.
         timeout = None if planned is None else min(LONGEST_SLEEP, max(0.0, planned - before))

@@ -38,7 +38,7 @@ def loop(sock):
 
 
 def test_an_alarm_that_rings_anywhere_in_a_worker_stays_in_that_worker(prefork_server: Start, module: Module) -> None:
-    server = prefork_server("mine:loop", folder=module(ALARM), workers=4)
+    server = prefork_server("mine:loop", folder=module(ALARM), workers=4, spare_timeout=1)
     for _ in range(300):
         with server.connect() as sock:
             try:

@@ -56,8 +56,7 @@ def test_an_old_connection_ends_in_peace_while_new_code_serves(prefork_server: S
         assert old.recv(64) == b"true\n"
         with server.connect() as new:
             assert b'"generation": 2' in new.recv(4096)
-        status = server.status()
-        assert status["totals"]["serving"] == 1
+        watch.until("the old one is all that is served", lambda: server.status()["totals"]["serving"] == 1)
     watch.until("the old worker has gone", lambda: len(watch.family(server.pid)) == 3)
     assert server.status()["totals"]["ok"] == 2
 

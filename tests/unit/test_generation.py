@@ -50,8 +50,10 @@ class Peer:
             self.say(Report(Kind.FORKED, slot, PID + slot))
             self.generation.board.words[self.generation.board.record(slot) + scoreboard.STARTED] = 1
             self.generation.board.states[slot] = scoreboard.IDLE
+            assert self.generation.rang(wire.Doorbell(wire.Ring.READY, 1, slot, PID + slot), 0.0)
         self.generation.commit(0.0)
         self.generation.tend(0.0, 0)
+        self.generation.tend(0.5, 0)
         assert self.asked() == []
 
     def close(self) -> None:
@@ -191,4 +193,15 @@ def test_a_burst_of_orders_waits_for_the_channel_and_none_is_lost() -> None:
         found += peer.asked()
     assert not peer.generation.has_mail
     assert found == [Command(Order.KILL, slot) for slot in range(500)]
+    peer.close()
+
+
+def test_a_worker_that_does_not_become_ready_is_killed_at_boot_timeout() -> None:
+    peer = Peer(1)
+    peer.generation.tend(0.0, 0)
+    peer.say(Report(Kind.FORKED, 0, PID), 1.0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+    assert peer.generation.wake_at() == 5.0
+    peer.generation.tend(5.0, 0)
+    assert peer.asked() == [Command(Order.KILL, 0)]
     peer.close()

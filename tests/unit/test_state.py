@@ -38,7 +38,7 @@ class PoolMachine(RuleBasedStateMachine):
             return
         assert worker is not None
         assert (worker.slot, worker.listener, worker.since, worker.pid) == (min(free), listener, now, 0)
-        assert (worker.ready, worker.retiring, worker.stopped, worker.killed) == (False,) * 4
+        assert (worker.retiring, worker.stopped, worker.killed) == (False,) * 3
         self.model[worker.slot] = None
         self.highest[listener] = max(self.highest[listener], min(free) - listener * CAPACITY + 1)
 
