@@ -201,6 +201,7 @@ def test_a_worker_that_does_not_become_ready_is_killed_at_boot_timeout() -> None
     peer.generation.tend(0.0, 0)
     peer.say(Report(Kind.FORKED, 0, PID), 1.0)
     assert peer.asked() == [Command(Order.FORK, 0)]
+    peer.generation.tend(2.0, 0)
     assert peer.generation.wake_at() == 5.0
     peer.generation.tend(5.0, 0)
     assert peer.asked() == [Command(Order.KILL, 0)]
