@@ -1,6 +1,8 @@
 """What tests ask of a daemon and of the machine: wait for something to be so, with a deadline, and look at processes."""
 
 import os
+import random
+import socket
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -88,6 +90,18 @@ def pss_kib(pid: int) -> int:
         if line.startswith("Pss:"):
             return int(line.split()[1])
     raise AssertionError("no Pss")
+
+
+def free_port() -> int:
+    """A port of 127.0.0.1 that nobody has, below those that the kernel gives to others meanwhile."""
+    while True:
+        port = random.randint(12000, 32000)
+        with socket.socket() as sock:
+            try:
+                sock.bind(("127.0.0.1", port))
+            except OSError:
+                continue
+            return port
 
 
 def is_gone(pid: int) -> bool:
