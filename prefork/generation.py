@@ -7,23 +7,21 @@ workers say is checked against `prefork.pool.state` and against the kernel befor
 
 import os
 import signal
-import socket
 import time
-from collections import deque
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack
-from dataclasses import dataclass, field
 from typing import Any
 
-from prefork import forkserver, log
+from prefork import log
 from prefork.config import Config
+from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import policy, scoreboard, wire
 from prefork.pool.policy import Memory, View
-from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Access, Counts, Layout, Scoreboard
+from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Counts, Layout, Scoreboard
 from prefork.pool.state import Pool, Worker
-from prefork.pool.wire import Command, Kind, Order, Report
-from prefork.system import process, signals
+from prefork.pool.tally import Death, Tally, Trouble
+from prefork.pool.wire import Kind, Order, Report
+from prefork.system import process
 
 # A worker that was told to leave is looked at after a millisecond, then every 20; one that does not react for a second
 # (stopped by somebody, say) only once a second.
@@ -34,63 +32,8 @@ SETTLE = 0.001
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
-# Reports taken in one turn: a fork server that floods its channel must not hold the loop.
-REPORTS_AT_ONCE = 256
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
-
-
-@dataclass(frozen=True, slots=True)
-class Death:
-    """A worker that ended without having been asked to, or that was killed. Times in seconds, ``at`` since the epoch."""
-
-    at: float
-    slot: int
-    pid: int
-    generation: int
-    cause: str
-    peer: str | None
-    cpu: float
-    max_rss: int
-    stack: str | None = None
-
-
-@dataclass(slots=True)
-class Tally:
-    """What has ended, for the whole daemon: what gone generations counted, and what only the master can count."""
-
-    counts: Counts = NOTHING
-    histogram: list[int] = field(default_factory=lambda: [0] * scoreboard.BUCKETS)
-    forked: int = 0
-    exited: int = 0
-    deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=64))
-
-
-@dataclass(slots=True)
-class Trouble:
-    """Failures in a row, and until when nothing is tried."""
-
-    failures: int = 0
-    until: float = 0.0
-    reason: str = ""
-
-    def add(self, now: float, reason: str) -> float:
-        """One more failure. Returns the seconds to wait."""
-        self.failures += 1
-        seconds = policy.backoff(self.failures)
-        self.until, self.reason = now + seconds, reason
-        return seconds
-
-
-@dataclass(frozen=True, slots=True)
-class Wiring:
-    """Descriptors that all generations of a daemon share, and where and who the daemon is."""
-
-    name: str
-    folder: str
-    doorbell_read: int
-    doorbell_write: int
-    devnull: int
 
 
 class Generation:
@@ -102,7 +45,6 @@ class Generation:
         self.number = number
         self.config = config
         self.listeners = tuple(listeners)
-        self.wiring = wiring
         self.tally = tally
         self.started_at = now
         self.boot_deadline = now + config.boot_timeout
@@ -132,106 +74,25 @@ class Generation:
         self._limbo_until = 0.0
         self._patience_at: float | None = None
         self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
-        self._outbox: deque[bytes] = deque()
         self._left = False
-        self._resources = ExitStack()
-        self._gate = -1
-        self.stopped = False
-        self.pid: int | None = None
-
-    # -- the fork server
-
-    def prepare(self) -> tuple[socket.socket, int]:
-        """Make boards, gate and channel. Returns the fork server's ends of channel and gate."""
-        layout, keep = self.layout, self._resources
-        self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
-        keep.callback(os.close, self.board_fd)
-        self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
-        keep.callback(os.close, self.orders_fd)
-        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
-        keep.callback(self.board.close)
-        gate, self._gate = os.pipe2(os.O_CLOEXEC)
-        keep.callback(self._open_gate)
-        try:
-            self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
-        except OSError:
-            os.close(gate)
-            raise
-        keep.callback(self.channel.close)
-        self.channel.setblocking(False)
-        return theirs, gate
-
-    def start(self) -> None:
-        """Fork the fork server. Raises OSError when the machine does not let us."""
-        wiring = self.wiring
-        theirs, gate = self.prepare()
-        try:
-            with signals.blocked():
-                master_pid = os.getpid()
-                pid = os.fork()
-                if pid == 0:
-                    forkserver.main(
-                        forkserver.Brief(
-                            generation=self.number,
-                            module=self.config.module,
-                            log_level=self.config.log_level,
-                            name=wiring.name,
-                            folder=wiring.folder,
-                            master_pid=master_pid,
-                            listeners=self.listeners,
-                            layout=self.layout,
-                            board_fd=self.board_fd,
-                            orders_fd=self.orders_fd,
-                            channel=theirs,
-                            doorbell=wiring.doorbell_write,
-                            gate=gate,
-                            devnull=wiring.devnull,
-                        )
-                    )
-        finally:
-            theirs.close()
-            os.close(gate)
-        self.pid = pid
-        log.event("booting", generation=self.number, module=self.config.module)
-
-    def _send(self, order: Order, slot: int = 0) -> None:
-        self._outbox.append(wire.pack_command(Command(order, slot)))
-        self.flush()
-
-    def flush(self) -> None:
-        """Send what the channel takes; it holds 278 small messages, the rest waits."""
-        while self._outbox:
-            try:
-                self.channel.send(self._outbox[0])
-            except BlockingIOError:
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                self._outbox.clear()  # it is dead, which SIGCHLD tells
-                return
-            self._outbox.popleft()
+        self.link = Link(number, self.layout, wiring)
 
     @property
-    def has_mail(self) -> bool:
-        """Whether something waits to be sent."""
-        return bool(self._outbox)
+    def board(self) -> Scoreboard:
+        """The generation's scoreboard."""
+        return self.link.board
+
+    # -- what the fork server tells
 
     def receive(self, now: float) -> bool:
-        """Take in what the fork server reports, so much of it at once. False once it has closed its end, or talks nonsense."""
-        for _ in range(REPORTS_AT_ONCE):
-            try:
-                message = self.channel.recv(wire.MESSAGE_LIMIT)
-            except BlockingIOError:
-                return True
-            except ConnectionResetError:
-                return False
-            if not message:
-                return False
-            report = wire.read_report(message)
+        """Take in what the fork server reports. False once it has closed its end, or talks nothing but nonsense."""
+        reports, open_ = self.link.receive()
+        for report in reports:
             if report is None or not self._fold(report, now):
                 self.gossip += 1
                 if self.gossip & (self.gossip - 1) == 0:  # 1, 2, 4, 8, ...: a liar must not fill the log
                     log.event("gossip", count=self.gossip, generation=self.number)
-        return self.gossip < GOSSIP_LIMIT
+        return open_ and self.gossip < GOSSIP_LIMIT
 
     def _fold(self, report: Report, now: float) -> bool:
         """Fold one report into the state. False when it can't be true."""
@@ -272,9 +133,7 @@ class Generation:
 
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
-        self.pid = None
-        self._outbox.clear()
-        self.channel.close()
+        self.link.ended()
         for worker in list(self.pool.workers.values()):
             if worker.pid and not process.is_child(worker.pid):
                 # It was reaped by a fork server that died before it could tell.
@@ -365,8 +224,8 @@ class Generation:
 
     def _signal(self, worker: Worker, order: Order) -> None:
         """Ask whoever is the worker's parent: only a parent may signal it, a pid may be a stranger's."""
-        if self.pid is not None:
-            self._send(order, worker.slot)
+        if self.link.pid is not None:
+            self.link.send(order, worker.slot)
         elif worker.pid:
             process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
 
@@ -437,12 +296,12 @@ class Generation:
         if self._hung(now):
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
-            self.kill_fork_server()
+            self.link.kill()
 
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
         self._looked_at[place] = now
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
-        if self.pid is None:
+        if self.link.pid is None:
             return  # orphans serve on; a new generation is on its way
         if now < self.trouble.until:
             self._wake(place, self.trouble.until)
@@ -504,7 +363,7 @@ class Generation:
         board.words[record + scoreboard.STARTED] = 0
         board.states[slot] = STARTING
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
-        self._send(Order.FORK, slot)
+        self.link.send(Order.FORK, slot)
 
     def _arm(self, place: int, ring_below: int) -> None:
         self._armed[place] = ring_below
@@ -535,7 +394,7 @@ class Generation:
 
     def _hung(self, now: float) -> bool:
         """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
-        if self.pid is None:
+        if self.link.pid is None:
             return False
         oldest = next(iter(self.pool.unborn.values()), None)
         late = oldest is not None and oldest.since + self.config.boot_timeout <= now
@@ -543,8 +402,8 @@ class Generation:
 
     def note_stop(self, pid: int, now: float, *, stopped: bool) -> None:
         """Somebody has stopped or continued a process of ours: a stopped fork server is replaced if it stays so."""
-        if pid == self.pid:
-            self.stopped = stopped
+        if pid == self.link.pid:
+            self.link.stopped = stopped
             self._patience_at = now + PATIENCE if stopped else None
 
     # -- retiring
@@ -552,13 +411,8 @@ class Generation:
     def commit(self, now: float) -> None:
         """Open the gate: the workers that wait there go to accept()."""
         self.committed = True
-        self._open_gate()
+        self.link.open_gate()
         self.look_soon_all(now)
-
-    def _open_gate(self) -> None:
-        if self._gate >= 0:
-            os.close(self._gate)
-            self._gate = -1
 
     @property
     def parked(self) -> bool:
@@ -670,28 +524,23 @@ class Generation:
         """Everybody at once, by one order."""
         for worker in self.pool.workers.values():
             worker.retiring = worker.killed = True
-            if self.pid is None and worker.pid:
+            if self.link.pid is None and worker.pid:
                 process.signal_child(worker.pid, signal.SIGKILL)
-        if self.pid is not None:
-            if self.ready and not self.stopped:
-                self._send(Order.QUIT)
+        if self.link.pid is not None:
+            if self.ready and not self.link.stopped:
+                self.link.send(Order.QUIT)
             else:
-                self.kill_fork_server()
-
-    def kill_fork_server(self) -> None:
-        """SIGKILL to the fork server; its workers become the master's."""
-        if self.pid is not None:
-            process.signal_child(self.pid, signal.SIGKILL)
+                self.link.kill()
 
     # -- the end
 
     def let_go(self, now: float) -> None:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
-        if self.pid is None or self._left or not self.ready:
+        if self.link.pid is None or self._left or not self.ready:
             return
         if len(self.retired) == len(self.listeners) and not self._nagging and not self.pool.unborn:
             self._left = True
-            self._send(Order.LEAVE)
+            self.link.send(Order.LEAVE)
             self._patience_at = now + PATIENCE
 
     @property
@@ -707,7 +556,7 @@ class Generation:
     @property
     def gone(self) -> bool:
         """No process of it is left."""
-        return self.pid is None and not self.pool.workers
+        return self.link.pid is None and not self.pool.workers
 
     def close(self) -> None:
         """Fold its counters into the tally and let go of its memory and descriptors."""
@@ -715,7 +564,7 @@ class Generation:
             self._settle(slot)
             self.tally.counts += self._counted[slot]
             self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, self.board.histogram(slot), strict=True)]
-        self._resources.close()
+        self.link.close()
         log.event("drained", generation=self.number)
 
     def _slots(self) -> Iterator[int]:
@@ -753,7 +602,7 @@ class Generation:
         times = [at for at in self._look_at if at is not None] if self.ready else []
         times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
-        if self.pid is not None and oldest is not None:
+        if self.link.pid is not None and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)
         oldest = next(iter(self.pool.unready.values()), None)
         if oldest is not None:

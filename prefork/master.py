@@ -20,13 +20,15 @@ from typing import Any
 from prefork import __version__, config, log
 from prefork.config import Config, Sources
 from prefork.errors import AddressError, ConfigError, HandlerError, PreforkError
-from prefork.generation import Generation, Tally, Trouble, Wiring
+from prefork.generation import Generation
+from prefork.link import Wiring
 from prefork.net.address import Address
 from prefork.net.listener import Listener, open_listener
 from prefork.ops import control
-from prefork.ops.control import Client, ControlServer
+from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool import wire
 from prefork.pool.scoreboard import BUSY
+from prefork.pool.tally import Tally, Trouble
 from prefork.system import process, signals
 from prefork.system.systemd import Notifier
 
@@ -101,7 +103,6 @@ class Master:
         self.reload_wanted: list[Client] | None = None  # a reload asked for while another is under way
         self.last_reload: dict[str, Any] | None = None
         self.next_number = 1
-        self.waiting: list[tuple[Client, float, Callable[[], dict[str, Any] | None]]] = []
         self.control: ControlServer | None = None
         self.saturated_before = 0.0
         self.failure: PreforkError | None = None
@@ -177,18 +178,18 @@ class Master:
         return time.monotonic() - self.lost
 
     def _listen_to(self, generation: Generation) -> None:
-        if generation.pid is None:
+        if generation.link.pid is None:
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.has_mail else 0)
-        if self.selector.get_key(generation.channel).events != wanted:
-            self.selector.modify(generation.channel, wanted, self._postman(generation))
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.link.has_mail else 0)
+        if self.selector.get_key(generation.link.channel).events != wanted:
+            self.selector.modify(generation.link.channel, wanted, self._postman(generation))
 
     def _postman(self, generation: Generation) -> Callable[[float], None]:
         def deliver(now: float) -> None:
-            generation.flush()
+            generation.link.flush()
             if not generation.receive(now):
                 # It has closed its end: it is dead, or as good as dead, and can't be told anything.
-                generation.kill_fork_server()
+                generation.link.kill()
 
         return deliver
 
@@ -224,7 +225,7 @@ class Master:
                     generation.note_stop(change.pid, self.now, stopped=change.stopped)
         ended = [change for change in changes if isinstance(change, process.Ended)]
         for generation in generations:
-            if generation.pid is not None:
+            if generation.link.pid is not None:
                 generation.receive(self.now)  # what a dead fork server said last comes before its end
         # Workers before fork servers: one end of each may have been reaped just now, and a worker must not count as vanished.
         for change in ended:
@@ -235,11 +236,11 @@ class Master:
                     generation.exited(worker.slot, change.pid, change.status, cpu, change.max_rss_kib, self.now)
         for change in ended:
             for generation in generations:
-                if generation.pid == change.pid:
+                if generation.link.pid == change.pid:
                     self._fork_server_ended(generation, change)
 
     def _fork_server_ended(self, generation: Generation, change: process.Ended) -> None:
-        self.selector.unregister(generation.channel)
+        self.selector.unregister(generation.link.channel)
         generation.fork_server_ended(self.now)
         if generation.left or self.stop is not None or generation in self.draining:
             return
@@ -285,7 +286,6 @@ class Master:
         self._tend_stop()
         for generation in self.draining:
             generation.let_go(self.now)
-        self._tend_waiting()
         if self.deaf_until is not None and self.deaf_until <= self.now:
             self.deaf_until = None
             self.selector.register(self.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
@@ -303,7 +303,6 @@ class Master:
             times.append(self.now + DRAIN_LOOK)
         if self.stop is not None:
             times.append(self.stop.deadline)
-        times += [deadline for _, deadline, _ in self.waiting]
         return min((at for at in times if at is not None), default=None)
 
     # -- generations
@@ -323,11 +322,11 @@ class Master:
         if targets is not None:
             generation.targets = list(targets)
         try:
-            generation.start()
+            generation.link.start(conf.module, conf.log_level, listeners)
         except OSError:
             generation.close()
             raise
-        self.selector.register(generation.channel, selectors.EVENT_READ, self._postman(generation))
+        self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
         self.reload = Reload(what, self.now, generation, list(opened), clients)
 
     def _reload(self, what: str, client: Client | None = None) -> None:
@@ -418,17 +417,18 @@ class Master:
         for listener in removed:
             self._say_farewell(listener, self.now + self.config.graceful_timeout)
         log.configure(level=new.config.log_level)
+        outcome = self._when_settled(old, new)
         for client in reload.clients:
-            self.waiting.append((client, self.now + RELOAD_SETTLED, self._when_settled(old, new)))
+            self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
 
-    def _when_settled(self, old: Generation | None, new: Generation) -> Callable[[], dict[str, Any] | None]:
+    def _when_settled(self, old: Generation | None, new: Generation) -> Outcome:
         """Who asked for a reload hears of it when nobody accepts with the old code any more."""
-
-        def outcome() -> dict[str, Any] | None:
-            left = old is None or not old.accepts
-            return {"ok": True, "generation": new.number} if left or self.now >= late else None
-
         late = self.now + RELOAD_SETTLED
+
+        def outcome(now: float) -> dict[str, Any] | None:
+            left = old is None or not old.accepts
+            return {"ok": True, "generation": new.number} if left or now >= late else None
+
         return outcome
 
     def _drain_deadline(self, generation: Generation) -> float | None:
@@ -465,7 +465,7 @@ class Master:
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
         self._remember("refused", reason)
         self._tell(clients, {"ok": False, "reason": reason})
-        if current is not None and current.pid is None and self.stop is None:
+        if current is not None and current.link.pid is None and self.stop is None:
             seconds = self.trouble.add(self.now, reason)
             self.restart_at = self.now + seconds
             log.event("restarting", seconds=seconds, reason=first)
@@ -609,7 +609,7 @@ class Master:
                 generation.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
         elif stop.deadline <= self.now:
             for generation in self.draining:
-                generation.kill_fork_server()
+                generation.link.kill()
                 generation.quit()
             stop.deadline = self.now + QUICK_LIMIT
 
@@ -618,7 +618,7 @@ class Master:
             return  # a child that has unwound into these frames must not act for the master
         for generation in self._generations():
             generation.quit()
-            generation.kill_fork_server()
+            generation.link.kill()
 
     def _close(self) -> None:
         """Leave nothing behind, and tell those who wait for it."""
@@ -676,26 +676,12 @@ class Master:
             self._tell([client], {"ok": False, "reason": reason})
             return
 
-        def outcome() -> dict[str, Any] | None:
+        def outcome(_: float) -> dict[str, Any] | None:
             if self.current is not current:
                 return {"ok": False, "reason": "a reload came between"}
             return {"ok": True, "workers": workers} if current.settled() else None
 
-        late = self.now + self.config.boot_timeout
-        self.waiting.append((client, late, outcome))
-
-    def _tend_waiting(self) -> None:
-        for entry in list(self.waiting):
-            client, deadline, outcome = entry
-            if self.control is None or client not in self.control.clients:
-                self.waiting.remove(entry)  # nobody waits for it any more
-                continue
-            answer = outcome()
-            if answer is None and deadline <= self.now:
-                answer = {"ok": False, "reason": f"not there after boot_timeout = {self.config.boot_timeout:g} s; see the log"}
-            if answer is not None:
-                self.waiting.remove(entry)
-                self._tell([client], answer)
+        self._tell_when(client, self.now + self.config.boot_timeout, outcome)
 
     def _obey_stop(self, client: Client, request: dict[str, Any]) -> None:
         timeout = request.get("timeout")
@@ -710,6 +696,10 @@ class Master:
         if self.control is not None:
             for client in clients:
                 self.control.answer(client, answer, self.now)
+
+    def _tell_when(self, client: Client, deadline: float, outcome: Outcome) -> None:
+        if self.control is not None:
+            self.control.answer_when(client, deadline, outcome)
 
     def _state(self) -> str:
         if self.stop is not None:
@@ -757,7 +747,7 @@ class Master:
                 for generation in generations
             ],
         }
-        descriptors = [fd for generation in generations for fd in (generation.board_fd, generation.orders_fd)]
+        descriptors = [fd for generation in generations for fd in (generation.link.board_fd, generation.link.orders_fd)]
         if self.control is not None:
             self.control.answer(client, facts, self.now, descriptors)
 

@@ -136,11 +136,11 @@ class Worker:
         since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
         ok_at, error_at = record + scoreboard.OK, record + scoreboard.ERROR
         histogram_at = record + scoreboard.HISTOGRAM
-        peer_at = (record + scoreboard.PEER) * 8
+        peer_at = board.peer_start(slot)
         place = board.layout.listener(slot)
-        recent_at = board.layout.recent_at // 8 + place * scoreboard.RECENT
+        recent_at = board.recent_word(place)
         recent_mask, recent_shift = scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
-        row_at = 4096 + place * board.layout.capacity
+        row_at = board.row_start(place)
         ring_at = board.listener_word(place, scoreboard.RING_BELOW)
         high_at = board.listener_word(place, scoreboard.HIGH)
         last_look, last_bucket = scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
@@ -175,10 +175,9 @@ class Worker:
             words[begun_at] = begun
             states[slot] = BUSY
             words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
+            unseen = since - order_words[last_look] > UNSEEN_NS
             below = order_words[ring_at]
-            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since - order_words[
-                last_look
-            ] > UNSEEN_NS:
+            if unseen or (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below):
                 self._ring(wire.Ring.ACCEPTED)
             sock = new_socket(family, kind, protocol, fd)
             if default_timeout() is not None:
@@ -204,7 +203,7 @@ class Worker:
             except OSError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
             bucket = (now_ns() - since >> 10).bit_length()
-            words[histogram_at + (min(last_bucket, bucket))] += 1
+            words[histogram_at + min(last_bucket, bucket)] += 1
             if failed:
                 ended_error += 1
                 words[error_at] = ended_error

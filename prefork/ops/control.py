@@ -44,6 +44,10 @@ class Client:
     descriptors: Sequence[int] = ()
 
 
+# Asked with the time: the answer, or None as long as it is not known.
+Outcome = Callable[[float], dict[str, Any] | None]
+
+
 @dataclass(slots=True)
 class ControlServer:
     """The master's end. ``obey(client, request)`` is called once for each request, and answers with `answer`, now or later."""
@@ -55,6 +59,7 @@ class ControlServer:
     obey: Callable[[Client, dict[str, Any]], None]
     clients: set[Client] = field(default_factory=set)
     resume_at: float | None = None
+    waiting: list[tuple[Client, float, Outcome]] = field(default_factory=list)
 
     def accept(self, now: float) -> None:
         """Take a client in, or turn it away."""
@@ -126,6 +131,10 @@ class ControlServer:
         except OSError:
             self.drop(client)
 
+    def answer_when(self, client: Client, deadline: float, outcome: Outcome) -> None:
+        """Answer as soon as the outcome is known; by the deadline, that it is not."""
+        self.waiting.append((client, deadline, outcome))
+
     def _write(self, client: Client) -> None:
         while client.answer:
             try:
@@ -148,16 +157,24 @@ class ControlServer:
             client.sock.close()
 
     def tend(self, now: float) -> None:
-        """Drop those who take too long; accept again after a pause."""
+        """Tell outcomes that are known now, drop those who take too long, accept again after a pause."""
         if self.resume_at is not None and self.resume_at <= now:
             self.resume_at = None
             self.selector.register(self.sock, selectors.EVENT_READ, self.accept)
+        for entry in list(self.waiting):
+            client, deadline, outcome = entry
+            answer = outcome(now) if client in self.clients else None
+            if answer is None and deadline <= now:
+                answer = {"ok": False, "reason": "it takes longer than it should; see the log"}
+            if answer is not None or client not in self.clients:
+                self.waiting.remove(entry)
+                self.answer(client, answer or {}, now)
         for client in [c for c in self.clients if c.deadline is not None and c.deadline <= now]:
             self.drop(client)
 
     def wake_at(self) -> float | None:
         """When to `tend`."""
-        times = [c.deadline for c in self.clients] + [self.resume_at]
+        times = [c.deadline for c in self.clients] + [deadline for _, deadline, _ in self.waiting] + [self.resume_at]
         return min((at for at in times if at is not None), default=None)
 
     def close(self) -> None:

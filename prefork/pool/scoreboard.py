@@ -202,12 +202,24 @@ class Scoreboard:
 
     def row(self, listener: int, high: int) -> bytes:
         """The states of a listener's first ``high`` slots."""
-        start = _PAGE + listener * self.layout.capacity
+        start = self.row_start(listener)
         return self.board[start : start + high]
+
+    def row_start(self, listener: int) -> int:
+        """Index in `board` of the listener's first state byte."""
+        return _PAGE + listener * self.layout.capacity
+
+    def recent_word(self, listener: int) -> int:
+        """Index in `words` of the listener's ring of latest accepts."""
+        return self.layout.recent_at // _WORD + listener * RECENT
+
+    def peer_start(self, slot: int) -> int:
+        """Index in `board` of the slot's peer."""
+        return (self.record(slot) + PEER) * _WORD
 
     def recent(self, listener: int, now_ns: int, age_ns: int) -> set[int]:
         """Slots that accepted within the last ``age_ns`` (at most 67 ms): gossip, to be checked against their records."""
-        first = self.layout.recent_at // _WORD + listener * RECENT
+        first = self.recent_word(listener)
         ring = self.words[first : first + RECENT].tolist()
         newest = now_ns >> RECENT_SHIFT
         found = {ring[entry % RECENT] for entry in range(newest - (age_ns >> RECENT_SHIFT), newest + 1)}
@@ -216,7 +228,7 @@ class Scoreboard:
 
     def peer(self, slot: int) -> str:
         """The peer of the connection being served, or of the last one: up to the first NUL."""
-        at = (self.record(slot) + PEER) * _WORD
+        at = self.peer_start(slot)
         return self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
 
     def histogram(self, slot: int) -> list[int]:

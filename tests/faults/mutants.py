@@ -80,8 +80,8 @@ MUTANTS = [
     ),
     Mutant(
         "a descriptor that leaks at each reload",
-        "generation.py",
-        "        os.close(self.orders_fd)\n",
+        "link.py",
+        "        keep.callback(os.close, self.orders_fd)\n",
         "",
         ("tests/faults/test_faults.py::test_reloads_under_load_lose_nobody",),
     ),

@@ -31,7 +31,7 @@ def tell(server: Server, line: str) -> bytes:
 
 
 def test_a_worker_has_the_signals_of_a_fresh_process_but_for_its_own(prefork_server: Start) -> None:
-    server = prefork_server("tiny:state", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:state", folder=HANDLERS, workers=1, max_workers=1)
     told = json.loads(tell(server, ""))
     ours = {signal.SIGTERM, signal.SIGINT, signal.SIGRTMIN + 2}
     ignored = {signal.SIGPIPE, signal.SIGXFSZ}
@@ -66,7 +66,7 @@ def test_a_reload_leaves_no_descriptor_of_its_client_or_of_older_generations(pre
 
 @pytest.mark.parametrize("line", ["raise", "exit"])
 def test_a_handler_that_raises_costs_only_its_connection(prefork_server: Start, line: str) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     pid = watch.settled(server, 1)["workers"][0]["pid"]
     assert tell(server, line) == b""
     assert tell(server, "go on") == f"{pid} go on\n".encode()
@@ -78,14 +78,14 @@ def test_a_handler_that_raises_costs_only_its_connection(prefork_server: Start, 
 
 
 def test_a_connection_error_that_leaves_the_handler_is_the_peers_end(prefork_server: Start) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     tell(server, "reset")
     watch.until("it is counted", lambda: server.status()["totals"]["ok"] == 1)
     assert "raised" not in server.log()
 
 
 def test_tracebacks_are_bounded(prefork_server: Start) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     begun = int(time.monotonic())
     for _ in range(50):
         tell(server, "raise")
@@ -108,7 +108,7 @@ def test_a_worker_that_ends_itself_is_replaced_and_its_connection_counted_as_kil
 
 @pytest.mark.parametrize("line", ["close", "close descriptor"])
 def test_a_handler_that_closes_its_own_socket_is_fine(prefork_server: Start, line: str) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     pid = watch.settled(server, 1)["workers"][0]["pid"]
     tell(server, line)
     assert tell(server, "go on") == f"{pid} go on\n".encode()
@@ -123,7 +123,7 @@ def test_a_handler_that_closes_every_descriptor_ends_its_worker_and_nobody_else(
 
 
 def test_a_child_that_the_handler_forks_and_that_returns_does_not_serve(prefork_server: Start) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     pid = watch.settled(server, 1)["workers"][0]["pid"]
     assert tell(server, "fork") == f"{pid} fork\n".encode()
     watch.until("the child has ended", lambda: all(map(_ended, psutil.Process(pid).children())))
@@ -138,7 +138,7 @@ def _ended(child: psutil.Process) -> bool:
 
 @pytest.mark.parametrize("line", ["block", "replace", "alarm"])
 def test_a_handler_that_changes_signals_harms_neither_the_next_client_nor_retiring(prefork_server: Start, line: str) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     old = watch.settled(server, 1)["workers"][0]["pid"]
     tell(server, line)
     for _ in range(20):
@@ -148,7 +148,7 @@ def test_a_handler_that_changes_signals_harms_neither_the_next_client_nor_retiri
 
 
 def test_a_default_timeout_left_behind_does_not_reach_the_next_connection(prefork_server: Start) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1)
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     tell(server, "default timeout")
     with server.connect() as sock:
         # Longer than the time-out that was left behind: only a blocking socket is still there.

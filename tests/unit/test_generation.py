@@ -9,10 +9,12 @@ from collections.abc import Iterator
 import pytest
 
 from prefork.config import Sources
-from prefork.generation import NAG_AGAIN, NAG_FIRST, Generation, Tally, Wiring
+from prefork.generation import NAG_AGAIN, NAG_FIRST, Generation
+from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import open_listener
 from prefork.pool import scoreboard, wire
+from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
 
 PID = 4_000_000  # more than this kernel gives
@@ -25,8 +27,8 @@ class Peer:
         config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5}).load()
         self.listener = open_listener(address.parse("127.0.0.1:0"), 8)
         self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2), Tally(), 0.0)
-        self.end, self.gate = self.generation.prepare()
-        self.generation.pid = os.getpid()
+        self.end, self.gate = self.generation.link.prepare()
+        self.generation.link.pid = os.getpid()
         self.end.setblocking(False)
         self.say(Report(Kind.READY))
 
@@ -57,7 +59,7 @@ class Peer:
         assert self.asked() == []
 
     def close(self) -> None:
-        self.generation.pid = None
+        self.generation.link.pid = None
         self.generation.close()
         os.close(self.gate)
         self.end.close()
@@ -183,15 +185,15 @@ def test_a_burst_of_orders_waits_for_the_channel_and_none_is_lost() -> None:
     peer = Peer(2)
     peer.generation.tend(0.0, 0)
     peer.asked()
-    peer.generation.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
+    peer.generation.link.channel.setsockopt(socket.SOL_SOCKET, socket.SO_SNDBUF, 4096)
     for slot in range(500):
-        peer.generation._send(Order.KILL, slot)
+        peer.generation.link.send(Order.KILL, slot)
     found = peer.asked()
     assert len(found) < 500
     while len(found) < 500:
-        peer.generation.flush()
+        peer.generation.link.flush()
         found += peer.asked()
-    assert not peer.generation.has_mail
+    assert not peer.generation.link.has_mail
     assert found == [Command(Order.KILL, slot) for slot in range(500)]
     peer.close()
 

@@ -1,0 +1,158 @@
+"""The master's end of one fork server: its process, the channel to it, the boards that its workers share, and their gate.
+
+Effects only: what is sent and what a report means is `prefork.generation`'s business.
+"""
+
+import os
+import signal
+import socket
+from collections import deque
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+
+from prefork import forkserver, log
+from prefork.net.listener import Listener
+from prefork.pool import scoreboard, wire
+from prefork.pool.scoreboard import Access, Layout, Scoreboard
+from prefork.pool.wire import Command, Order, Report
+from prefork.system import process, signals
+
+# Reports taken in one turn: a fork server that floods its channel must not hold the loop.
+REPORTS_AT_ONCE = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Wiring:
+    """Descriptors that all generations of a daemon share, and where and who the daemon is."""
+
+    name: str
+    folder: str
+    doorbell_read: int
+    doorbell_write: int
+    devnull: int
+
+
+class Link:
+    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by a signal of somebody's."""
+
+    def __init__(self, number: int, layout: Layout, wiring: Wiring) -> None:
+        self.number = number
+        self.layout = layout
+        self.wiring = wiring
+        self.pid: int | None = None
+        self.stopped = False
+        self._outbox: deque[bytes] = deque()
+        self._resources = ExitStack()
+        self._gate = -1
+
+    def prepare(self) -> tuple[socket.socket, int]:
+        """Make boards, gate and channel. Returns the fork server's ends of channel and gate."""
+        layout, keep = self.layout, self._resources
+        self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
+        keep.callback(os.close, self.board_fd)
+        self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
+        keep.callback(os.close, self.orders_fd)
+        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
+        keep.callback(self.board.close)
+        gate, self._gate = os.pipe2(os.O_CLOEXEC)
+        keep.callback(self.open_gate)
+        try:
+            self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+        except OSError:
+            os.close(gate)
+            raise
+        keep.callback(self.channel.close)
+        self.channel.setblocking(False)
+        return theirs, gate
+
+    def start(self, module: str, log_level: str, listeners: Sequence[Listener]) -> None:
+        """Fork the fork server. Raises OSError when the machine does not let us."""
+        wiring = self.wiring
+        theirs, gate = self.prepare()
+        try:
+            with signals.blocked():
+                master_pid = os.getpid()
+                pid = os.fork()
+                if pid == 0:
+                    forkserver.main(
+                        forkserver.Brief(
+                            generation=self.number,
+                            module=module,
+                            log_level=log_level,
+                            name=wiring.name,
+                            folder=wiring.folder,
+                            master_pid=master_pid,
+                            listeners=tuple(listeners),
+                            layout=self.layout,
+                            board_fd=self.board_fd,
+                            orders_fd=self.orders_fd,
+                            channel=theirs,
+                            doorbell=wiring.doorbell_write,
+                            gate=gate,
+                            devnull=wiring.devnull,
+                        )
+                    )
+        finally:
+            theirs.close()
+            os.close(gate)
+        self.pid = pid
+        log.event("booting", generation=self.number, module=module)
+
+    def send(self, order: Order, slot: int = 0) -> None:
+        """Give an order, after those that still wait."""
+        self._outbox.append(wire.pack_command(Command(order, slot)))
+        self.flush()
+
+    def flush(self) -> None:
+        """Send what the channel takes; it holds 278 small messages, the rest waits."""
+        while self._outbox:
+            try:
+                self.channel.send(self._outbox[0])
+            except BlockingIOError:
+                return
+            except (BrokenPipeError, ConnectionResetError):
+                self._outbox.clear()  # it is dead, which SIGCHLD tells
+                return
+            self._outbox.popleft()
+
+    @property
+    def has_mail(self) -> bool:
+        """Whether something waits to be sent."""
+        return bool(self._outbox)
+
+    def receive(self) -> tuple[list[Report | None], bool]:
+        """The next reports (None for a message that is none), and whether the other end is still open."""
+        reports: list[Report | None] = []
+        for _ in range(REPORTS_AT_ONCE):
+            try:
+                message = self.channel.recv(wire.MESSAGE_LIMIT)
+            except BlockingIOError:
+                break
+            except ConnectionResetError:
+                return reports, False
+            if not message:
+                return reports, False
+            reports.append(wire.read_report(message))
+        return reports, True
+
+    def open_gate(self) -> None:
+        """Let the workers that wait there go to accept(). For ever."""
+        if self._gate >= 0:
+            os.close(self._gate)
+            self._gate = -1
+
+    def kill(self) -> None:
+        """SIGKILL to the fork server; its workers become the master's."""
+        if self.pid is not None:
+            process.signal_child(self.pid, signal.SIGKILL)
+
+    def ended(self) -> None:
+        """It was reaped."""
+        self.pid = None
+        self._outbox.clear()
+        self.channel.close()
+
+    def close(self) -> None:
+        """Let go of boards, gate and channel."""
+        self._resources.close()

@@ -1,0 +1,49 @@
+"""What is kept of workers that have gone: totals, durations, the last deaths, and failures in a row. Values only."""
+
+from collections import deque
+from dataclasses import dataclass, field
+
+from prefork.pool import policy, scoreboard
+from prefork.pool.scoreboard import NOTHING, Counts
+
+
+@dataclass(frozen=True, slots=True)
+class Death:
+    """A worker that ended without having been asked to, or that was killed. Times in seconds, ``at`` since the epoch."""
+
+    at: float
+    slot: int
+    pid: int
+    generation: int
+    cause: str
+    peer: str | None
+    cpu: float
+    max_rss: int
+    stack: str | None = None
+
+
+@dataclass(slots=True)
+class Tally:
+    """What has ended, for the whole daemon: what gone generations counted, and what only the master can count."""
+
+    counts: Counts = NOTHING
+    histogram: list[int] = field(default_factory=lambda: [0] * scoreboard.BUCKETS)
+    forked: int = 0
+    exited: int = 0
+    deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=64))
+
+
+@dataclass(slots=True)
+class Trouble:
+    """Failures in a row, and until when nothing is tried."""
+
+    failures: int = 0
+    until: float = 0.0
+    reason: str = ""
+
+    def add(self, now: float, reason: str) -> float:
+        """One more failure. Returns the seconds to wait."""
+        self.failures += 1
+        seconds = policy.backoff(self.failures)
+        self.until, self.reason = now + seconds, reason
+        return seconds
