@@ -40,7 +40,7 @@ def main() -> None:
     \b
     Examples:
       prefork serve --module echo:loop                    the bundled echo server on 127.0.0.1:7000
-      prefork serve -m mymodule:loop -b :7000 -w 16       your own, on every address
+      prefork serve --module mymodule:loop -b :7000 -w 16       your own, on every address
       prefork status                                      one look at it
       prefork reload                                      new code, no lost connection
       prefork stop                                        let connections finish, then end
@@ -81,7 +81,7 @@ def serve(file: str | None, **given: Any) -> None:
     \b
     Examples:
       prefork serve --module echo:loop
-      prefork serve -m mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
+      prefork serve --module mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
     from prefork.master import Master

@@ -224,9 +224,11 @@ class Master:
                 for generation in generations:
                     generation.note_stop(change.pid, self.now, stopped=change.stopped)
         ended = [change for change in changes if isinstance(change, process.Ended)]
+        # What a dead fork server said last comes before its end; a channel holds 278 messages, a turn takes 256.
+        dead = {change.pid for change in ended}
         for generation in generations:
-            if generation.link.pid is not None:
-                generation.receive(self.now)  # what a dead fork server said last comes before its end
+            if generation.link.pid in dead and generation.receive(self.now):
+                generation.receive(self.now)
         # Workers before fork servers: one end of each may have been reaped just now, and a worker must not count as vanished.
         for change in ended:
             for generation in generations:
@@ -645,7 +647,7 @@ class Master:
             path = self.config.control or control.default_path(self.name)
             self.control = control.serve(path, self.selector, self._obey)
         except AddressError as error:
-            raise AddressError(f"{error}: an instance named {self.name} is running; give this one another --name") from None
+            raise AddressError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
         except OSError as error:
             log.event("control_failed", reason=error)
 

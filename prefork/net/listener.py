@@ -176,8 +176,8 @@ def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[
     """A listening Unix socket at ``path`` with these permission bits, and the inode that it has there.
 
     It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
-    one step. Raises AddressError when a live process listens there or something that is not a socket is in the way, OSError
-    for the rest.
+    one step. Raises AddressError when a live process listens there, OSError for the rest: FileExistsError when something that
+    is not a socket is in the way.
     """
     folder, name = os.path.split(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -219,7 +219,7 @@ def _make_way(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
-        raise AddressError(f"unix:{path}: something that is not a socket is in the way; remove it or name another path")
+        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path")
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:

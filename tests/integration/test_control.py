@@ -181,12 +181,15 @@ def test_a_second_instance_of_a_name_is_refused(prefork_server: Start, tmp_path:
     assert caught.value.exit_status == 69
 
 
-@pytest.mark.parametrize("place", ["missing", "link"])
+@pytest.mark.parametrize("place", ["missing", "link", "file"])
 def test_without_a_control_socket_the_daemon_says_so_once_and_serves(tmp_path: Path, place: str) -> None:
     (tmp_path / "elsewhere").mkdir()
+    if place == "file":
+        (tmp_path / "prefork").mkdir(mode=0o700)
+        (tmp_path / "prefork" / "echo.sock").write_text("not a socket")
     if place == "link":
         (tmp_path / "prefork").symlink_to("elsewhere")
-    directory = str(tmp_path) if place == "link" else str(tmp_path / "no" / "such")
+    directory = str(tmp_path / "no" / "such") if place == "missing" else str(tmp_path)
     command = [sys.executable, "-m", "prefork", "serve", "--module=echo:loop", "--bind=127.0.0.1:0"]
     environment = {**os.environ, "XDG_RUNTIME_DIR": directory}
     environment.pop("RUNTIME_DIRECTORY", None)
