@@ -192,7 +192,7 @@ class Generation:
         if not self.committed:
             self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}"
             return
-        seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}")
+        seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}", until_served=ready)
         log.event("worker_early", what=what, failures=self.trouble.failures, seconds=seconds, **who)
 
     def _settle(self, slot: int) -> bool:
@@ -243,7 +243,8 @@ class Generation:
         if worker is None:
             return False
         first = ring.why is wire.Ring.READY and self.pool.unready.pop(worker.slot, None) is not None
-        if first and self.trouble.failures:
+        healed = ring.why is wire.Ring.ACCEPTED if self.trouble.until_served else first
+        if healed and self.trouble.failures:
             log.event("fork_again", failures=self.trouble.failures)
             self.trouble = Trouble()
         # A storm of accepts must not wake the master more often than a look is worth.

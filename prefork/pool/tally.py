@@ -40,9 +40,11 @@ class Trouble:
     failures: int = 0
     until: float = 0.0
     reason: str = ""
+    until_served: bool = False  # a worker that is ready proves nothing; one that has accepted does
 
-    def add(self, now: float, reason: str) -> float:
+    def add(self, now: float, reason: str, *, until_served: bool = False) -> float:
         """One more failure. Returns the seconds to wait."""
+        self.until_served = until_served
         self.failures += 1
         seconds = policy.backoff(self.failures)
         self.until, self.reason = now + seconds, reason
