@@ -1,1 +1,1 @@
-"""See the folder above."""
+"""Kill, stop, starve, fill, lie: and count."""

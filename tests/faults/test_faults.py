@@ -36,6 +36,27 @@ def test_a_killed_fork_server_costs_nobody_anything() -> None:
     assert figures["worst"] < 0.9, "a client waited for the import"
 
 
+def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_serve_on(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    source = "def loop(sock):\n    sock.sendall(b'x')\n"
+    server = prefork_server("mine:loop", folder=module(source), workers=2)
+    module(source + "1 / 0\n")
+    os.kill(watch.fork_server(server), signal.SIGKILL)
+    log = watch.logged(server, "a new fork server in 2.2 s")
+    assert "a new fork server in 1.5 s" in log
+    assert "ZeroDivisionError" in log
+    assert "ZeroDivisionError" in server.status()["backoff"]["reason"]
+    for _ in range(10):
+        with server.connect() as sock:
+            assert sock.recv(1) == b"x"
+    module(source)
+    # A reload heals at once; nobody has to wait for the next try.
+    assert server.command("reload")["ok"]
+    assert server.status()["backoff"] is None
+    watch.settled(server, 2)
+
+
 def test_a_killed_master_leaves_nothing() -> None:
     campaign.kill_master(count=1)
 

@@ -1,1 +1,1 @@
-"""See the folder above."""
+"""Handlers, each of a few lines, that tests serve."""

@@ -1,1 +1,1 @@
-"""See the folder above."""
+"""The real command line and real processes."""

@@ -56,6 +56,13 @@ def test_the_examples_of_the_readme_run(module: Callable[[str], Path], monkeypat
         assert server.status()["module"] == "mine:loop"
 
 
+def test_the_minimal_configuration_runs_as_it_stands() -> None:
+    file = Path(__file__).parents[2] / "conf" / "minimal.toml"
+    # Only the port is another one: the default may be taken here.
+    with serve("", arguments=("--config", str(file))) as server:
+        assert server.status()["module"] == "echo:loop"
+
+
 def test_every_command_has_help_with_a_sentence() -> None:
     for name in main.commands:
         done = CliRunner().invoke(main, [name, "--help"])

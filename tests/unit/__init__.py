@@ -1,1 +1,1 @@
-"""See the folder above."""
+"""Pure parts, and effects with a peer or a clock of ours."""
