@@ -5,6 +5,7 @@ import json
 import os
 import select
 import sys
+import traceback
 from collections.abc import Callable, Iterator
 from typing import Any
 
@@ -84,6 +85,9 @@ def serve(file: str | None, **given: Any) -> None:
       prefork serve --module mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
+    from prefork.system import process
+
+    process.open_standard_descriptors()
     from prefork.master import Master
 
     command_line = {
@@ -150,7 +154,8 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
         raise click.UsageError("give a number of workers: N, +K or -K")
     with _errors():
         answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
-    click.echo(f"scaled: {answer['workers']} acceptors for each address")
+    later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
+    click.echo(f"scaled: {answer['workers']} acceptors for each address{later}")
 
 
 @main.command()
@@ -169,4 +174,17 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
         # It has answered and is about to end: gone is when the process is.
         select.select([process], [], [])
         os.close(process)
-    click.echo(f"stopped: {answer['accepted']} connections served, {answer['killed']} cut")
+    click.echo(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
+
+
+def entry() -> None:
+    """The program: `main`, with whatever it raises told in one line and an exit code."""
+    try:
+        main()
+    except OSError as error:
+        with contextlib.suppress(OSError):  # standard error may be what is full
+            click.echo(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
+        os._exit(RefusedError.exit_code)  # an ordinary exit would try to flush what can't be written
+    except Exception:
+        click.echo(f"prefork: internal error, please report it\n{traceback.format_exc()}", err=True)
+        sys.exit(PreforkError.exit_code)

@@ -12,7 +12,7 @@ import os
 import re
 import stat
 import tomllib
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
@@ -116,6 +116,7 @@ def _control(value: Any) -> str:
 
 def _choice(*choices: str) -> Callable[[Any], str]:
     def parse(value: Any) -> str:
+        value = value.lower() if isinstance(value, str) else value
         if value not in choices:
             raise ValueError(f"must be one of {', '.join(choices)}")
         return str(value)
@@ -194,9 +195,11 @@ class Sources:
         if self.file is not None:
             for key, raw in _read_file(self.file).items():
                 values[key] = _parse(key, raw, f"in {self.file}", tuple(OPTIONS))
-        for key in OPTIONS:
+        for key, option in OPTIONS.items():
             if (raw := self.environment.get(variable(key))) is not None:
-                values[key] = _parse(key, raw, f"in the environment ({variable(key)})", tuple(OPTIONS))
+                # Several addresses are separated by commas.
+                value = raw.split(",") if option.multiple else raw
+                values[key] = _parse(key, value, f"in the environment ({variable(key)})", tuple(OPTIONS))
         for key, raw in self.command_line.items():
             values[key] = _parse(key, raw, f"on the command line ({flag(key)})", tuple(OPTIONS))
         config = Config(**values)
@@ -264,6 +267,15 @@ def needs_restart(old: Config, new: Config) -> str | None:
         if not option.reloadable and getattr(old, key) != getattr(new, key):
             return key
     return None
+
+
+def unknown_variables(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
+    """Names in the environment that look like options and are none, each with what may have been meant."""
+    known = [variable(key) for key in (*OPTIONS, "config")]
+    for name in variables:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            yield name, f"did you mean {near[0]}?" if near else "prefork serve --help shows all"
 
 
 def environment() -> dict[str, str]:

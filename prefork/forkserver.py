@@ -242,7 +242,8 @@ class ForkServer:
     # -- what we tell
 
     def _send(self, report: Report) -> None:
-        self.outbox.append(wire.pack_report(report))
+        if self.orphaned_at is None:
+            self.outbox.append(wire.pack_report(report))
 
     def _flush(self, *, wait: bool = False) -> None:
         """Send what the channel takes (it holds 278 small messages); the rest waits in the outbox, in order."""

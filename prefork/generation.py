@@ -584,11 +584,16 @@ class Generation:
         return sum(self.board.row(place, high).count(state) for place, high in enumerate(self.pool.high))
 
     def settled(self) -> bool:
-        """Whether every listener has as many acceptors as it should have, and nobody surplus by order is left."""
+        """Whether every listener has as many acceptors as it can have, and nobody surplus by order is left."""
         return not self._nagging and all(
-            (view := self._view(place, 0)).idle + view.returning >= target and not view.starting
+            self._memory[place].saturated or ((view := self._view(place, 0)).idle + view.returning >= target and not view.starting)
             for place, target in enumerate(self.targets)
         )
+
+    @property
+    def saturated(self) -> bool:
+        """Whether the ceiling keeps a listener from having its acceptors."""
+        return any(memory.saturated for memory in self._memory)
 
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""

@@ -11,7 +11,7 @@ import sys
 import threading
 import traceback
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import prefork.examples
@@ -29,7 +29,7 @@ class Connection:
     worker: int
     generation: int
     accepted_at: float
-    asked_to_stop: Callable[[], bool]
+    asked_to_stop: Callable[[], bool] = field(repr=False)
 
     @property
     def stopping(self) -> bool:

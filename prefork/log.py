@@ -6,6 +6,7 @@ with the next one that can: the log never stops the daemon.
 """
 
 import os
+import signal
 import stat
 import time
 from enum import IntEnum
@@ -30,9 +31,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     ),
     "stopping": (Level.INFO, "stopping ({why}): {busy} connections have {seconds:g} s to finish"),
     "stopping_quickly": (Level.INFO, "stopping at once ({why})"),
-    "stopped": (Level.INFO, "stopped: {accepted} connections served, {killed} cut"),
+    "stopped": (Level.INFO, "stopped: {accepted} connections accepted, {killed} cut"),
     "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
     "log_may_wait": (Level.WARNING, "standard error can't be opened anew ({reason}): a reader that stops stops the daemon"),
+    "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "listening": (Level.INFO, "listening on {address}"),
@@ -49,7 +51,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "drained": (Level.DEBUG, "generation {generation} has ended"),
     "scaled": (Level.INFO, "workers: {workers} acceptors for each address, until the next reload ({why})"),
     "reload_queued": (Level.INFO, "a reload is under way: another one follows it"),
-    "signal_ignored": (Level.INFO, "signal {signal} ignored: {why}"),
+    "ignored": (Level.INFO, "{what} ignored: {why}"),
     # processes
     "fork_server_died": (Level.ERROR, "the fork server of generation {generation} died ({cause}); its workers serve on"),
     "fork_server_hung": (Level.ERROR, "the fork server of generation {generation} does not answer: it is killed"),
@@ -81,7 +83,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
 _level = Level.INFO
 _role = "master"
 _fd = 2
+_shielded = False
 _dropped = 0
+# Taken before anybody wraps it.
+_mask = signal.pthread_sigmask
 # What write(2) puts into a pipe in one piece (pipe(7)).
 _PIPE_BUF = 4096
 
@@ -98,7 +103,10 @@ def never_wait() -> None:
 
     O_NONBLOCK belongs to the open file, which others share: so the pipe is opened anew.
     """
-    global _fd
+    global _fd, _shielded
+    # From the background of a terminal with TOSTOP a write raises SIGTTOU, which the master handles: the write would be
+    # interrupted and tried again for ever. With the signal blocked it goes through (tcsetattr(3), tty_ioctl(4)).
+    _shielded = os.isatty(2)
     if _fd == 2 and stat.S_ISFIFO(os.fstat(2).st_mode):
         try:
             _fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -127,11 +135,15 @@ def _write(level: Level, message: str, text: str) -> None:
     if _dropped:
         lines.insert(0, f"{head}{_dropped} log lines could not be written")
     for piece in _pieces([(line + "\n").encode("utf-8", "backslashreplace") for line in lines]):
+        blocked = _mask(signal.SIG_BLOCK, {signal.SIGTTOU}) if _shielded else None
         try:
             os.write(_fd, piece)
         except OSError:
             _dropped += 1
             return
+        finally:
+            if blocked is not None:
+                _mask(signal.SIG_SETMASK, blocked)
     _dropped = 0
 
 

@@ -50,6 +50,8 @@ FLOOD, FLOOD_REST = 16, 0.003
 OVERSLEPT = 0.05
 # After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
 RELOAD_SETTLED = 1.0
+# A wrapper that forwards Ctrl-C makes two SIGINT of one: they are a millisecond apart.
+SAME_INTERRUPT = 0.1
 # A stop's last word: who is still there after SIGKILL and this long is not waited for.
 QUICK_LIMIT = 1.0
 
@@ -78,6 +80,7 @@ class Stop:
     """A stop under way."""
 
     why: str
+    at: float
     deadline: float
     clients: list[Client]
     killed: bool = False
@@ -141,6 +144,8 @@ class Master:
         process.set_title(f"prefork: master {self.name}")
         process.become_subreaper()
         log.never_wait()
+        for name, remedy in config.unknown_variables(self.sources.environment):
+            log.event("unknown_variable", name=name, remedy=remedy)
         self.notifier = Notifier.from_environment()
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
@@ -259,12 +264,12 @@ class Master:
         if signal.SIGTERM in arrived:
             self._stop("SIGTERM")
         if signal.SIGINT in arrived:
-            if self.stop is not None:
-                self._stop_quickly("a second SIGINT")
-            else:
+            if self.stop is None:
                 self._stop("SIGINT")
+            elif self.now >= self.stop.at + SAME_INTERRUPT:
+                self._stop_quickly("a second SIGINT")
         if signal.SIGHUP in arrived:
-            self._reload("SIGHUP")
+            self._reload("reload (SIGHUP)")
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and self.current is not None:
                 self._scale(max(1, self.current.targets[0] + step), signals.name(signo))
@@ -335,7 +340,7 @@ class Master:
         clients = [client] if client is not None else []
         if self.stop is not None or (self.current is None and self.reload is not None):
             why = "the daemon is stopping" if self.stop is not None else "the daemon is starting"
-            log.event("signal_ignored", signal=what, why=why)
+            log.event("ignored", what=what, why=why)
             self._tell(clients, {"ok": False, "reason": why})
             return
         if self.reload is not None:
@@ -482,8 +487,9 @@ class Master:
             return "the daemon is starting or stopping"
         most = self.config.max_workers // len(self.listeners)
         if not 1 <= workers <= most:
-            reason = f"workers = {workers}: must be 1 to {most}, max_workers = {self.config.max_workers} over {len(self.listeners)}"
-            log.event("signal_ignored", signal=why, why=reason)
+            ceiling = f"max_workers = {self.config.max_workers} for {len(self.listeners)} listeners"
+            reason = f"workers = {workers}: must be 1 to {most} ({ceiling})"
+            log.event("ignored", what=why, why=reason)
             return reason
         if workers != current.targets[0]:
             current.retarget(workers, self.now)
@@ -547,7 +553,7 @@ class Master:
                 self._hurry(self.now + timeout)
             return
         seconds = self.config.graceful_timeout if timeout is None else timeout
-        self.stop = Stop(why, self.now + seconds, clients)
+        self.stop = Stop(why, self.now, self.now + seconds, clients)
         self.notifier.send(STOPPING=1)
         self._drop_reload("the daemon is stopping")
         busy = sum(generation.count(BUSY) for generation in self._generations())
@@ -571,8 +577,9 @@ class Master:
             clients += self.stop.clients
         else:
             self.notifier.send(STOPPING=1)
-        log.event("stopping_quickly", why=why)
-        self.stop = Stop(why, self.now + QUICK_LIMIT, clients, killed=True)
+        if self.failure is None:
+            log.event("stopping_quickly", why=why)
+        self.stop = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True)
         self._drop_reload("the daemon is stopping")
         self.farewells.clear()
         for listener in self.listeners:
@@ -649,7 +656,7 @@ class Master:
         except AddressError as error:
             raise AddressError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
         except OSError as error:
-            log.event("control_failed", reason=error)
+            log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
 
     def _obey(self, client: Client, request: dict[str, Any]) -> None:
         match request["command"]:
@@ -681,7 +688,9 @@ class Master:
         def outcome(_: float) -> dict[str, Any] | None:
             if self.current is not current:
                 return {"ok": False, "reason": "a reload came between"}
-            return {"ok": True, "workers": workers} if current.settled() else None
+            if not current.settled():
+                return None
+            return {"ok": True, "workers": workers, "saturated": current.saturated}
 
         self._tell_when(client, self.now + self.config.boot_timeout, outcome)
 
@@ -766,7 +775,10 @@ def _listener_facts(listener: Listener) -> dict[str, Any]:
 
 def _working_directory() -> str:
     """Where we are, by the name it was entered by: a deploy may switch what the name stands for, and a reload must follow."""
-    real = os.getcwd()
+    try:
+        real = os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed: start prefork in one that exists") from None
     name = os.environ.get("PWD", "")
     try:
         return name if os.path.samefile(name, real) else real

@@ -31,6 +31,7 @@ from prefork.ops.control import ask
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0
+LONGEST_FOLDER = 80
 
 
 class StartError(PreforkError):
@@ -103,7 +104,11 @@ def serve(
     they are. Raises StartError.
     """
     module, place = _named(target)
-    with tempfile.TemporaryDirectory(prefix="prefork-") as scratch:
+    if options.get("control") == "off":
+        raise ValueError("control='off' leaves nobody to ask for the address")
+    # A Unix socket's path has at most 107 bytes.
+    where = None if len(tempfile.gettempdir()) <= LONGEST_FOLDER else "/tmp"  # noqa: S108 - TemporaryDirectory makes it private
+    with tempfile.TemporaryDirectory(prefix="prefork-", dir=where) as scratch:
         ready = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
         ready.bind(f"{scratch}/notify")
         options = {"bind": "127.0.0.1:0", "control": f"{scratch}/control", **options}
@@ -111,7 +116,9 @@ def serve(
             options["module"] = module
         command = [sys.executable, "-m", "prefork", "serve", *_flags(options), *arguments]
         log_path = Path(scratch) / "log"
-        settings = {**os.environ, **(environment or {}), "NOTIFY_SOCKET": f"{scratch}/notify"}
+        # Configuration of the caller's is not that of the daemon under test.
+        inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFORK_")}
+        settings = {**inherited, **(environment or {}), "NOTIFY_SOCKET": f"{scratch}/notify"}
         with ready, log_path.open("wb") as log_file:
             process = subprocess.Popen(
                 command,
@@ -131,6 +138,8 @@ def serve(
 def _named(target: str | Callable[..., Any]) -> tuple[str, Path | None]:
     if isinstance(target, str):
         return target, None
+    if "<" in target.__qualname__:
+        raise ValueError(f"{target.__qualname__}: the daemon can only import a function at the top of a module")
     file = sys.modules[target.__module__].__file__
     parents = target.__module__.count(".") + 1
     return f"{target.__module__}:{target.__qualname__}", Path(file).absolute().parents[parents - 1] if file else None
@@ -162,8 +171,6 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", ready: socket.socket, 
 
 
 def _first_address(control: str) -> Any:
-    if control == "off":
-        return None
     facts, descriptors = ask(control, "status", START_TIMEOUT)
     for fd in descriptors:
         os.close(fd)

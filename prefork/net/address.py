@@ -45,7 +45,8 @@ def parse(text: str) -> Address:
         return _parse_unix(text)
     host, colon, port_text = text.rpartition(":")
     if not colon:
-        raise ValueError("an address is HOST:PORT, :PORT, [IPV6]:PORT or unix:/path")
+        meant = f"; did you mean :{text}?" if text.isdigit() else ""
+        raise ValueError(f"an address is HOST:PORT, :PORT, [IPV6]:PORT or unix:/path{meant}")
     if not re.fullmatch(r"[0-9]{1,5}", port_text) or int(port_text) > 65535:
         raise ValueError(f"the port must be a number from 0 to 65535, not {port_text[:40]!r}")
     port = int(port_text)

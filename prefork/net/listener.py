@@ -92,8 +92,8 @@ class Listener:
         return self.sock.fileno()
 
     def queue(self) -> tuple[int, int] | None:
-        """Length and limit of the accept queue; None where the kernel doesn't say (Unix sockets)."""
-        if self.address.family == socket.AF_UNIX:
+        """Length and limit of the accept queue; None where the kernel doesn't say (Unix sockets), and once it is closed."""
+        if self.address.family == socket.AF_UNIX or self.sock.fileno() == -1:
             return None
         info = self.sock.getsockopt(socket.IPPROTO_TCP, socket.TCP_INFO, 104)
         (unacked,) = struct.unpack_from("=I", info, _TCP_INFO_UNACKED)
@@ -260,6 +260,8 @@ def _explain(wanted: Address, error: OSError) -> Exception:
                 f"{wanted}: only root may bind a port below 1024 (net.ipv4.ip_unprivileged_port_start): take a higher one, or "
                 "grant CAP_NET_BIND_SERVICE"
             )
+        case errno.ENOENT:
+            return AddressError(f"{wanted}: the directory {os.path.dirname(wanted.host)} does not exist")
         case errno.EACCES | errno.EPERM:
             return NotPermittedError(f"{wanted}: no permission to create a socket there")
         case _:

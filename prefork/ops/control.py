@@ -89,35 +89,39 @@ class ControlServer:
         self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
 
     def _ready(self, client: Client, now: float) -> None:
+        request = None
         try:
             if client.answer is not None:
                 self._write(client)
             else:
-                self._read(client, now)
+                request = self._read(client, now)
         except OSError:
             self.drop(client)  # it has gone; nobody is left to tell
+        if request is not None:
+            self.obey(client, request)
 
-    def _read(self, client: Client, now: float) -> None:
+    def _read(self, client: Client, now: float) -> dict[str, Any] | None:
+        """The request, once it is whole."""
         data = client.sock.recv(REQUEST_LIMIT + 1)
         if not data or client.deadline is None:
             # The end, or more after a whole request: a command sends one line and then only listens.
             self.drop(client)
-            return
+            return None
         client.request += data
         line, newline, _ = client.request.partition(b"\n")
         if not newline:
             if len(client.request) > REQUEST_LIMIT:
                 self.answer(client, {"ok": False, "reason": f"a request has at most {REQUEST_LIMIT} bytes"}, now)
-            return
+            return None
         try:
             request = json.loads(line[: REQUEST_LIMIT + 1])
         except (ValueError, RecursionError):
             request = None
         if not isinstance(request, dict) or not isinstance(request.get("command"), str):
             self.answer(client, {"ok": False, "reason": 'a request is one line of JSON with a "command"'}, now)
-            return
+            return None
         client.deadline = None
-        self.obey(client, request)
+        return request
 
     def answer(self, client: Client, answer: dict[str, Any], now: float, descriptors: Sequence[int] = ()) -> None:
         """Answer and close. Nothing happens when the client has gone meanwhile."""
@@ -204,7 +208,8 @@ def runtime_directory() -> Path:
     """The directory for control sockets, made if need be. Raises OSError when there is none that is safely ours."""
     if given := os.environ.get("RUNTIME_DIRECTORY"):
         return Path(given.split(":")[0])
-    if xdg := os.environ.get("XDG_RUNTIME_DIR"):
+    # After su or sudo it may name the directory of somebody who has not logged in.
+    if (xdg := os.environ.get("XDG_RUNTIME_DIR")) and os.path.isdir(xdg):
         return _private(Path(xdg) / "prefork")
     if os.geteuid() == 0:
         return _private(Path("/run/prefork"))
@@ -234,10 +239,24 @@ def instances() -> dict[str, str]:
     for place in places:
         try:
             for path in sorted(place.glob("*" + _SUFFIX)):
-                found.setdefault(path.name.removesuffix(_SUFFIX), str(path))
+                if _is_live(str(path)):
+                    found.setdefault(path.name.removesuffix(_SUFFIX), str(path))
         except PermissionError:
             continue  # another user's
     return found
+
+
+def _is_live(path: str) -> bool:
+    """Whether somebody listens there; a daemon that was killed leaves its socket behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+    return True
 
 
 def default_path(name: str) -> str:

@@ -41,6 +41,13 @@ def _prctl(option: int, argument: int) -> None:
         raise OSError(number, os.strerror(number))
 
 
+def open_standard_descriptors() -> None:
+    """Put /dev/null where standard input, output or error are closed, so that no descriptor of ours takes their numbers."""
+    while (fd := os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)) < 3:
+        os.set_inheritable(fd, True)
+    os.close(fd)
+
+
 def become_subreaper() -> None:
     """Descendants whose parent dies become our children, not init's. Survives exec."""
     _prctl(_PR_SET_CHILD_SUBREAPER, 1)

@@ -270,7 +270,7 @@ def test_a_vanished_directory_of_a_socket_does_not_disturb_the_stop(prefork_serv
     folder.rmdir()
     folder.write_text("a file")
     assert server.stop() == 0
-    assert "stopped: 0 connections served" in server.log()
+    assert "stopped: 0 connections accepted" in server.log()
 
 
 def test_connections_of_a_worker_that_nobody_knew_are_counted(prefork_server: Start, module: Module) -> None:

@@ -128,7 +128,7 @@ def test_scale_refuses_what_can_not_be(prefork_server: Start, wanted: str, reaso
 def test_stop_waits_until_the_daemon_has_gone(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2)
     done = run("stop", "--control", server.control)
-    assert done.stdout == "stopped: 0 connections served, 0 cut\n", done.stderr
+    assert done.stdout == "stopped: 0 connections accepted, 0 cut\n", done.stderr
     assert watch.is_gone(server.pid)
     assert not os.path.exists(server.control)
     assert server.stop() == 0
@@ -141,7 +141,7 @@ def test_stop_can_be_hurried(prefork_server: Start, how: str) -> None:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
         with watch.fewer_than(3.0, "a hurried stop"):
-            assert "1 connections served, 1 cut" in run("stop", how, "--control", server.control).stdout
+            assert "1 connections accepted, 1 cut" in run("stop", how, "--control", server.control).stdout
 
 
 def test_an_instance_is_found_by_name_and_the_only_one_without(prefork_server: Start, tmp_path: Path) -> None:
@@ -191,8 +191,8 @@ def test_without_a_control_socket_the_daemon_says_so_once_and_serves(tmp_path: P
         (tmp_path / "prefork").symlink_to("elsewhere")
     directory = str(tmp_path / "no" / "such") if place == "missing" else str(tmp_path)
     command = [sys.executable, "-m", "prefork", "serve", "--module=echo:loop", "--bind=127.0.0.1:0"]
-    environment = {**os.environ, "XDG_RUNTIME_DIR": directory}
-    environment.pop("RUNTIME_DIRECTORY", None)
+    variable = "RUNTIME_DIRECTORY" if place == "missing" else "XDG_RUNTIME_DIR"
+    environment = {key: value for key, value in os.environ.items() if key != "RUNTIME_DIRECTORY"} | {variable: directory}
     with subprocess.Popen(command, env=environment, stderr=subprocess.PIPE, text=True) as daemon:
         assert daemon.stderr is not None
         lines = [daemon.stderr.readline(), daemon.stderr.readline()]
