@@ -83,7 +83,8 @@ def _module(value: Any) -> str:
 
 
 def _addresses(value: Any) -> tuple[Address, ...]:
-    texts = [value] if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
+    # In the environment several are separated by commas.
+    texts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("must be an address, or a list of addresses")
     found: list[Address] = []
@@ -195,11 +196,9 @@ class Sources:
         if self.file is not None:
             for key, raw in _read_file(self.file).items():
                 values[key] = _parse(key, raw, f"in {self.file}", tuple(OPTIONS))
-        for key, option in OPTIONS.items():
+        for key in OPTIONS:
             if (raw := self.environment.get(variable(key))) is not None:
-                # Several addresses are separated by commas.
-                value = raw.split(",") if option.multiple else raw
-                values[key] = _parse(key, value, f"in the environment ({variable(key)})", tuple(OPTIONS))
+                values[key] = _parse(key, raw, f"in the environment ({variable(key)})", tuple(OPTIONS))
         for key, raw in self.command_line.items():
             values[key] = _parse(key, raw, f"on the command line ({flag(key)})", tuple(OPTIONS))
         config = Config(**values)

@@ -135,7 +135,7 @@ def test_a_low_port_without_permission_says_how_to_get_it() -> None:
         ({"module": "tiny:too_many"}, 78, r"loop\(sock\) or loop\(sock, conn\)"),
         ({"module": "tiny"}, 78, "must be MODULE:ATTR"),
         ({"bind": "1.2.3.4:7000"}, 69, "no such address"),
-        ({"bind": "unix:/no/such/folder/socket"}, 69, "No such file or directory"),
+        ({"bind": "unix:/no/such/folder/socket"}, 69, "the directory /no/such/folder does not exist"),
         ({"workers": 0}, 78, r"workers = '0' on the command line \(--workers\): must be a whole number from 1"),
         ({"workers": 300}, 78, "raise max_workers to at least 300"),
         ({"bind": "here"}, 78, "an address is HOST:PORT"),
