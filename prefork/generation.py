@@ -32,6 +32,8 @@ SETTLE = 0.001
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
+# So many slots are looked at one by one; of more, only those in the ring of latest accepts, which loses some under a high rate.
+FEW = 256
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
 
@@ -334,16 +336,18 @@ class Generation:
                 busy -= state == BUSY
                 starting -= state in (STARTING, PARKED, PAUSED)
         missing = self.targets[place] - idle - starting
-        returning = self._returning(place, missing) if missing > 0 else 0
+        returning = self._returning(place, row, missing) if missing > 0 else 0
         return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place])
 
-    def _returning(self, place: int, missing: int) -> int:
+    def _returning(self, place: int, row: bytes, missing: int) -> int:
         """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""
         board = self.board
         now_ns = time.monotonic_ns()
         young = int(policy.YOUNG * 1e9)
         found = 0
-        for slot in board.recent(place, now_ns, young):
+        first = place * self.layout.capacity
+        few = len(row) <= FEW
+        for slot in [first + at for at, state in enumerate(row) if state == BUSY] if few else board.recent(place, now_ns, young):
             worker = self.pool.workers.get(slot)
             if worker is None or board.states[slot] != BUSY or slot in self._absent:
                 continue

@@ -31,10 +31,10 @@ def ask(sock: socket.socket, line: bytes) -> bytes:
 
 
 def test_prefork_is_the_one_that_the_wheel_installed() -> None:
-    wanted = os.environ.get("PREFORK_TEST_INSTALLED")
+    wanted = os.environ.get("WHEEL_INSTALLED_IN")
     if wanted is None:
-        assert os.environ.get("CI") != "true", "CI tests the wheel: PREFORK_TEST_INSTALLED names where it was installed"
-        pytest.skip("PREFORK_TEST_INSTALLED is not set: only .ci/run builds and installs a wheel")
+        assert os.environ.get("CI") != "true", "CI tests the wheel: WHEEL_INSTALLED_IN names where it was installed"
+        pytest.skip("WHEEL_INSTALLED_IN is not set: only .ci/run builds and installs a wheel")
     assert Path(prefork.__file__).is_relative_to(wanted)
 
 
