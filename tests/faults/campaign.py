@@ -13,8 +13,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-import psutil
-
 from prefork.testing import Server, serve
 from tests import watch
 from tests.load import Load
@@ -211,8 +209,3 @@ FAULTS: dict[str, Callable[..., Figures]] = {
     "kill_master": kill_master,
     "stops": stops,
 }
-
-
-def leftovers() -> list[str]:
-    """Children of this process that should not be there."""
-    return [" ".join(child.cmdline()) for child in psutil.Process().children(recursive=True)]

@@ -7,6 +7,8 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import psutil
+
 import prefork
 
 
@@ -115,6 +117,10 @@ def kills(mutant: Mutant, folder: Path) -> bool:
         text=True,
         check=False,
     )
+    # Some bugs leave processes behind, which have become ours (tests/conftest.py makes us the subreaper).
+    for child in psutil.Process().children(recursive=True):
+        child.kill()
+        child.wait()
     if done.returncode not in (0, 1):
         raise AssertionError(f"{mutant.name}: the tests did not run:\n{done.stdout}{done.stderr}")
     return done.returncode == 1
