@@ -42,18 +42,24 @@ class Generation:
     """One generation. The master drives it: `start`, `receive`, `tend`, `commit`, `retire`, and `gone` at the end."""
 
     def __init__(
-        self, number: int, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
+        self,
+        number: int,
+        config: Config,
+        listeners: Sequence[Listener],
+        wiring: Wiring,
+        tally: Tally,
+        now: float,
+        targets: Sequence[int] | None = None,
     ) -> None:
         self.number = number
         self.config = config
         self.listeners = tuple(listeners)
         self.tally = tally
-        self.started_at = now
         self.boot_deadline = now + config.boot_timeout
         # A reload may go past the ceiling by its targets, and targets may be raised up to the ceiling.
         self.layout = Layout(len(listeners), 2 * config.max_workers)
         self.pool = Pool(self.layout.listeners, self.layout.capacity)
-        self.targets = [config.workers] * len(listeners)
+        self.targets = list(targets or [config.workers] * len(listeners))
         self.failure: str | None = None
         self.ready = False  # the handler has been imported
         self.committed = False

@@ -276,7 +276,7 @@ class Master:
 
     def _tend(self) -> None:
         """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""
-        self._tend_start()
+        self._tend_restart()
         self._tend_reload()
         generations = self._generations()
         live = sum(generation.live() for generation in generations)
@@ -324,10 +324,8 @@ class Master:
         opened: Sequence[Listener] = (),
         targets: Sequence[int] | None = None,
     ) -> None:
-        generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now)
+        generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now, targets)
         self.next_number += 1
-        if targets is not None:
-            generation.targets = list(targets)
         try:
             generation.link.start(conf.module, conf.log_level, listeners)
         except OSError:
@@ -364,8 +362,10 @@ class Master:
                 listener.close()
             self._refused(what, str(error), clients)
 
-    def _restart_fork_server(self) -> None:
+    def _tend_restart(self) -> None:
         """The current fork server is dead: the same configuration in a new one; its workers serve until it is ready."""
+        if self.restart_at is None or self.restart_at > self.now:
+            return
         self.restart_at = None
         if self.current is None or self.reload is not None or self.stop is not None:
             return
@@ -374,10 +374,6 @@ class Master:
             self._boot("restart of the fork server", self.current.config, self.listeners, [], targets=self.current.targets)
         except OSError as error:
             self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
-
-    def _tend_start(self) -> None:
-        if self.restart_at is not None and self.restart_at <= self.now:
-            self._restart_fork_server()
 
     def _tend_reload(self) -> None:
         reload = self.reload
