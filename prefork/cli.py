@@ -12,7 +12,7 @@ from typing import Any
 import click
 
 from prefork import __version__
-from prefork.config import OPTIONS, Config, Sources, environment, flag, variable
+from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, variable
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops.control import ask, find
 
@@ -49,9 +49,11 @@ def main() -> None:
 
 
 def _default_text(key: str) -> str:
-    default = Config.__dataclass_fields__[key].default
-    if isinstance(default, tuple):
-        return ", ".join(map(str, default))
+    default = OPTIONS[key].plain(getattr(DEFAULTS, key))
+    if isinstance(default, bool):
+        return "on" if default else "off"
+    if isinstance(default, list):
+        return ", ".join(default)
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 

@@ -1,38 +1,44 @@
 """Every setting: its default, its type, its help, its validation. The one place where an option is added.
 
 A field of `Config` is an option: ``max_workers`` in the TOML file, ``--max-workers`` on the command line,
-``PREFORK_MAX_WORKERS`` in the environment. Command line beats environment beats file beats default.
+``PREFORK_MAX_WORKERS`` in the environment, ``max_workers=`` of `prefork.Server`. Command line and keywords beat environment beats
+file beats default. What a value may be is `prefork.values`' business.
 
 The file is flat TOML, at most 1 MB (tomllib took 6.6 s for 10 MB, and the master reads it at a reload while it should be
 supervising). Parsing asks nobody and opens nothing but that file.
 """
 
 import difflib
+import json
 import os
-import re
 import stat
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field, fields
 from typing import Any
 
+from prefork import values
 from prefork.errors import ConfigError
-from prefork.net import address
 from prefork.net.address import Address
 
 FILE_LIMIT = 1_000_000
 # A slot number has to fit in 32 bits on the wire; a machine's pid_max is at most 2**22.
 WORKERS_LIMIT = 1 << 20
-# Thirty years: everything longer is a mistake, and a float stays exact to the microsecond.
-SECONDS_LIMIT = 1e9
-_UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
-_NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
 LOG_LEVELS = ("debug", "info", "warning", "error")
+LOG_FORMATS = ("text", "json")
+
+
+def _same(value: Any) -> Any:
+    return value
 
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """How an option is read and explained. ``parse`` takes text or a TOML value and raises ValueError with what would be right."""
+    """How an option is read, explained and shown.
+
+    ``parse`` takes text or a TOML value and raises ValueError with what would be right; ``plain`` makes of a parsed value what
+    TOML can say and ``parse`` takes back.
+    """
 
     parse: Callable[[Any], Any]
     help: str
@@ -40,128 +46,106 @@ class Option:
     reloadable: bool = True
     short: str | None = None
     multiple: bool = False
-
-
-def _text(value: Any) -> str:
-    if not isinstance(value, str) or not value:
-        raise ValueError("must be text")
-    return value
-
-
-def _whole(low: int, high: int) -> Callable[[Any], int]:
-    def parse(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"[0-9]{1,9}", value):
-            value = int(value)
-        if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
-            raise ValueError(f"must be a whole number from {low} to {high}")
-        return value
-
-    return parse
-
-
-def _seconds(value: Any) -> float:
-    if isinstance(value, str) and (match := re.fullmatch(r"([0-9]+(?:\.[0-9]+)?)([smh]?)", value)):
-        value = float(match[1]) * _UNITS[match[2]]
-    # Not a number (nan) fails both comparisons.
-    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value <= SECONDS_LIMIT:
-        raise ValueError("must be a duration, 0 to 1e9 seconds: 1.5, 30s, 5m or 1h")
-    return float(value)
-
-
-def _positive_seconds(value: Any) -> float:
-    seconds = _seconds(value)
-    if seconds == 0:
-        raise ValueError("must be more than 0 seconds")
-    return seconds
-
-
-def _module(value: Any) -> str:
-    module, colon, attribute = _text(value).partition(":")
-    if not colon or not all(part.isidentifier() for part in [*module.split("."), *attribute.split(".")]):
-        raise ValueError("must be MODULE:ATTR, like echo:loop")
-    return str(value)
-
-
-def _addresses(value: Any) -> tuple[Address, ...]:
-    # In the environment several are separated by commas.
-    texts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
-    if not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError("must be an address, or a list of addresses")
-    found: list[Address] = []
-    for text in texts:
-        try:
-            parsed = address.parse(text)
-        except ValueError as error:
-            raise ValueError(f"{text!r}: {error}") from None
-        if any(parsed.same_place(other) for other in found):
-            raise ValueError(f"{text!r} is named twice")
-        found.append(parsed)
-    return tuple(found)
-
-
-def _name(value: Any) -> str:
-    if not _NAME.fullmatch(_text(value)):
-        raise ValueError("must be letters, digits, '.', '_' and '-', at most 64")
-    return str(value)
-
-
-def _control(value: Any) -> str:
-    text = _text(value)
-    if text != "off":
-        try:
-            address.check_path(text)
-        except ValueError as error:
-            raise ValueError(f"must be an absolute path, or off ({error})") from None
-    return text
-
-
-def _choice(*choices: str) -> Callable[[Any], str]:
-    def parse(value: Any) -> str:
-        value = value.lower() if isinstance(value, str) else value
-        if value not in choices:
-            raise ValueError(f"must be one of {', '.join(choices)}")
-        return str(value)
-
-    return parse
+    plain: Callable[[Any], Any] = _same
 
 
 def _option(default: Any, parse: Callable[[Any], Any], help: str, metavar: str, **more: Any) -> Any:  # noqa: A002 - click's word
     return field(default=default, metadata={"option": Option(parse, help, metavar, **more)})
 
 
+def _seconds(default: float, help: str, parse: Callable[[Any], float] = values.seconds) -> Any:  # noqa: A002
+    return _option(default, parse, help, "SECONDS")
+
+
+def _target(help: str) -> Any:  # noqa: A002
+    return _option("", values.target, help, "MODULE:ATTR")
+
+
 @dataclass(frozen=True, slots=True, kw_only=True)
 class Config:
-    """The effective configuration. Durations are seconds. Made by `load`; every value has been validated."""
+    """The effective configuration. Durations are seconds, sizes bytes. Made by `Sources.load`; every value has been validated.
 
-    module: str = _option(
-        "", _module, "The handler: MODULE:ATTR, imported with the working directory first on the path.", "MODULE:ATTR"
-    )
+    Empty text, no entries and None mean that an option was not given and has no default.
+    """
+
+    module: str = _target("The handler: MODULE:ATTR, imported with the working directory first on the path.")
     bind: tuple[Address, ...] = _option(
         (Address(2, "127.0.0.1", 7000),),
-        _addresses,
+        values.addresses,
         "Where to listen: HOST:PORT, :PORT, [IPV6]:PORT or unix:/path?mode=0660. Repeatable; port 0 is a free port.",
         "ADDRESS",
         short="-b",
         multiple=True,
+        plain=lambda value: [address.text for address in value],
     )
-    workers: int = _option(8, _whole(1, WORKERS_LIMIT), "Processes kept waiting in accept(), for each listener.", "N", short="-w")
+    workers: int = _option(
+        8, values.whole(1, WORKERS_LIMIT), "Processes kept waiting in accept(), for each listener.", "N", short="-w"
+    )
     max_workers: int = _option(
-        256, _whole(1, WORKERS_LIMIT), "Ceiling on worker processes of this daemon; at it, clients wait in the queue.", "N"
+        256, values.whole(1, WORKERS_LIMIT), "Ceiling on worker processes of this daemon; at it, clients wait in the queue.", "N"
     )
-    spare_timeout: float = _option(10.0, _positive_seconds, "How long surplus acceptors are kept.", "SECONDS")
-    backlog: int = _option(2048, _whole(1, (1 << 31) - 1), "The listen queue (the kernel cuts it to net.core.somaxconn).", "N")
-    boot_timeout: float = _option(
-        60.0, _positive_seconds, "How long the handler's import, and a worker's start, may take.", "SECONDS"
+    spare_timeout: float = _seconds(10.0, "How long surplus acceptors are kept.", values.positive_seconds)
+    backlog: int = _option(
+        2048, values.whole(1, (1 << 31) - 1), "The listen queue (the kernel cuts it to net.core.somaxconn).", "N"
     )
-    drain_timeout: float = _option(
-        0.0, _seconds, "How long workers retired by a reload or scaling may finish; 0 is as long as they take.", "SECONDS"
+    max_connections: int = _option(
+        0, values.whole(0, 999_999_999), "Connections that a worker serves before it is recycled; 0 is no limit.", "N"
     )
-    graceful_timeout: float = _option(30.0, _seconds, "How long connections may finish at stop.", "SECONDS")
-    name: str = _option("", _name, "The instance's name; the handler's module unless said.", "NAME", reloadable=False)
+    max_connections_jitter: int = _option(
+        0, values.whole(0, 999_999_999), "A random 0 to N more of them, so that workers do not all go at once.", "N"
+    )
+    max_memory: int = _option(
+        0,
+        values.size,
+        "A worker with a larger resident set is recycled after its connection; 0 is no limit.",
+        "SIZE",
+        plain=lambda value: values.size_text(value) if value else 0,
+    )
+    max_lifetime: float = _seconds(0.0, "A worker that is older is recycled after its connection; 0 is no limit.")
+    socket_timeout: float = _seconds(0.0, "sock.settimeout() for each connection; 0 is none.")
+    boot_timeout: float = _seconds(
+        60.0, "How long the handler's import and hooks, and a worker's start, may take.", values.positive_seconds
+    )
+    drain_timeout: float = _seconds(
+        0.0, "How long workers retired by a reload, scaling or recycling may finish; 0 is as long as they take."
+    )
+    graceful_timeout: float = _seconds(30.0, "How long connections may finish at stop.")
+    user: str = _option(
+        "", values.account, "Who runs the handler: fork servers and workers give up root for good.", "USER", reloadable=False
+    )
+    group: str = _option("", values.account, "Their group; the user's own groups unless said.", "GROUP", reloadable=False)
+    umask: int | None = _option(
+        None,
+        values.umask,
+        "Their umask, octal; as started unless said.",
+        "OCTAL",
+        plain=lambda value: "" if value is None else f"{value:03o}",
+    )
+    chdir: str = _option("", values.path(), "Their working directory, first on the import path; as started unless said.", "DIR")
+    nice: int = _option(0, values.whole(-39, 39), "How much nicer they are than the master (nice(2)); less than 0 takes root.", "N")
+    rlimit: tuple[tuple[str, int], ...] = _option(
+        (), values.rlimits, "Limits of each worker: nofile=1024,as=512M,cpu=60.", "LIMITS", plain=values.rlimits_text
+    )
+    nodelay: bool = _option(True, values.switch, "TCP_NODELAY: small answers are sent at once.", "on|off")
+    keepalive: bool = _option(False, values.switch, "SO_KEEPALIVE: the kernel asks silent peers whether they live.", "on|off")
+    on_boot: str = _target("A hook: called once in the fork server, after the import.")
+    on_worker_start: str = _target("A hook: called in each worker before it accepts.")
+    on_worker_exit: str = _target("A hook: called in each worker that leaves.")
+    name: str = _option("", values.name, "The instance's name; the handler's module unless said.", "NAME", reloadable=False)
     control: str = _option(
-        "", _control, "Path of the control socket; off for none; in the runtime directory unless said.", "PATH", reloadable=False
+        "",
+        values.socket_path,
+        "Path of the control socket; off for none; in the runtime directory unless said.",
+        "PATH",
+        reloadable=False,
     )
-    log_level: str = _option("info", _choice(*LOG_LEVELS), f"The least that is logged: {', '.join(LOG_LEVELS)}.", "LEVEL")
+    pid_file: str = _option(
+        "", values.path(), "Where the master's pid is written, for those who need it.", "PATH", reloadable=False
+    )
+    log_level: str = _option("info", values.choice(*LOG_LEVELS), f"The least that is logged: {', '.join(LOG_LEVELS)}.", "LEVEL")
+    log_format: str = _option("text", values.choice(*LOG_FORMATS), "Lines for people (text) or for machines (json).", "FORMAT")
+    log_file: str = _option("stderr", values.path("stderr"), "Where the log goes; SIGUSR1 opens the file again.", "PATH")
+    access_log: str = _option("off", values.path("off", "-"), "A line for each connection, to a file or to the log (-).", "PATH")
 
     @property
     def instance(self) -> str:
@@ -170,6 +154,7 @@ class Config:
 
 
 OPTIONS: dict[str, Option] = {f.name: f.metadata["option"] for f in fields(Config)}
+DEFAULTS = Config()
 
 
 def flag(key: str) -> str:
@@ -184,26 +169,42 @@ def variable(key: str) -> str:
 
 @dataclass(frozen=True, slots=True)
 class Sources:
-    """Where settings are read from: kept by the master, so that a reload reads the same places again."""
+    """Where settings are read from: kept by the master, so that a reload reads the same places again.
+
+    ``keywords`` are those of `prefork.Server`; the command line has none, and it has no command line.
+    """
 
     command_line: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     file: str | None = None
+    keywords: Mapping[str, Any] = field(default_factory=dict)
 
     def load(self) -> Config:
         """The effective configuration. Raises ConfigError naming key, value, place and remedy."""
-        values: dict[str, Any] = {}
+        return self.trace()[0]
+
+    def trace(self) -> tuple[Config, dict[str, str]]:
+        """The effective configuration, and for each option that was given where it comes from. Raises ConfigError."""
+        parsed: dict[str, Any] = {}
+        origins: dict[str, str] = {}
+        for key, raw, place in self._given():
+            parsed[key], origins[key] = _parse(key, raw, place), place
+        config = Config(**parsed)
+        check(config)
+        return config, origins
+
+    def _given(self) -> Iterator[tuple[str, Any, str]]:
+        """Everything that was given, the weakest first: key, value as it stands there, and where."""
         if self.file is not None:
             for key, raw in _read_file(self.file).items():
-                values[key] = _parse(key, raw, f"in {self.file}", tuple(OPTIONS))
+                yield key, raw, f"in {self.file}"
         for key in OPTIONS:
             if (raw := self.environment.get(variable(key))) is not None:
-                values[key] = _parse(key, raw, f"in the environment ({variable(key)})", tuple(OPTIONS))
+                yield key, raw, f"in the environment ({variable(key)})"
         for key, raw in self.command_line.items():
-            values[key] = _parse(key, raw, f"on the command line ({flag(key)})", tuple(OPTIONS))
-        config = Config(**values)
-        _check(config)
-        return config
+            yield key, raw, f"on the command line ({flag(key)})"
+        for key, raw in self.keywords.items():
+            yield key, raw, "of prefork.Server"
 
 
 def _read_file(path: str) -> dict[str, Any]:
@@ -229,11 +230,15 @@ def _read_file(path: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: nested too deeply; the configuration is flat") from None
 
 
-def _parse(key: str, raw: Any, place: str, known: tuple[str, ...]) -> Any:
+def _parse(key: str, raw: Any, place: str) -> Any:
     option = OPTIONS.get(key)
     if option is None:
-        near = difflib.get_close_matches(key, known, 1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(known)}"
+        if isinstance(raw, dict):
+            raise ConfigError(
+                f"unknown option {key!r} {place}: the file is flat, without [tables]: each option is a line of its own"
+            )
+        near = difflib.get_close_matches(key, OPTIONS, 1)
+        remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OPTIONS)}"
         raise ConfigError(f"unknown option {key!r} {place}: {remedy}")
     try:
         return option.parse(raw)
@@ -249,7 +254,8 @@ def _shown(raw: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def _check(config: Config) -> None:
+def check(config: Config) -> None:
+    """Raise ConfigError for values that are right by themselves and impossible together."""
     if not config.module:
         raise ConfigError("no handler: give --module MODULE:ATTR, like --module echo:loop, or module in the configuration file")
     least = config.workers * len(config.bind)
@@ -258,6 +264,33 @@ def _check(config: Config) -> None:
             f"max_workers = {config.max_workers} is less than workers x listeners = {config.workers} x {len(config.bind)} = "
             f"{least}: raise max_workers to at least {least}, or lower workers"
         )
+    if config.max_connections_jitter and not config.max_connections:
+        raise ConfigError(
+            f"max_connections_jitter = {config.max_connections_jitter} adds to max_connections, which is not set: set it, or drop "
+            "the jitter"
+        )
+
+
+def document(config: Config, notes: Mapping[str, str]) -> str:
+    """The configuration as TOML that `Sources` reads back: each option with its note above it.
+
+    An option that was not given and has no default stands there in a comment.
+    """
+    lines: list[str] = []
+    for key, option in OPTIONS.items():
+        plain = option.plain(getattr(config, key))
+        unset = plain in ("", [], None)
+        lines += [f"# {notes[key]}", f'#{key} = "{option.metavar}"' if unset else f"{key} = {_toml(plain)}", ""]
+    return "\n".join(lines)
+
+
+def _toml(plain: Any) -> str:
+    if isinstance(plain, list):
+        return f"[{', '.join(map(_toml, plain))}]"
+    if isinstance(plain, float):
+        return values.seconds_text(plain)
+    # A JSON string is a TOML string, and so are its numbers, true and false.
+    return json.dumps(plain, ensure_ascii=False)
 
 
 def needs_restart(old: Config, new: Config) -> str | None:

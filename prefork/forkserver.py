@@ -19,6 +19,7 @@ from dataclasses import dataclass
 from typing import NoReturn
 
 from prefork import handler, log, worker
+from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
@@ -38,9 +39,8 @@ class Brief:
     """Everything that a fork server is told. Descriptors are inherited by the fork."""
 
     generation: int
-    module: str
+    config: Config
     name: str
-    log_level: str
     folder: str  # entered by name for each generation: a deploy may have switched what the name stands for
     master_pid: int
     listeners: tuple[Listener, ...]
@@ -116,7 +116,7 @@ class ForkServer:
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
-        log.configure(level=brief.log_level, role=f"gen {brief.generation}")
+        log.configure(level=brief.config.log_level, role=f"gen {brief.generation}")
         # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() != brief.master_pid:
@@ -131,7 +131,7 @@ class ForkServer:
         except OSError as error:
             raise HandlerError(f"can't enter the working directory {self.brief.folder}: {error.strerror}") from None
         handler.prepare_path(self.brief.folder)
-        loaded = handler.load(self.brief.module)
+        loaded = handler.load(self.brief.config.module)
         if os.getpid() != self.pid:
             os._exit(0)  # a child that the import forked has come back here
         # The import may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
@@ -194,6 +194,7 @@ class ForkServer:
                 worker.main(
                     worker.Brief(
                         brief.generation,
+                        brief.config,
                         brief.name,
                         brief.master_pid,
                         self.pid,

@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from prefork import forkserver, log
+from prefork.config import Config
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
@@ -66,7 +67,7 @@ class Link:
         self.channel.setblocking(False)
         return theirs, gate
 
-    def start(self, module: str, log_level: str, listeners: Sequence[Listener]) -> None:
+    def start(self, config: Config, listeners: Sequence[Listener]) -> None:
         """Fork the fork server. Raises OSError when the machine does not let us."""
         wiring = self.wiring
         theirs, gate = self.prepare()
@@ -78,8 +79,7 @@ class Link:
                     forkserver.main(
                         forkserver.Brief(
                             generation=self.number,
-                            module=module,
-                            log_level=log_level,
+                            config=config,
                             name=wiring.name,
                             folder=wiring.folder,
                             master_pid=master_pid,
@@ -97,7 +97,7 @@ class Link:
             theirs.close()
             os.close(gate)
         self.pid = pid
-        log.event("booting", generation=self.number, module=module)
+        log.event("booting", generation=self.number, module=config.module)
 
     def send(self, order: Order, slot: int = 0) -> None:
         """Give an order, after those that still wait."""

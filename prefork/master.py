@@ -327,7 +327,7 @@ class Master:
         generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now, targets)
         self.next_number += 1
         try:
-            generation.link.start(conf.module, conf.log_level, listeners)
+            generation.link.start(conf, listeners)
         except OSError:
             generation.close()
             raise

@@ -26,6 +26,7 @@ from types import TracebackType
 from typing import Any, NoReturn
 
 from prefork import log
+from prefork.config import Config
 from prefork.handler import Connection, Handler
 from prefork.net.address import peer_text
 from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
@@ -47,6 +48,7 @@ class Brief:
     """What a worker needs to know; the same for all of a generation, but for slot and listener."""
 
     generation: int
+    config: Config
     name: str
     master_pid: int
     fork_server_pid: int

@@ -14,6 +14,7 @@ from urllib.parse import parse_qsl
 # sun_path is 108 bytes with its NUL (unix(7)); a socket is bound under a temporary name that is TEMPORARY_NAME bytes longer.
 UNIX_PATH_LIMIT = 107
 TEMPORARY_NAME = 5
+DEFAULT_MODE = 0o600
 _MAPPED = "::ffff:"
 
 
@@ -24,12 +25,17 @@ class Address:
     family: int
     host: str
     port: int = 0
-    mode: int = 0o600
+    mode: int = DEFAULT_MODE
 
     def same_place(self, other: "Address") -> bool:
         """Whether both can't be listened on at once; two free ports (0) can."""
         here, there = (self.family, self.host, self.port), (other.family, other.host, other.port)
         return here == there and (self.port != 0 or self.family == socket.AF_UNIX)
+
+    @property
+    def text(self) -> str:
+        """As a user writes it, parameters included."""
+        return f"{self}?mode={self.mode:04o}" if self.family == socket.AF_UNIX and self.mode != DEFAULT_MODE else str(self)
 
     def __str__(self) -> str:
         if self.family == socket.AF_UNIX:
@@ -74,7 +80,7 @@ def _ip(host: str, version: int) -> ipaddress.IPv4Address | ipaddress.IPv6Addres
 def _parse_unix(text: str) -> Address:
     path, _, query = text.removeprefix("unix:").partition("?")
     check_path(path)
-    mode = 0o600
+    mode = DEFAULT_MODE
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key != "mode":
             raise ValueError(f"unknown parameter {key!r}; there is mode, as in unix:/path?mode=0660")

@@ -38,9 +38,11 @@ def test_the_table_of_options_is_that_of_the_program() -> None:
     assert list(told) == list(OPTIONS)
     for key, default in told.items():
         value = getattr(Config(), key)
-        if isinstance(value, int | float):
+        if isinstance(value, bool):
+            assert default == ("on" if value else "off"), key
+        elif isinstance(value, int | float):
             assert float(default) == value, key
-        elif isinstance(value, tuple):
+        elif isinstance(value, tuple) and value:
             assert default == ", ".join(map(str, value))
         elif value:
             assert default == value

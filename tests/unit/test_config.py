@@ -22,12 +22,32 @@ WRONG = {
     "max_workers": ("-1", "must be a whole number from 1 to "),
     "spare_timeout": ("0", "must be more than 0 seconds"),
     "backlog": ("many", "must be a whole number from 1 to 2147483647"),
+    "max_connections": ("-1", "must be a whole number from 0 to "),
+    "max_connections_jitter": ("1.5", "must be a whole number from 0 to "),
+    "max_memory": ("1 GB", "must be a size in bytes: 1048576, 512K, 256M or 2G"),
+    "max_lifetime": ("long", "must be a duration, 0 to 1e9 seconds"),
+    "socket_timeout": ("-2", "must be a duration, 0 to 1e9 seconds"),
     "boot_timeout": ("1 week", "must be a duration, 0 to 1e9 seconds: 1.5, 30s, 5m or 1h"),
     "drain_timeout": ("-1", "must be a duration, 0 to 1e9 seconds"),
     "graceful_timeout": ("inf", "must be a duration, 0 to 1e9 seconds"),
+    "user": ("no body", "must be a name or a number, like www-data or 33"),
+    "group": ("-1", "must be a name or a number, like www-data or 33"),
+    "umask": ("888", 'must be octal text, "000" to "777"'),
+    "chdir": ("here", "must be an absolute path"),
+    "nice": ("100", "must be a whole number from -39 to 39"),
+    "rlimit": ("files=3", "must be like nofile=1024,as=512M,cpu=60; there are as, "),
+    "nodelay": ("maybe", "must be on or off"),
+    "keepalive": ("2", "must be on or off"),
+    "on_boot": ("boot", "must be MODULE:ATTR"),
+    "on_worker_start": ("a:", "must be MODULE:ATTR"),
+    "on_worker_exit": (":b", "must be MODULE:ATTR"),
     "name": ("a b", "must be letters, digits, '.', '_' and '-', at most 64"),
     "control": ("here", "must be an absolute path, or off"),
+    "pid_file": ("pid", "must be an absolute path"),
     "log_level": ("loud", "must be one of debug, info, warning, error"),
+    "log_format": ("xml", "must be one of text, json"),
+    "log_file": ("-", "must be an absolute path or stderr"),
+    "access_log": ("log", "must be an absolute path or off or -"),
 }
 # For each option a right value other than its default.
 OTHER = {
@@ -37,13 +57,35 @@ OTHER = {
     "max_workers": "100",
     "spare_timeout": "1",
     "backlog": "5",
+    "max_connections": "1000",
+    "max_connections_jitter": "100",
+    "max_memory": "256M",
+    "max_lifetime": "1h",
+    "socket_timeout": "5",
     "boot_timeout": "1",
     "drain_timeout": "1",
     "graceful_timeout": "1",
+    "user": "nobody",
+    "group": "33",
+    "umask": "027",
+    "chdir": "/",
+    "nice": "5",
+    "rlimit": "nofile=1024,as=512M,cpu=unlimited",
+    "nodelay": "off",
+    "keepalive": "on",
+    "on_boot": "hooks:boot",
+    "on_worker_start": "hooks:start",
+    "on_worker_exit": "hooks:exit",
     "name": "other",
     "control": "off",
+    "pid_file": "/run/prefork.pid",
     "log_level": "debug",
+    "log_format": "json",
+    "log_file": "/var/log/prefork.log",
+    "access_log": "-",
 }
+# What an option needs beside it.
+WITH: dict[str, dict[str, str]] = {"max_connections_jitter": {"max_connections": "1000"}}
 
 
 def load(**command_line: object) -> Config:
@@ -98,9 +140,15 @@ def test_an_unknown_key_is_told_with_the_nearest_known_one(tmp_path: Path) -> No
 
 
 def test_an_unknown_key_like_no_other_is_told_with_all_known_ones(tmp_path: Path) -> None:
+    message = refusal(Sources(file=written(tmp_path, "qqq = 3")))
+    assert "unknown option 'qqq'" in message
+    assert ", ".join(OPTIONS) in message
+
+
+def test_a_table_is_told_that_the_file_is_flat(tmp_path: Path) -> None:
     message = refusal(Sources(file=written(tmp_path, "[server]\nport = 3")))
     assert "unknown option 'server'" in message
-    assert ", ".join(OPTIONS) in message
+    assert "the file is flat, without [tables]" in message
 
 
 def test_without_a_handler_the_user_is_told_how_to_name_one() -> None:
@@ -134,16 +182,19 @@ def test_the_defaults_are_what_their_own_options_would_parse() -> None:
 @pytest.mark.parametrize("key", OPTIONS)
 def test_each_place_can_set_each_option(key: str, tmp_path: Path) -> None:
     # TOML has numbers; text is taken as well, as on the command line.
-    module = "" if key == "module" else "module = 'echo:loop'\n"
+    beside = {"module": "echo:loop"} if key != "module" else {}
+    beside |= WITH.get(key, {})
+    lines = "".join(f"{name} = '{value}'\n" for name, value in {**beside, key: OTHER[key]}.items())
     values = [
         getattr(Sources(base, env, file).load(), key)
         for base, env, file in [
-            ({"module": "echo:loop", key: OTHER[key]}, {}, None),
-            ({"module": "echo:loop"} if module else {}, {variable(key): OTHER[key]}, None),
-            ({}, {}, written(tmp_path, f"{module}{key} = '{OTHER[key]}'")),
+            ({**beside, key: OTHER[key]}, {}, None),
+            (beside, {variable(key): OTHER[key]}, None),
+            ({}, {}, written(tmp_path, lines)),
         ]
     ]
-    assert values[0] == values[1] == values[2] != getattr(Config(), key)
+    values.append(getattr(Sources(keywords={**beside, key: OTHER[key]}).load(), key))
+    assert values[0] == values[1] == values[2] == values[3] != getattr(Config(), key)
 
 
 @pytest.mark.parametrize("places", range(8))
@@ -242,11 +293,13 @@ values = st.recursive(
 @given(value=values)
 def test_any_value_is_taken_or_refused(key: str, value: Any) -> None:
     try:
-        config = Sources({"module": "echo:loop", key: value}).load()
+        config = Sources({"module": "echo:loop", **WITH.get(key, {}), key: value}).load()
     except ConfigError as error:
         assert key in str(error)
         return
-    assert type(getattr(config, key)) is type(getattr(Config(), key)), "what was taken has the option's type"
+    wanted = type(getattr(Config(), key))
+    assert type(getattr(config, key)) is (int if key == "umask" else wanted), "what was taken has the option's type"
+    assert OPTIONS[key].parse(OPTIONS[key].plain(getattr(config, key))) == getattr(config, key), "what is shown is taken back"
 
 
 @given(st.text())
@@ -265,11 +318,11 @@ def test_any_text_is_toml_or_refused(tmp_path_factory: pytest.TempPathFactory, t
 
 
 @pytest.mark.parametrize("key", OPTIONS)
-def test_only_the_daemons_name_and_control_socket_need_a_restart(key: str) -> None:
-    old = load()
-    new = load(**{key: OTHER[key]})
+def test_only_who_and_where_the_daemon_is_needs_a_restart(key: str) -> None:
+    old = load(**WITH.get(key, {}))
+    new = load(**WITH.get(key, {}), **{key: OTHER[key]})
     assert dataclasses.asdict(old) != dataclasses.asdict(new)
-    assert needs_restart(old, new) == (key if key in ("name", "control") else None)
+    assert needs_restart(old, new) == (key if key in ("name", "control", "pid_file", "user", "group") else None)
 
 
 def test_a_reload_reads_the_same_places_again(tmp_path: Path) -> None:
