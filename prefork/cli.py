@@ -79,6 +79,7 @@ def serve(file: str | None, **given: Any) -> None:
     \b
     Signals: TERM, INT  stop, connections may finish (INT twice, QUIT: at once)
              HUP        read configuration and code again, without losing a connection
+             USR1       open log files again
              TTIN, TTOU one acceptor more, one fewer
 
     \b

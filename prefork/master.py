@@ -37,6 +37,7 @@ HANDLED = (
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
+    signal.SIGUSR1,
     signal.SIGTTIN,
     signal.SIGTTOU,
     signal.SIGCHLD,
@@ -139,11 +140,10 @@ class Master:
 
     def _start(self) -> None:
         conf = self.config = self.sources.load()
-        log.configure(level=conf.log_level, role="master")
+        log.use(conf)
         self.name = conf.instance
         process.set_title(f"prefork: master {self.name}")
         process.become_subreaper()
-        log.never_wait()
         for name, remedy in config.unknown_variables(self.sources.environment):
             log.event("unknown_variable", name=name, remedy=remedy)
         self.notifier = Notifier.from_environment()
@@ -270,6 +270,8 @@ class Master:
                 self._stop_quickly("a second SIGINT")
         if signal.SIGHUP in arrived:
             self._reload("reload (SIGHUP)")
+        if signal.SIGUSR1 in arrived:
+            self._reopen_logs()
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and self.current is not None:
                 self._scale(max(1, self.current.targets[0] + step), signals.name(signo))
@@ -289,6 +291,7 @@ class Master:
         for generation in [g for g in self.draining if g.gone]:
             self.draining.remove(generation)
             generation.close()
+            self._close_unused_logs()
         self._tend_farewells()
         self._tend_stop()
         for generation in self.draining:
@@ -353,6 +356,7 @@ class Master:
             changed = config.needs_restart(self.config, conf)
             if changed is not None:
                 raise ConfigError(f"{changed} has changed, which needs a restart")
+            log.open_for(conf)
             places = self._match(conf.bind)
             opened = self._open([address for address, kept in zip(conf.bind, places, strict=True) if kept is None], conf)
             added = iter(opened)
@@ -360,6 +364,7 @@ class Master:
         except (PreforkError, OSError) as error:
             for listener in opened:
                 listener.close()
+            self._close_unused_logs()
             self._refused(what, str(error), clients)
 
     def _tend_restart(self) -> None:
@@ -419,7 +424,7 @@ class Master:
             self._started(new)
         for listener in removed:
             self._say_farewell(listener, self.now + self.config.graceful_timeout)
-        log.configure(level=new.config.log_level)
+        log.use(new.config)
         outcome = self._when_settled(old, new)
         for client in reload.clients:
             self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
@@ -491,6 +496,19 @@ class Master:
             current.retarget(workers, self.now)
             log.event("scaled", workers=workers, why=why)
         return None
+
+    # -- log files
+
+    def _reopen_logs(self) -> None:
+        """A rotation has renamed them: make new ones, then let everybody follow."""
+        if not log.has_files():
+            log.event("ignored", what="SIGUSR1", why="the log goes to standard error, there is no file to be opened again")
+        elif log.reopen():
+            for generation in self._generations():
+                generation.reopen_log()
+
+    def _close_unused_logs(self) -> None:
+        log.keep_only([self.config, *(generation.config for generation in self._generations())])
 
     # -- listeners
 

@@ -157,6 +157,7 @@ class Worker:
         call = self._with_connection if self.handler.takes_connection else self.handler.call
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
         slot_number = slot + 1
+        log_access = self._log_access if log.access_is_logged() else None
 
         while True:
             states[slot] = IDLE
@@ -204,7 +205,8 @@ class Worker:
                 close(sock)
             except OSError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
-            bucket = (now_ns() - since >> 10).bit_length()
+            took = now_ns() - since
+            bucket = (took >> 10).bit_length()
             words[histogram_at + min(last_bucket, bucket)] += 1
             if failed:
                 ended_error += 1
@@ -212,6 +214,8 @@ class Worker:
             else:
                 ended_ok += 1
                 words[ok_at] = ended_ok
+            if log_access is not None:
+                log_access(peer[:-1].decode(), took, "error" if failed else "ok")
             if self.pauses:
                 log.event("accept_again", count=self.pauses)
                 self.pauses = 0
@@ -280,6 +284,18 @@ class Worker:
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next
         log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
+
+    def _log_access(self, peer: str, took_ns: int, outcome: str) -> None:
+        brief = self.brief
+        log.event(
+            "access",
+            peer=peer,
+            duration=took_ns / 1e9,
+            outcome=outcome,
+            slot=self.slot,
+            generation=brief.generation,
+            listener=str(brief.listener.address),
+        )
 
     def _put_back(self) -> None:
         """The handler changed signals: put back what retiring and accepting depend on."""
@@ -352,6 +368,7 @@ def _flush() -> None:
     for stream in (sys.stdout, sys.stderr):
         if stream is not None:
             stream.flush()
+    log.finish_prints()
 
 
 def freeze() -> None:
