@@ -91,8 +91,8 @@ def cut(text: str, room: int) -> Iterator[str]:
     """Pieces that take at most ``room`` bytes in any format; JSON escapes the most."""
     while True:
         size = min(len(text), room)
-        while size > 1 and len(json.dumps(text[:size])) > room:
-            size //= 2
+        while size > 1 and (needed := len(json.dumps(text[:size]))) > room:
+            size = max(1, size * room // needed)
         yield text[:size]
         text = text[size:]
         if not text:
