@@ -302,8 +302,9 @@ def test_usr1_opens_the_files_again_everywhere(prefork_server: Start, module: Mo
     assert " ok after " in access.read_text()
     assert "imported" in Path(f"{log}.1").read_text()
     assert [path.stat().st_mode & 0o777 for path in (log, access)] == [0o600, 0o600]
-    os.kill(held.pop(), signal.SIGKILL)
-    young = next(w["pid"] for w in watch.settled(server, 2)["workers"] if w["pid"] not in {x["pid"] for x in status["workers"]})
+    before = {worker["pid"] for worker in watch.workers(server)}
+    assert server.command("scale", workers=5)["ok"]
+    young = next(worker["pid"] for worker in watch.workers(server) if worker["pid"] not in before)
     assert watch.descriptors(young)[2] == str(log)
     assert server.log() == ""
 
