@@ -365,10 +365,12 @@ class Worker:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
-    log.finish_prints()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        log.finish_prints()
 
 
 def freeze() -> None:

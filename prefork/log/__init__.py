@@ -209,7 +209,7 @@ def finish_prints() -> None:
 
 def descriptors() -> set[int]:
     """What a process must keep open to be heard."""
-    return {1, 2, *(sink.fd for sink in _sinks.values())}
+    return {1, 2, *(sink.fd for sink in (_output.log, _output.access) if sink is not None)}
 
 
 # -- opening again

@@ -131,10 +131,6 @@ class Sink:
             if self._is_ours(number):  # else user code has put something of its own there
                 os.dup2(fd, number, inheritable=True)
 
-    def descriptors(self) -> set[int]:
-        """What must stay open."""
-        return {self.fd}
-
     def close(self) -> None:
         """Let go of the descriptor, if it is still ours."""
         if self.fd > 2 and self._is_ours(self.fd):
