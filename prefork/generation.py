@@ -64,6 +64,7 @@ class Generation:
         self.ready = False  # the handler has been imported
         self.committed = False
         self.retired: set[int] = set()  # listeners for which nobody is forked any more
+        self.suspended = False
         self.trouble = Trouble()
         self.gossip = 0
         self.saturated_since: list[float | None] = [None] * len(listeners)
@@ -310,8 +311,8 @@ class Generation:
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
         self._looked_at[place] = now
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
-        if self.link.pid is None:
-            return  # orphans serve on; a new generation is on its way
+        if self.link.pid is None or self.suspended:
+            return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
         if now < self.trouble.until:
             self._wake(place, self.trouble.until)
             return
@@ -447,6 +448,22 @@ class Generation:
         """The same for every listener."""
         for place in range(len(self.listeners)):
             self.retire(place, now, deadline)
+
+    def suspend(self, now: float) -> None:
+        """Nobody accepts until `resume`: idle workers leave at once, busy ones after their connection."""
+        self.suspended = True
+        for place in range(len(self.listeners)):
+            self._arm(place, 0)
+        for worker in self.pool.workers.values():
+            if not worker.retiring:
+                self._ask_to_leave(worker, now, None)
+
+    def resume(self, now: float) -> None:
+        """Accept again."""
+        self.suspended = False
+        self._vacated = list(self.targets)
+        self._memory = [Memory()] * len(self.listeners)
+        self.look_soon_all(now)
 
     def abandon(self, now: float) -> None:
         """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""

@@ -37,6 +37,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
+    "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
+    "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),
+    "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
+    "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),
+    "resumed": (Level.INFO, "resumed: accepting again"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
     "backlog_cut": (

@@ -15,6 +15,7 @@ import _socket
 import atexit
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.system import process, signals
+from prefork.system.credentials import offer_to_the_oom_killer
+from prefork.values import RLIMITS
 
 # A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
 PAUSE = 0.1
@@ -104,6 +107,9 @@ class Worker:
         process.close_all_but({*log.descriptors(), 0, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
         process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
         log.configure(role=f"gen {brief.generation} worker {self.slot}")
+        for name, limit in brief.config.rlimit:
+            resource.setrlimit(RLIMITS[name], (limit, limit))
+        offer_to_the_oom_killer()
         os.register_at_fork(after_in_child=self._after_fork)
         # What the import registered belongs to the fork server's life: run at each worker's end it would remove, say, a
         # temporary directory under the others' feet. A worker runs what was registered in it.

@@ -35,6 +35,8 @@ _SO_ATTACH_FILTER = 26
 _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 # How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
 EMPTY_LOOKS = 3
+# chown(2): neither user nor group is changed.
+NOBODY = (-1, -1)
 
 
 class Verdict(Enum):
@@ -75,17 +77,28 @@ ACCEPT_ERRORS: dict[int | None, Verdict] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a configuration says of every listener. The options of TCP are inherited by the connections (tcp(7))."""
+
+    backlog: int
+    nodelay: bool = True
+    keepalive: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Listener:
     """One bound, listening, blocking socket, and what is needed to close it properly.
 
-    ``configured`` is the address as asked for, ``address`` with the real port. ``inode`` is set for a Unix socket's path.
+    ``configured`` is the address as asked for, ``address`` the real one. ``inode`` is set for a Unix socket's path. One that is
+    not ``ours`` was opened by somebody who keeps it: it is never filtered, shut down or unlinked, and its queue is theirs.
     """
 
     configured: Address
     address: Address
     sock: socket.socket
     inode: tuple[int, int] | None = None
+    ours: bool = True
     empty_looks: int = 0
 
     def fileno(self) -> int:
@@ -103,6 +116,8 @@ class Listener:
     def turn_away(self) -> None:
         """Let no new client in; those whom the kernel has connected can still be accepted."""
         self.empty_looks = 0
+        if not self.ours:
+            return
         if self.address.family == socket.AF_UNIX:
             self._unlink()
             return
@@ -112,6 +127,8 @@ class Listener:
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
+        if not self.ours:
+            return True
         queue = self.queue()
         if queue is None:
             poll = select.poll()
@@ -129,18 +146,25 @@ class Listener:
         """
         if self.sock.fileno() == -1:
             return
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:  # it was shut down before
-                raise
-        self._unlink()
+        if self.ours:
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # it was shut down before
+                    raise
+            self._unlink()
         self.sock.close()
 
-    def adopt(self, wanted: Address, backlog: int) -> None:
-        """Take over what a reload may change of an address that stays: the queue's limit, a path's permission bits."""
-        self.sock.listen(backlog)
-        if self.inode is not None and wanted.mode != self.configured.mode and inode_of(wanted.host) == self.inode:
+    def adopt(self, wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> None:
+        """Take over what a reload may change of an address that stays: TCP options, the queue's limit, a path's mode and owner.
+
+        Raises OSError when the machine does not let us; the socket serves on as it was.
+        """
+        _set_options(self.sock, settings)
+        if self.ours:
+            self.sock.listen(settings.backlog)
+        if self.inode is not None and wanted != self.configured and inode_of(wanted.host) == self.inode:
+            os.chown(wanted.host, *owner)
             os.chmod(wanted.host, wanted.mode)
         self.configured = wanted
 
@@ -150,19 +174,29 @@ class Listener:
         self.inode = None
 
 
-def open_listener(wanted: Address, backlog: int) -> Listener:
-    """Bind and listen. Raises AddressError or NotPermittedError, naming the address and what would help."""
+def _set_options(sock: socket.socket, settings: Settings) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, settings.nodelay)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, settings.keepalive)
+
+
+def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> Listener:
+    """Bind and listen. ``owner``: uid and gid of a Unix socket's path, -1 to leave it.
+
+    Raises AddressError or NotPermittedError, naming the address and what would help.
+    """
     try:
         if wanted.family == socket.AF_UNIX:
-            sock, inode = open_unix(wanted.host, wanted.mode, backlog)
+            sock, inode = open_unix(wanted.host, wanted.mode, settings.backlog, owner)
             return Listener(wanted, wanted, sock, inode)
         sock = socket.socket(wanted.family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if wanted.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if wanted.host == "" else 1)
+            _set_options(sock, settings)
             sock.bind((wanted.host, wanted.port))
-            sock.listen(backlog)
+            sock.listen(settings.backlog)
         except BaseException:
             sock.close()
             raise
@@ -172,8 +206,40 @@ def open_listener(wanted: Address, backlog: int) -> Listener:
     return Listener(wanted, real, sock)
 
 
-def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[int, int]]:
-    """A listening Unix socket at ``path`` with these permission bits, and the inode that it has there.
+def adopt_inherited(wanted: Address, settings: Settings) -> Listener:
+    """The listening socket that stands at descriptor ``wanted.port``: somebody else has bound it, and keeps it.
+
+    The descriptor itself is left open, so that its number never becomes another's. Raises AddressError when it is no listening
+    stream socket.
+    """
+    try:
+        sock = socket.socket(fileno=fcntl.fcntl(wanted.port, fcntl.F_DUPFD_CLOEXEC, 3))
+    except OSError as error:
+        raise AddressError(f"{wanted}: descriptor {wanted.port} is no socket: {error.strerror}") from None
+    try:
+        listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if not listens or sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            raise AddressError(f"{wanted}: descriptor {wanted.port} is not a listening stream socket (TCP or Unix)")
+        # The description is shared with whoever passed it; acceptors block.
+        sock.setblocking(True)
+        _set_options(sock, settings)
+        return Listener(wanted, _name_of(sock), sock, ours=False)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _name_of(sock: socket.socket) -> Address:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        # An abstract name begins with NUL, and is written with @ (unix(7)).
+        shown = os.fsdecode(name)
+        return Address(socket.AF_UNIX, "@" + shown[1:] if shown.startswith("\0") else shown)
+    return Address(int(sock.family), name[0], name[1])
+
+
+def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = NOBODY) -> tuple[socket.socket, tuple[int, int]]:
+    """A listening Unix socket at ``path`` with these permission bits and owners, and the inode that it has there.
 
     It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
     one step. Raises AddressError when a live process listens there, OSError for the rest: FileExistsError when something that
@@ -187,6 +253,7 @@ def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[
             temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
             sock.bind(temporary)
             try:
+                os.chown(temporary, *owner)
                 os.chmod(temporary, mode)
                 sock.listen(backlog)
                 os.rename(temporary, path)

@@ -1,8 +1,8 @@
 """Processes: fork, wait, signals to others, prctl, titles. Thin effects, no decisions (Linux: prctl(2), wait(2), proc(5))."""
 
 import ctypes
-import errno
 import os
+import resource
 import signal
 from collections.abc import Collection
 from dataclasses import dataclass
@@ -35,7 +35,8 @@ class Changed:
     stopped: bool
 
 
-def _prctl(option: int, argument: int) -> None:
+def prctl(option: int, argument: int) -> None:
+    """Ask the kernel for something of this process, with one argument (prctl(2)). Raises OSError."""
     if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -50,12 +51,22 @@ def open_standard_descriptors() -> None:
 
 def become_subreaper() -> None:
     """Descendants whose parent dies become our children, not init's. Survives exec."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def signal_when_orphaned(signo: int) -> None:
     """Get ``signo`` when the parent dies, and again for each new parent. Cleared when credentials change: call it after."""
-    _prctl(_PR_SET_PDEATHSIG, signo)
+    prctl(_PR_SET_PDEATHSIG, signo)
+
+
+def allow_limit(which: int, value: int) -> None:
+    """Make sure that our children may set this limit to ``value``: root raises the hard limit. Raises PermissionError."""
+    soft, hard = resource.getrlimit(which)
+    if hard != resource.RLIM_INFINITY and (value == resource.RLIM_INFINITY or value > hard):
+        try:
+            resource.setrlimit(which, (soft, value))
+        except ValueError:  # what Python makes of EPERM here (setrlimit(2))
+            raise PermissionError(f"the hard limit is {hard}, less than {value}") from None
 
 
 def set_title(title: str) -> None:
@@ -118,15 +129,23 @@ def is_runnable(pid: int) -> bool:
     return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3] == b"R"
 
 
+def descriptors() -> list[int]:
+    """The descriptors that are open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:
+            continue  # listdir's own
+        found.append(int(name))
+    return found
+
+
 def close_all_but(keep: Collection[int]) -> None:
     """Close every descriptor that is not in ``keep``: what was inherited by a fork and is not needed must not live on in it."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError as error:
-                if error.errno != errno.EBADF:  # listdir's own
-                    raise
+    for fd in descriptors():
+        if fd not in keep:
+            os.close(fd)
 
 
 def describe(status: int) -> str:
