@@ -39,10 +39,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
-    "backlog_cut": (
-        Level.WARNING,
-        "backlog = {backlog} is cut to {limit} by the kernel: sysctl -w net.core.somaxconn={backlog}",
-    ),
+    "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
     "bug": (Level.ERROR, "internal error in the {where}, please report it"),
     # reload
     "booting": (Level.DEBUG, "generation {generation} starts: {module}"),

@@ -29,7 +29,7 @@ from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool import wire
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import Tally, Trouble
-from prefork.system import process, signals
+from prefork.system import limits, process, signals
 from prefork.system.systemd import Notifier
 
 HANDLED = (
@@ -112,6 +112,7 @@ class Master:
         self.finished = False
         self.deaf_until: float | None = None
         self.seen_exited = 0
+        self.demand: limits.Demand | None = None  # what the machine's limits were last held against
         self.pid = os.getpid()
 
     # -- the loop
@@ -420,6 +421,7 @@ class Master:
         for listener in removed:
             self._say_farewell(listener, self.now + self.config.graceful_timeout)
         log.configure(level=new.config.log_level)
+        self._warn_of_limits()
         outcome = self._when_settled(old, new)
         for client in reload.clients:
             self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
@@ -518,9 +520,24 @@ class Master:
         return found
 
     def _warn_of_limits(self) -> None:
-        limit = next((queue[1] for listener in self.listeners if (queue := listener.queue()) is not None), None)
-        if limit is not None and limit < self.config.backlog:
-            log.event("backlog_cut", backlog=self.config.backlog, limit=limit)
+        """Name the limits of the machine that the configuration can exceed; at a reload, when it needs another measure."""
+        conf = self.config
+        demand = limits.Demand(
+            backlog=conf.backlog,
+            listeners=len(self.listeners),
+            workers=conf.workers,
+            max_workers=conf.max_workers,
+            control_clients=control.CLIENTS if self.control is not None else 0,
+            user=conf.user or str(os.getuid()),
+            rlimit=conf.rlimit,
+            running=sum(generation.live() for generation in self._generations()),
+            queue_limit=next((queue[1] for listener in self.listeners if (queue := listener.queue()) is not None), None),
+        )
+        if demand == self.demand:
+            return
+        self.demand = demand
+        for shortage in limits.shortages(limits.read(os.environ), demand):
+            log.event("limit", **_fields(shortage))
 
     def _say_farewell(self, listener: Listener, deadline: float) -> None:
         listener.turn_away()
