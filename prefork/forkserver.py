@@ -123,6 +123,7 @@ class ForkServer:
             os._exit(0)
         brief.channel.setblocking(False)
         signals.watch()
+        process.watch_folder(signals.mark)
         signals.unblock()
 
     def _boot(self) -> handler.Handler:
@@ -141,6 +142,7 @@ class ForkServer:
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        process.settle()
         worker.freeze()
         return loaded
 

@@ -37,6 +37,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
+    "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
     "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
@@ -74,6 +75,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
+    "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
 }
 
