@@ -206,6 +206,8 @@ def test_what_a_handler_does_is_not_seen_by_the_next_connection(prefork_server: 
         # The worker leaves as soon as it is asked to, and nothing of it stays.
         assert server.command("reload")["ok"]
         watch.until("it has left", lambda: watch.is_gone(after["pid"]), 5.0)
+    if survives and outcome == "ok":
+        assert " ERROR " not in server.log()
 
 
 def _outcomes(server: Server) -> Counter[str]:
