@@ -123,6 +123,7 @@ class ForkServer:
         self._tie_to_master()
         brief.channel.setblocking(False)
         signals.watch()
+        process.watch_folder(signals.mark)
         signals.unblock()
 
     def _settle(self) -> None:
@@ -171,6 +172,7 @@ class ForkServer:
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        process.settle()
         worker.freeze()
         return loaded
 

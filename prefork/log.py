@@ -42,12 +42,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
     "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),
     "resumed": (Level.INFO, "resumed: accepting again"),
+    "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
-    "backlog_cut": (
-        Level.WARNING,
-        "backlog = {backlog} is cut to {limit} by the kernel: sysctl -w net.core.somaxconn={backlog}",
-    ),
+    "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
     "bug": (Level.ERROR, "internal error in the {where}, please report it"),
     # reload
     "booting": (Level.DEBUG, "generation {generation} starts: {module}"),
@@ -82,6 +80,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
+    "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
 }
 

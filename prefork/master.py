@@ -29,7 +29,7 @@ from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool import wire
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import Tally, Trouble
-from prefork.system import credentials, pidfile, process, signals
+from prefork.system import credentials, limits, pidfile, process, signals
 from prefork.system.pidfile import PidFile
 from prefork.system.systemd import Notifier, activated
 
@@ -104,6 +104,7 @@ class Master:
         self.finished = False
         self.deaf_until: float | None = None
         self.seen_exited = 0
+        self.demand: limits.Demand | None = None  # what the machine's limits were last held against
         self.pid = os.getpid()
 
     # -- the loop
@@ -151,7 +152,7 @@ class Master:
             if conf.pid_file:
                 self.pid_file = pidfile.write(conf.pid_file)
             plan = self.listeners.prepare(conf)
-            self._warn_of_limits(plan)
+            self._warn_of_limits(plan.listeners)
             self.inbox = signals.Inbox(HANDLED)
             self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
@@ -419,6 +420,7 @@ class Master:
         for listener in removed:
             self.listeners.say_farewell(listener, self.now + self.config.graceful_timeout)
         log.configure(level=new.config.log_level)
+        self._warn_of_limits(self.listeners.current)
         outcome = self._when_settled(old, new)
         for client in reload.clients:
             self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
@@ -495,10 +497,25 @@ class Master:
 
     # -- listeners
 
-    def _warn_of_limits(self, plan: Plan) -> None:
-        limit = next((queue[1] for listener in plan.listeners if (queue := listener.queue()) is not None), None)
-        if limit is not None and limit < self.config.backlog:
-            log.event("backlog_cut", backlog=self.config.backlog, limit=limit)
+    def _warn_of_limits(self, listeners: Sequence[Listener]) -> None:
+        """Name the limits of the machine that the configuration can exceed; at a reload, when it needs another measure."""
+        conf = self.config
+        demand = limits.Demand(
+            backlog=conf.backlog,
+            listeners=len(listeners),
+            workers=conf.workers,
+            max_workers=conf.max_workers,
+            control_clients=control.CLIENTS if self.control is not None else 0,
+            user=conf.user or str(os.getuid()),
+            rlimit=conf.rlimit,
+            running=sum(generation.live() for generation in self._generations()),
+            queue_limit=next((queue[1] for listener in listeners if (queue := listener.queue()) is not None), None),
+        )
+        if demand == self.demand:
+            return
+        self.demand = demand
+        for shortage in limits.shortages(limits.read(os.environ), demand):
+            log.event("limit", **_fields(shortage))
 
     def _part_from(self, listener: Listener) -> None:
         """Nobody accepts there any more."""

@@ -288,19 +288,25 @@ class Worker:
         log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
 
     def _put_back(self) -> None:
-        """The handler changed signals: put back what retiring and accepting depend on."""
+        """The handler changed signals or the working directory: put back what retiring and the next connection's code depend on."""
         while True:
             try:
                 signals.block()
                 for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
                     signal.setitimer(timer, 0)
+                signals.put_back()
                 self._take_signals()
                 signals.unblock()
                 signals.forget()
             except BaseException as error:  # an alarm that had rung before its timer was stopped; it can't ring for ever
                 log.event("late_alarm", reason=error)
             else:
-                return
+                break
+        try:
+            process.go_home()
+        except OSError as error:  # it has closed the way back: the next connection is for another worker
+            log.event("not_at_home", reason=error.strerror)
+            self.retiring = True
 
     def _after_fork(self) -> None:
         """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""

@@ -7,6 +7,9 @@ Facts this rests on (measured; socket(7), tcp(7), unix(7)):
 * A stop that waits for the queue to empty never ends under load, and ``listen(fd, 0)`` first still loses connections. A classic
   BPF filter that drops segments with SYN and without ACK empties the queue in milliseconds, with nobody lost; clients turned
   away retry and reach the successor, or are refused.
+* Some kernels (seen: 6.18) want CAP_NET_ADMIN for a filter on a TCP socket. A listener that is bound to an interface that does not
+  exist (SO_BINDTOIFINDEX; without privilege since 5.7) is not found for a SYN, whose sender is refused, while a handshake that is
+  under way ends as it began.
 * ``shutdown`` on a listener ends ``accept`` (EINVAL) in every process that shares it and frees the port, whoever holds a copy.
 """
 
@@ -31,6 +34,9 @@ from prefork.net.address import TEMPORARY_NAME, Address
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
 _SO_ATTACH_FILTER = 26
+_SO_BINDTOIFINDEX = 62
+# The highest index that an interface can have, and no interface has.
+_NOWHERE = (1 << 31) - 1
 # BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
 _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 # How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
@@ -123,7 +129,17 @@ class Listener:
             return
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
         address, _ = program.buffer_info()
-        self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
+        except PermissionError:
+            self._hear_nobody()
+
+    def _hear_nobody(self) -> None:
+        """Without the right to a filter: hear an interface that does not exist."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NOWHERE)
+        except OSError:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
+            self.sock.listen(0)
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
@@ -286,13 +302,15 @@ def _make_way(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
-        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path")
+        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             return  # nobody listens there: the rename replaces it
+        except PermissionError:
+            raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
         except BlockingIOError:
             pass  # its queue is full: somebody does
     raise AddressError(f"unix:{path}: another process listens there")

@@ -1,11 +1,13 @@
 """Processes: fork, wait, signals to others, prctl, titles. Thin effects, no decisions (Linux: prctl(2), wait(2), proc(5))."""
 
 import ctypes
+import functools
 import os
 import resource
 import signal
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from setproctitle import setproctitle
 
@@ -146,6 +148,43 @@ def close_all_but(keep: Collection[int]) -> None:
     for fd in descriptors():
         if fd not in keep:
             os.close(fd)
+
+
+# Where we were before user code went elsewhere.
+_home = -1
+
+
+def watch_folder(mark: Callable[[], None]) -> None:
+    """From now on remember where user code comes from that changes the working directory, and tell ``mark``."""
+    for changing in ("chdir", "fchdir"):
+        setattr(os, changing, _leaving(getattr(os, changing), mark))
+
+
+def _leaving(function: Callable[..., None], mark: Callable[[], None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        global _home
+        if _home < 0:
+            _home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        mark()
+        function(*args, **kwargs)
+
+    return call
+
+
+def go_home() -> None:
+    """Back to the working directory that we had at the last `settle`. Raises OSError when user code has closed the way."""
+    if _home >= 0:
+        os.fchdir(_home)
+    settle()
+
+
+def settle() -> None:
+    """The working directory that we have now is the right one."""
+    global _home
+    if _home >= 0:
+        os.close(_home)
+        _home = -1
 
 
 def describe(status: int) -> str:
