@@ -61,6 +61,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
     "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
+    "recycled": (
+        Level.DEBUG,
+        "worker {slot} of generation {generation} (pid {pid}) is recycled; its slot has served {connections} connections",
+    ),
     "worker_early": (
         Level.ERROR,
         "worker {slot} of generation {generation} (pid {pid}) {what}: {cause}; {failures} in a row, next try in {seconds:.1f} s",

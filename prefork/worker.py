@@ -162,6 +162,7 @@ class Worker:
         )
         call = self._with_connection if self.handler.takes_connection else self.handler.call
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+        last, worn = self._last_connection(begun), self._worn_out()
         slot_number = slot + 1
 
         while True:
@@ -187,6 +188,8 @@ class Worker:
             below = order_words[ring_at]
             if unseen or (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below):
                 self._ring(wire.Ring.ACCEPTED)
+            if begun == last:
+                self._tire()
             sock = new_socket(family, kind, protocol, fd)
             if default_timeout() is not None:
                 sock.settimeout(None)
@@ -218,9 +221,41 @@ class Worker:
             else:
                 ended_ok += 1
                 words[ok_at] = ended_ok
+            if worn is not None and worn():
+                self._tire()
             if self.pauses:
                 log.event("accept_again", count=self.pauses)
                 self.pauses = 0
+
+    # -- recycling
+
+    def _tire(self) -> None:
+        """Ask to be recycled: to be told to leave once somebody else accepts in this place."""
+        if not self.board.tired[self.slot]:
+            self.board.tired[self.slot] = 1
+            self._ring(wire.Ring.TIRED)
+
+    def _last_connection(self, begun: int) -> int:
+        """The slot's count at the last connection that is for this worker; a number that is never reached without a limit."""
+        conf = self.brief.config
+        if not conf.max_connections:
+            return -1
+        # Not `random`, whose state is the fork server's and the same in all workers.
+        jitter = int.from_bytes(os.urandom(4), "little") % (conf.max_connections_jitter + 1)
+        return begun + conf.max_connections + jitter
+
+    def _worn_out(self) -> Callable[[], bool] | None:
+        """What tells, after a connection, whether this process has become too old or too large; None without limits."""
+        conf, born = self.brief.config, time.monotonic()
+        if not conf.max_lifetime and not conf.max_memory:
+            return None
+
+        def worn() -> bool:
+            if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
+                return True
+            return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+
+        return worn
 
     # -- accepting
 

@@ -22,6 +22,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -43,6 +44,9 @@ _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0,
 EMPTY_LOOKS = 3
 # chown(2): neither user nor group is changed.
 NOBODY = (-1, -1)
+# SO_PEERCRED: pid, uid and gid of whoever called listen(), on the side that has connected (unix(7)).
+_UCRED = struct.Struct("3i")
+_CLAIM_TRIES, _CLAIM_PAUSE = 20, 0.005
 
 
 class Verdict(Enum):
@@ -287,10 +291,20 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = NOBOD
 
 @contextmanager
 def _claimed(folder: str) -> Iterator[None]:
-    """Two daemons that start at once must not both find the stale socket and replace each other's."""
+    """Two daemons that start at once must not both find the stale socket and replace each other's.
+
+    The lock is held for microseconds, but anybody who can read the directory may take it: nobody waits for it for long.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        for tries_left in reversed(range(_CLAIM_TRIES)):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise AddressError(f"{folder}: another process holds a lock on this directory; try again") from None
+                time.sleep(_CLAIM_PAUSE)
         yield
     finally:
         os.close(fd)
@@ -312,8 +326,9 @@ def _make_way(path: str) -> None:
         except PermissionError:
             raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
         except BlockingIOError:
-            pass  # its queue is full: somebody does
-    raise AddressError(f"unix:{path}: another process listens there")
+            raise AddressError(f"unix:{path} is in use: somebody listens there, and the queue is full") from None
+        pid, _, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    raise AddressError(f"unix:{path} is in use{_by(pid)}")
 
 
 def inode_of(path: str) -> tuple[int, int] | None:
@@ -347,10 +362,22 @@ def _explain(wanted: Address, error: OSError) -> Exception:
             )
         case errno.ENOENT:
             return AddressError(f"{wanted}: the directory {os.path.dirname(wanted.host)} does not exist")
+        case errno.EACCES | errno.EPERM if wanted.user or wanted.group:
+            return NotPermittedError(f"{wanted}: no permission to create a socket there and give it away: {wanted.text}")
         case errno.EACCES | errno.EPERM:
             return NotPermittedError(f"{wanted}: no permission to create a socket there")
         case _:
             return AddressError(f"{wanted}: {error.strerror}")
+
+
+def _by(pid: int) -> str:
+    """Who that is, as far as /proc lets us see."""
+    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+
+    try:
+        return f" by {psutil.Process(pid).name()} (pid {pid})"
+    except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace
+        return ""
 
 
 def _holder(wanted: Address) -> str:
@@ -368,6 +395,6 @@ def _holder(wanted: Address) -> str:
         # Children inherit it: name the oldest of the family, whom somebody can stop.
         while (parent := holder.parent()) is not None and listens(parent.net_connections("tcp")):
             holder = parent
-        return f" by {holder.name()} (pid {holder.pid})"
+        return _by(holder.pid)
     except (OSError, psutil.Error):
         return ""

@@ -15,6 +15,7 @@ from setproctitle import setproctitle
 PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -129,6 +130,12 @@ def is_runnable(pid: int) -> bool:
         os.close(fd)
     # The command's name is in parentheses and may hold anything: the state follows the last one.
     return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3] == b"R"
+
+
+def resident_memory() -> int:
+    """Bytes of memory that this process has in RAM, what it shares included: what ps(1) calls RSS (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb", buffering=0) as statm:
+        return int(statm.read(128).split()[1]) * _PAGE
 
 
 def descriptors() -> list[int]:

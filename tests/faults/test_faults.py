@@ -29,6 +29,10 @@ def test_reloads_under_load_lose_nobody() -> None:
     campaign.reloads(count=10)
 
 
+def test_reloads_that_add_and_remove_addresses_under_load_lose_nobody() -> None:
+    campaign.addresses(count=8)
+
+
 def test_killed_workers_cost_at_most_a_connection_each() -> None:
     campaign.kill_workers(count=20)
 

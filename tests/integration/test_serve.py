@@ -87,7 +87,10 @@ def test_a_stale_unix_socket_is_replaced_and_a_live_one_refused(prefork_server: 
         stale.bind(path)
     server = prefork_server("echo:loop", bind=f"unix:{path}")
     assert os.stat(path).st_mode & 0o777 == 0o600
-    with pytest.raises(StartError, match="another process listens there") as caught, serve("echo:loop", bind=f"unix:{path}"):
+    with (
+        pytest.raises(StartError, match=rf"is in use by .*\(pid {server.pid}\)") as caught,
+        serve("echo:loop", bind=f"unix:{path}"),
+    ):
         pass
     assert caught.value.exit_status == 69
     with server.connect() as sock:
