@@ -644,6 +644,8 @@ class Generation:
 
     def settled(self) -> bool:
         """Whether every listener has as many acceptors as it can have, and nobody surplus by order is left."""
+        if self.suspended:
+            return not self._nagging
         return not self._nagging and all(
             self._memory[place].saturated or ((view := self._view(place, 0)).idle + view.returning >= target and not view.starting)
             for place, target in enumerate(self.targets)
