@@ -7,9 +7,10 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefork.handler import Connection
+    from prefork.server import Server
 
 __version__ = "0.1.0"
-__all__ = ["Connection", "__version__"]
+__all__ = ["Connection", "Server", "__version__"]
 
 
 def __getattr__(name: str) -> Any:
@@ -18,4 +19,8 @@ def __getattr__(name: str) -> Any:
         from prefork.handler import Connection  # noqa: PLC0415
 
         return Connection
+    if name == "Server":
+        from prefork.server import Server  # noqa: PLC0415
+
+        return Server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -20,12 +20,14 @@ from typing import NoReturn
 
 from prefork import handler, log, worker
 from prefork.config import Config
-from prefork.errors import HandlerError
+from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Kind, Order, Report
-from prefork.system import process, signals
+from prefork.system import credentials, process, signals
+from prefork.system.credentials import Credentials
+from prefork.values import RLIMITS
 
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
 COMMANDS_AT_ONCE = 64
@@ -40,6 +42,7 @@ class Brief:
 
     generation: int
     config: Config
+    credentials: Credentials | None  # who to become before user code is imported; None: stay who we are
     name: str
     folder: str  # entered by name for each generation: a deploy may have switched what the name stands for
     master_pid: int
@@ -89,7 +92,7 @@ class ForkServer:
                 loaded = self._boot()
             finally:
                 log.finish_prints()
-        except HandlerError as error:
+        except PreforkError as error:
             self._send(Report(Kind.FAILED, text=str(error)))
             self._flush(wait=True)
             return error.exit_code
@@ -120,20 +123,48 @@ class ForkServer:
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
-        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
-        process.signal_when_orphaned(signals.PARENT_DIED)
-        if os.getppid() != brief.master_pid:
-            os._exit(0)
+        self._tie_to_master()
         brief.channel.setblocking(False)
         signals.watch()
+        process.watch_folder(signals.mark)
         signals.unblock()
 
-    def _boot(self) -> handler.Handler:
+    def _settle(self) -> None:
+        """Take on what the configuration says of this process and its workers. Raises PreforkError; user code comes after."""
+        conf, who = self.brief.config, self.brief.credentials
+        if conf.umask is not None:
+            os.umask(conf.umask)
         try:
-            os.chdir(self.brief.folder)
+            os.nice(conf.nice)
+        except PermissionError:
+            raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
+        for name, value in conf.rlimit:
+            try:
+                process.allow_limit(RLIMITS[name], value)
+            except PermissionError as error:
+                raise ConfigError(f"rlimit {name}: {error}: ask for less, or have it raised before prefork starts") from None
+        if who is not None:
+            try:
+                credentials.become(who)
+            except OSError as error:
+                raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
+            self._tie_to_master()
+        folder = conf.chdir or self.brief.folder
+        try:
+            os.chdir(folder)
         except OSError as error:
-            raise HandlerError(f"can't enter the working directory {self.brief.folder}: {error.strerror}") from None
-        handler.prepare_path(self.brief.folder)
+            asking = f" as user {who.name or who.uid}" if who is not None else ""
+            raise HandlerError(f"can't enter the working directory {folder}{asking}: {error.strerror}") from None
+        handler.prepare_path(folder)
+
+    def _tie_to_master(self) -> None:
+        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
+        process.signal_when_orphaned(signals.PARENT_DIED)
+        if os.getppid() != self.brief.master_pid:
+            os._exit(0)
+
+    def _boot(self) -> handler.Handler:
+        self._settle()
         loaded = handler.load(self.brief.config.module)
         if os.getpid() != self.pid:
             os._exit(0)  # a child that the import forked has come back here
@@ -144,6 +175,7 @@ class ForkServer:
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        process.settle()
         worker.freeze()
         return loaded
 

@@ -15,6 +15,7 @@ import _socket
 import atexit
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -33,6 +34,8 @@ from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.system import process, signals
+from prefork.system.credentials import offer_to_the_oom_killer
+from prefork.values import RLIMITS
 
 # A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
 PAUSE = 0.1
@@ -104,6 +107,9 @@ class Worker:
         process.close_all_but({*log.descriptors(), 0, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
         process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
         log.configure(role=f"gen {brief.generation} worker {self.slot}")
+        for name, limit in brief.config.rlimit:
+            resource.setrlimit(RLIMITS[name], (limit, limit))
+        offer_to_the_oom_killer()
         os.register_at_fork(after_in_child=self._after_fork)
         # What the import registered belongs to the fork server's life: run at each worker's end it would remove, say, a
         # temporary directory under the others' feet. A worker runs what was registered in it.
@@ -156,6 +162,7 @@ class Worker:
         )
         call = self._with_connection if self.handler.takes_connection else self.handler.call
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+        last, worn = self._last_connection(begun), self._worn_out()
         slot_number = slot + 1
         log_access = self._log_access if log.access_is_logged() else None
 
@@ -182,6 +189,8 @@ class Worker:
             below = order_words[ring_at]
             if unseen or (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below):
                 self._ring(wire.Ring.ACCEPTED)
+            if begun == last:
+                self._tire()
             sock = new_socket(family, kind, protocol, fd)
             if default_timeout() is not None:
                 sock.settimeout(None)
@@ -216,9 +225,41 @@ class Worker:
                 words[ok_at] = ended_ok
             if log_access is not None:
                 log_access(peer[:-1].decode(), took, "error" if failed else "ok")
+            if worn is not None and worn():
+                self._tire()
             if self.pauses:
                 log.event("accept_again", count=self.pauses)
                 self.pauses = 0
+
+    # -- recycling
+
+    def _tire(self) -> None:
+        """Ask to be recycled: to be told to leave once somebody else accepts in this place."""
+        if not self.board.tired[self.slot]:
+            self.board.tired[self.slot] = 1
+            self._ring(wire.Ring.TIRED)
+
+    def _last_connection(self, begun: int) -> int:
+        """The slot's count at the last connection that is for this worker; a number that is never reached without a limit."""
+        conf = self.brief.config
+        if not conf.max_connections:
+            return -1
+        # Not `random`, whose state is the fork server's and the same in all workers.
+        jitter = int.from_bytes(os.urandom(4), "little") % (conf.max_connections_jitter + 1)
+        return begun + conf.max_connections + jitter
+
+    def _worn_out(self) -> Callable[[], bool] | None:
+        """What tells, after a connection, whether this process has become too old or too large; None without limits."""
+        conf, born = self.brief.config, time.monotonic()
+        if not conf.max_lifetime and not conf.max_memory:
+            return None
+
+        def worn() -> bool:
+            if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
+                return True
+            return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+
+        return worn
 
     # -- accepting
 
@@ -298,19 +339,25 @@ class Worker:
         )
 
     def _put_back(self) -> None:
-        """The handler changed signals: put back what retiring and accepting depend on."""
+        """The handler changed signals or the working directory: put back what retiring and the next connection's code depend on."""
         while True:
             try:
                 signals.block()
                 for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
                     signal.setitimer(timer, 0)
+                signals.put_back()
                 self._take_signals()
                 signals.unblock()
                 signals.forget()
             except BaseException as error:  # an alarm that had rung before its timer was stopped; it can't ring for ever
                 log.event("late_alarm", reason=error)
             else:
-                return
+                break
+        try:
+            process.go_home()
+        except OSError as error:  # it has closed the way back: the next connection is for another worker
+            log.event("not_at_home", reason=error.strerror)
+            self.retiring = True
 
     def _after_fork(self) -> None:
         """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""

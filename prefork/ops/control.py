@@ -24,12 +24,17 @@ from prefork.net.listener import inode_of, open_unix, remove
 
 REQUEST_LIMIT = 4096
 CLIENTS = 64
+# So many may wait for an outcome: the other places are for commands that are answered at once or end the daemon, and for those
+# who have not said yet what they want.
+WAITING = 48
+NEVER_REFUSED = ("status", "stop")
 # A request is a line from a command on this machine: whoever needs longer for it, or for taking the answer, is not one.
 PATIENCE = 10.0
 # SCM_RIGHTS takes 253 descriptors (unix(7)).
 DESCRIPTORS_LIMIT = 250
 ACCEPT_PAUSE = 0.1
 _UCRED = struct.Struct("3i")
+_TIMEVAL = struct.Struct("@ll")
 _SUFFIX = ".sock"
 
 
@@ -59,6 +64,7 @@ class ControlServer:
     obey: Callable[[Client, dict[str, Any]], None]
     clients: set[Client] = field(default_factory=set)
     resume_at: float | None = None
+    crowded: int = 0  # clients that were let go, or not let in, because there were too many
     waiting: list[tuple[Client, float, Outcome]] = field(default_factory=list)
 
     def accept(self, now: float) -> None:
@@ -78,7 +84,7 @@ class ControlServer:
         reason = None
         if uid not in (0, os.geteuid()):
             reason = f"user {uid} is neither root nor this daemon's"
-        elif len(self.clients) >= CLIENTS:
+        elif len(self.clients) >= CLIENTS and not self._make_room():
             reason = f"{CLIENTS} clients are connected already"
         if reason is not None:
             log.event("control_refused", reason=reason)
@@ -87,6 +93,17 @@ class ControlServer:
         client = Client(sock, now + PATIENCE)
         self.clients.add(client)
         self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
+
+    def _make_room(self) -> bool:
+        """Let go of who has been silent for longest: a command says at once what it wants, and must not be kept out by a crowd."""
+        silent = [(client.deadline, id(client), client) for client in self.clients if client.deadline and client.answer is None]
+        if not silent:
+            return False
+        self.drop(min(silent)[2])
+        self.crowded += 1
+        if self.crowded & (self.crowded - 1) == 0:  # 1, 2, 4, 8, ...: a crowd must not fill the log
+            log.event("control_crowded", count=self.crowded, most=CLIENTS)
+        return True
 
     def _ready(self, client: Client, now: float) -> None:
         request = None
@@ -97,8 +114,12 @@ class ControlServer:
                 request = self._read(client, now)
         except OSError:
             self.drop(client)  # it has gone; nobody is left to tell
-        if request is not None:
-            self.obey(client, request)
+        if request is None:
+            return
+        if request["command"] not in NEVER_REFUSED and sum(c.deadline is None for c in self.clients) > WAITING:
+            self.answer(client, {"ok": False, "reason": f"{WAITING} commands are waiting for their outcome already"}, now)
+            return
+        self.obey(client, request)
 
     def _read(self, client: Client, now: float) -> dict[str, Any] | None:
         """The request, once it is whole."""
@@ -273,14 +294,17 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     Raises RefusedError when nobody listens there, or the connection ends without an answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(patience)
         try:
+            # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
+            if patience is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), int(patience % 1 * 1e6)))
             sock.connect(path)
+            sock.settimeout(patience)
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
             while more := sock.recv(65536):
                 data += more
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
         except OSError as error:
             raise RefusedError(f"{path}: {error.strerror}; is the daemon running?") from None
