@@ -5,6 +5,7 @@ import os
 import signal
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -14,7 +15,7 @@ from tests import watch
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
 
-ALL = {"on_boot": "mine:boot", "on_worker_start": "mine:start", "on_worker_exit": "mine:leave"}
+ALL: dict[str, Any] = {"on_boot": "mine:boot", "on_worker_start": "mine:start", "on_worker_exit": "mine:leave"}
 HANDLER = "def loop(sock):\n    sock.sendall(str(os.getpid()).encode())\n    sock.recv(1)\n"
 TELLING = f"""
 import atexit, os
@@ -158,7 +159,8 @@ RAISING = ["raise RuntimeError('as told')", "raise SystemExit(0)", "raise Keyboa
 @pytest.mark.parametrize("option", ["on_boot", "on_worker_start"])
 def test_a_hook_that_raises_ends_the_start_with_its_traceback(module: Module, option: str, statement: str) -> None:
     folder = module(f"import os\ndef hook():\n    {statement}\n\n{HANDLER}")
-    with pytest.raises(StartError) as caught, serve("mine:loop", folder=folder, workers=3, **{option: "mine:hook"}):
+    hook: dict[str, Any] = {option: "mine:hook"}
+    with pytest.raises(StartError) as caught, serve("mine:loop", folder=folder, workers=3, **hook):
         pass
     assert caught.value.exit_status == 78
     shown = str(caught.value)
@@ -169,9 +171,10 @@ def test_a_hook_that_raises_ends_the_start_with_its_traceback(module: Module, op
 
 @pytest.mark.parametrize("option", ["on_boot", "on_worker_start"])
 def test_a_reload_with_a_hook_that_raises_is_refused_with_its_traceback(prefork_server: Start, module: Module, option: str) -> None:
+    hook: dict[str, Any] = {option: "mine:hook"}
     good = f"import os\ndef hook():\n    pass\n\n{HANDLER}"
     folder = module(good)
-    server = prefork_server("mine:loop", folder=folder, workers=2, **{option: "mine:hook"})
+    server = prefork_server("mine:loop", folder=folder, workers=2, **hook)
     before = {worker["pid"] for worker in watch.settled(server, 2)["workers"]}
     module(good.replace("pass", "raise RuntimeError('broken now')"))
     answer = server.command("reload")
@@ -254,9 +257,10 @@ def test_an_exit_hook_that_raises_is_logged_and_the_rest_goes_on(prefork_server:
     ],
 )
 def test_a_hook_that_can_not_be_called_ends_the_start(module: Module, option: str, source: str, message: str) -> None:
+    hook: dict[str, Any] = {option: "mine:hook"}
     with (
         pytest.raises(StartError, match=message) as caught,
-        serve("mine:loop", folder=module(f"import os\n{source}\n\n{HANDLER}"), **{option: "mine:hook"}),
+        serve("mine:loop", folder=module(f"import os\n{source}\n\n{HANDLER}"), **hook),
     ):
         pass
     assert caught.value.exit_status == 78
