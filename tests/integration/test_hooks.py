@@ -338,3 +338,10 @@ def test_a_database_connection_for_each_worker_survives_reloads_and_killed_worke
         assert hit() != killed
     assert len(set(pids)) >= 5
     assert "raised" not in server.log()
+
+
+def test_a_child_that_the_import_forked_and_that_raises_does_not_speak_for_the_fork_server(
+    prefork_server: Start, module: Module
+) -> None:
+    source = f"import os\nif os.fork() == 0:\n    raise RuntimeError('in a child')\nos.wait()\n{HANDLER}"
+    assert pid(prefork_server("mine:loop", folder=module(source), workers=1)) > 0
