@@ -288,3 +288,36 @@ def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
         board.board[at : at + scoreboard.PEER_BYTES] = b"\xff" * scoreboard.PEER_BYTES
         assert board.peer(0) == "\ufffd" * scoreboard.PEER_BYTES
         assert board.peer(1) == ""
+
+
+# -- last words
+
+
+def test_last_words_are_read_once_and_disturb_nothing_else() -> None:
+    with mapped(Layout(1, 4), Access.MASTER, Access.WORKER) as [master, worker]:
+        worker.may_log_traceback(7, 1)
+        worker.states[0] = IDLE
+        before = bytes(master.board[:64]), bytes(master.board[4096:])
+        worker.leave_last_words("Traceback\nRuntimeError: ö")
+        assert (bytes(master.board[:64]), bytes(master.board[4096:])) == before
+        assert master.take_last_words() == "Traceback\nRuntimeError: ö"
+        assert master.take_last_words() == ""
+
+
+@given(text=st.text(max_size=6000))
+@settings(max_examples=50)
+def test_last_words_of_any_length_keep_their_beginning_and_end(text: str) -> None:
+    with mapped(Layout(1, 4), Access.MASTER, Access.WORKER) as [master, worker]:
+        before = bytes(master.board[:64]), bytes(master.board[4096:])
+        worker.leave_last_words("first " + text + " last")
+        assert (bytes(master.board[:64]), bytes(master.board[4096:])) == before
+        told = master.take_last_words()
+    assert told.startswith("first ")
+    assert told.endswith(" last")
+    assert len(told.encode()) <= 4032
+
+
+def test_last_words_that_a_stray_write_has_made_are_still_text() -> None:
+    with mapped(Layout(1, 4), Access.MASTER) as [master]:
+        master.board[64:4096] = b"\xff" * 4032
+        assert set(master.take_last_words()) == {"\N{REPLACEMENT CHARACTER}"}
