@@ -67,10 +67,10 @@ def test_the_regions_of_the_boards_are_aligned_and_do_not_overlap(listeners: int
             [(board.killed_word(slot) * WORD, (board.killed_word(slot) + 1) * WORD) for slot in {0, last // 2, last}],
         ]
         assert_apart([region for group in regions for region in sorted(group)], layout.orders_bytes)
-        states = layout.recent_at - (layout.slots + 4095) // 4096 * 4096
+        rows = [(at, at + layout.slots) for at in (board.row_start(0), layout.tired_at)]
         records = [(board.record(slot) * WORD, (board.record(slot) + scoreboard.RECORD_WORDS) * WORD) for slot in (0, last)]
         ring = (layout.recent_at, layout.recent_at + listeners * scoreboard.RECENT * WORD)
-        assert_apart([(0, WORD), (states, states + layout.slots), ring, *records[: layout.slots]], layout.board_bytes)
+        assert_apart([(0, WORD), *rows, ring, *records[: layout.slots]], layout.board_bytes)
 
 
 def assert_apart(regions: list[tuple[int, int]], size: int) -> None:
@@ -277,6 +277,16 @@ def test_recent_tells_of_no_other_listeners_workers_and_believes_no_nonsense() -
         assert board.recent(1, now, 50 * MS) == {4, 7}
         assert board.recent(0, now, 50 * MS) == set()
         assert board.recent(2, now, 50 * MS) == set()
+
+
+@given(st.sets(st.integers(0, 49)), st.sets(st.integers(0, 49)), st.integers(0, 50))
+def test_the_tired_are_found_among_one_listeners_slots_in_use(ours: set[int], others: set[int], high: int) -> None:
+    with mapped(Layout(2, 50), Access.MASTER) as [board]:
+        for slot in ours:
+            board.tired[50 + slot] = 1
+        for slot in others:
+            board.tired[slot] = 1
+        assert board.tired_slots(1, high) == [50 + slot for slot in sorted(ours) if slot < high]
 
 
 def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
