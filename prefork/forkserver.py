@@ -1,4 +1,4 @@
-"""A fork server: one process for each generation. It imports the handler once and then forks, signals and reaps workers.
+"""A fork server: one process for each generation. It imports the handler once, calls on_boot, then forks, signals, reaps.
 
 It is forked from the master, never exec'ed: a ``pip install -U`` under a running daemon must not mix versions. It runs user
 code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor that it does not
@@ -34,6 +34,11 @@ COMMANDS_AT_ONCE = 64
 # With the master dead: how long the queue may take to empty before the listeners are closed under whoever is still in it.
 FAREWELL = 0.5
 REPEAT = 0.02
+TIMERS = {
+    signal.ITIMER_REAL: signal.SIGALRM,
+    signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
+    signal.ITIMER_PROF: signal.SIGPROF,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -165,19 +170,31 @@ class ForkServer:
 
     def _boot(self) -> handler.Handler:
         self._settle()
-        loaded = handler.load(self.brief.config.module)
-        if os.getpid() != self.pid:
-            os._exit(0)  # a child that the import forked has come back here
-        # The import may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
+        try:
+            loaded = handler.load(self.brief.config)
+        finally:
+            self._end_if_child()
+        try:
+            loaded.run_hook("on_boot")
+        finally:
+            self._end_if_child()
+        handler.refuse_threads(self.brief.config.module)
+        # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            for timer, alarm in TIMERS.items():
                 signal.setitimer(timer, 0)
+                signal.signal(alarm, signal.SIG_IGN)  # one that has rung, and waits behind a mask, would end us
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
         process.settle()
         worker.freeze()
         return loaded
+
+    def _end_if_child(self) -> None:
+        """A child that user code forked and that has come back, or raised, must not report in our name."""
+        if os.getpid() != self.pid:
+            os._exit(0)
 
     def _done(self) -> bool:
         if self.orphaned_at is not None:

@@ -200,11 +200,12 @@ class Generation:
 
     def _failed_early(self, who: dict[str, Any], now: float, *, ready: bool) -> None:
         what = "ended before it served anybody" if ready else "died before it was ready"
+        last_words = "" if ready else self.board.take_last_words()
         if not self.committed:
-            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}"
+            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}\n{last_words}".rstrip()
             return
         seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}", until_served=ready)
-        log.event("worker_early", what=what, failures=self.trouble.failures, seconds=seconds, **who)
+        log.event("worker_early", text=last_words, what=what, failures=self.trouble.failures, seconds=seconds, **who)
 
     def _settle(self, slot: int) -> bool:
         """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""

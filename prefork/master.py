@@ -401,7 +401,8 @@ class Master:
             return
         generation = reload.generation
         if generation.failure is None and generation.boot_deadline <= self.now:
-            doing = "its workers are not ready" if generation.ready else "the import has not ended"
+            import_ = "the import or on_boot" if generation.config.on_boot else "the import"
+            doing = "its workers are not ready" if generation.ready else f"{import_} has not ended"
             generation.failure = f"{doing} after boot_timeout = {generation.config.boot_timeout:g} s"
         if generation.failure is not None:
             self._refuse(reload, generation.failure)

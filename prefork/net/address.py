@@ -153,3 +153,10 @@ def peer_text(family: int, address: Any) -> str:
             return f"{host[len(_MAPPED) :]}:{port}"
         return f"[{host}]:{port}"
     return f"{host}:{port}"
+
+
+def client_address(address: Any) -> Any:
+    """What accept(2) gave, as socketserver's handlers know it; a mapped IPv4 address as the pair that IPv4 has."""
+    if isinstance(address, tuple) and address[0].startswith(_MAPPED):
+        return address[0][len(_MAPPED) :], address[1]
+    return address

@@ -50,6 +50,8 @@ _MAGIC = int.from_bytes(b"prefork\1", "little")
 # The header page of the board, in words (word 0 is the magic): how many tracebacks were logged in which second, and how many
 # were not since.
 TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
+# The rest of that page, in bytes: why the latest worker that could not start did not. Only ever shown.
+_WORDS_AT, _WORDS_END = 64, _PAGE
 
 # A slot's record, in words.
 PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED = range(7)
@@ -281,6 +283,21 @@ class Scoreboard:
         words[TRACEBACKS] += 1
         suppressed, words[SUPPRESSED] = words[SUPPRESSED], 0
         return suppressed
+
+    def leave_last_words(self, text: str) -> None:
+        """Say why this worker ends before it was ready. Workers that do so at once write over each other."""
+        data = text.encode("utf-8", "replace").replace(b"\0", b"?")
+        most = _WORDS_END - _WORDS_AT - 1
+        if len(data) > most:
+            half = most // 2 - 16
+            data = data[:half] + b"\n[... cut ...]\n" + data[-half:]
+        self.board[_WORDS_AT : _WORDS_AT + len(data) + 1] = data + b"\0"
+
+    def take_last_words(self) -> str:
+        """What was left, once; an empty text when nothing was. Gossip: to be shown and nothing else."""
+        data = self.board[_WORDS_AT:_WORDS_END].split(b"\0", 1)[0]
+        self.board[_WORDS_AT] = 0
+        return data.decode("utf-8", "replace")
 
     def restore(self, slot: int, counts: Counts) -> None:
         """Put back counters that a worker's stray write has spoilt."""

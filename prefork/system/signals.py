@@ -141,6 +141,11 @@ def put_back() -> None:
             signal.signal(signo, before)
 
 
+def keep() -> None:
+    """The handlers that are installed now are the right ones."""
+    _replaced.clear()
+
+
 def forget() -> None:
     """What there is now is as it should be."""
     global _touched

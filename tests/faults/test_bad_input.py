@@ -86,7 +86,7 @@ IMPORTS = {
     "calls sys.exit": ("import sys\nsys.exit(0)\n", "SystemExit: 0"),
     "starts threads": (
         "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True, name='mine').start()\n" + GOOD,
-        "the import started threads (mine)",
+        "the import or on_boot started threads (mine)",
     ),
     "never returns": ("import time\ntime.sleep(600)\n", f"the import has not ended after boot_timeout = {BOOT:g} s"),
 }

@@ -137,3 +137,18 @@ def test_a_mapped_peer_is_shown_as_ipv4(host: str, port: int) -> None:
 def test_other_peers_are_shown_by_their_family() -> None:
     assert address.peer_text(socket.AF_INET6, ("fe80::1%eth0", 5, 0, 2)) == "[fe80::1%eth0]:5"
     assert address.peer_text(socket.AF_UNIX, b"") == "unix"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "shown"),
+    [
+        (("1.2.3.4", 5), ("1.2.3.4", 5)),
+        (("::ffff:1.2.3.4", 5, 0, 0), ("1.2.3.4", 5)),
+        (("fe80::1", 5, 6, 7), ("fe80::1", 5, 6, 7)),
+        ("", ""),
+        ("/run/client", "/run/client"),
+        (b"\0abstract", b"\0abstract"),
+    ],
+)
+def test_a_client_address_is_what_accept_gave_but_for_mapped_ones(accepted: object, shown: object) -> None:
+    assert address.client_address(accepted) == shown
