@@ -150,13 +150,14 @@ class Master:
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         self.wiring = Wiring(self.name, _working_directory(), doorbell_read, doorbell_write, devnull, who)
+        # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
+        self.inbox = signals.Inbox(HANDLED)
         self._open_control()
         try:
             if conf.pid_file:
                 self.pid_file = pidfile.write(conf.pid_file)
             plan = self.listeners.prepare(conf)
             self._warn_of_limits(plan.listeners)
-            self.inbox = signals.Inbox(HANDLED)
             self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self._boot("start", conf, plan, [])
