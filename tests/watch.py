@@ -47,6 +47,16 @@ def settled(server: Server, idle: int, listener: int = 0) -> dict[str, Any]:
     return until(f"{idle} idle workers", look)
 
 
+def quiet(server: Server) -> dict[str, int]:
+    """Wait until nobody is served. Returns the totals, which then are what clients have counted."""
+
+    def look() -> dict[str, int] | None:
+        totals: dict[str, int] = server.status()["totals"]
+        return totals if totals["serving"] == 0 else None
+
+    return until("nobody is served", look)
+
+
 def logged(server: Server, text: str, times: int = 1) -> str:
     """Wait until the log holds ``text``. Returns the log."""
     try:

@@ -25,8 +25,7 @@ HANDLERS = Path(__file__).parents[1] / "handlers"
 
 def _balance(server: Server, load: Load, figures: Figures, kills: int = 0, elsewhere: int = 0) -> None:
     """What the clients counted is what the daemon counted, once all is quiet."""
-    watch.until("nobody is served any more", lambda: server.status()["totals"]["serving"] == 0)
-    totals = server.status()["totals"]
+    totals = watch.quiet(server)
     figures |= {"connections": load.connections, "failures": load.classes, "worst": load.worst, "totals": totals}
     assert watch.identity_holds(totals), totals
     failures = len(load.failures)
