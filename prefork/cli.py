@@ -14,7 +14,7 @@ import click
 from prefork import __version__
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, variable
 from prefork.errors import PreforkError, RefusedError
-from prefork.ops.control import ask, find
+from prefork.ops.instances import ask, find
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.

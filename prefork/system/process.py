@@ -4,15 +4,20 @@ import ctypes
 import errno
 import os
 import signal
+import socket
+import struct
 from collections.abc import Collection
 from dataclasses import dataclass
 
 from setproctitle import setproctitle
 
+from prefork.errors import ConfigError
+
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_UCRED = struct.Struct("3i")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -33,6 +38,14 @@ class Changed:
 
     pid: int
     stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a Unix socket."""
+
+    pid: int
+    uid: int
 
 
 def _prctl(option: int, argument: int) -> None:
@@ -56,6 +69,28 @@ def become_subreaper() -> None:
 def signal_when_orphaned(signo: int) -> None:
     """Get ``signo`` when the parent dies, and again for each new parent. Cleared when credentials change: call it after."""
     _prctl(_PR_SET_PDEATHSIG, signo)
+
+
+def peer_of(sock: socket.socket) -> Peer:
+    """Who connected to us, or for who connects: who listens (SO_PEERCRED, unix(7))."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return Peer(pid, uid)
+
+
+def working_directory() -> str:
+    """Where we are, by the name it was entered by: a deploy may switch what the name stands for, and a reload must follow.
+
+    Raises ConfigError when it was removed.
+    """
+    try:
+        real = os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed: start prefork in one that exists") from None
+    name = os.environ.get("PWD", "")
+    try:
+        return name if os.path.samefile(name, real) else real
+    except OSError:
+        return real
 
 
 def set_title(title: str) -> None:
