@@ -10,6 +10,7 @@ import os
 import pwd
 import socket
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -155,9 +156,9 @@ def find(name: str | None, control: str | None) -> str:
     raise RefusedError(f"which instance? {_listed(known)}" if known else "no instance is running, or its socket is another user's")
 
 
-def nearest(word: str, known: "dict[str, Any]") -> str:
+def nearest(word: str, known: Iterable[str]) -> str:
     """What may have been meant, as a question; empty when nothing is like it."""
-    near = difflib.get_close_matches(word, known, 1)
+    near = difflib.get_close_matches(word, list(known), 1)
     return f"did you mean {near[0]!r}? " if near else ""
 
 

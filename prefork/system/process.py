@@ -115,6 +115,14 @@ def reap(*, stops: bool = False) -> list[Ended | Changed]:
             found.append(Ended(pid, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
 
 
+def children() -> set[int]:
+    """Our children, also those that have ended and were not reaped."""
+    import psutil  # noqa: PLC0415 - slow to import, and no daemon asks
+
+    # Not /proc/self/task/*/children: it may leave out living ones when others end meanwhile (proc_pid_task(5)).
+    return {child.pid for child in psutil.Process().children()}
+
+
 def is_child(pid: int) -> bool:
     """Whether ``pid`` is a child of ours that was not reaped yet. Any number may be asked about."""
     if not 1 < pid <= PID_LIMIT:
