@@ -39,7 +39,10 @@ def page(group: click.Group, server: click.Command) -> str:
     lines += _section("OPTIONS OF SERVE AND CHECK", _items(general))
     lines += _section("OTHER OPTIONS", _items(record for p in group.get_params(top) if (record := p.get_help_record(top))))
     for title, heading in SECTIONS.items():
-        lines += _section(heading, _items(item for text in texts for item in _list(text, title)))
+        found: dict[str, str] = {}
+        for term, meaning in (item for text in texts for item in _list(text, title)):
+            found.setdefault(term, meaning)
+        lines += _section(heading, _items(found.items()))
     lines += _section("SEE ALSO", [_text(SEE_ALSO)])
     return "\n".join(lines) + "\n"
 

@@ -2,6 +2,7 @@
 
 import os
 import random
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
@@ -10,6 +11,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pytest
 
 from prefork.testing import Server
 
@@ -54,6 +56,15 @@ def logged(server: Server, text: str, times: int = 1) -> str:
     except AssertionError as error:
         raise AssertionError(f"{error}:\n{server.log()}") from None
     return server.log()
+
+
+def needs(program: str) -> None:
+    """Skip a test where a program is missing that it is about; in CI that is a failure."""
+    if shutil.which(program) is None:
+        reason = f"{program} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
 
 
 def family(pid: int) -> list[psutil.Process]:

@@ -1,7 +1,7 @@
 """Running daemons as the commands see them: where their control sockets are, which one is meant, how to ask it.
 
-A command believes only its own user's daemons and root's (SO_PEERCRED, unix(7)): whatever else listens at a path may have been
-put there, or linked there, to be taken for one. Root may ask everybody's, by a path that only root or that user can have made.
+A command asks only its own user's daemons (SO_PEERCRED, unix(7)): whatever else listens at a path may have been put there, or
+linked there, to be taken for one. Root asks everybody's, by a path that only root or that user can have made.
 """
 
 import difflib
@@ -107,6 +107,8 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
                 data += more
         except TimeoutError:
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
+        except PermissionError:
+            raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
         except OSError as error:
             raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
     if not data.endswith(b"\n"):
@@ -120,11 +122,11 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
 def _distrust(path: str, peer: Peer) -> str | None:
     """Why what listens at ``path`` is not asked; None when it is."""
     us = os.geteuid()
-    if peer.uid in (0, us):
+    if peer.uid == us:
         return None
     who = f"{path}: {_user(peer.uid)} (pid {peer.pid}) listens there"
     if us != 0:
-        return f"{who}, which is neither you nor root: not asked"
+        return f"{who}; a daemon hears only its own user and root: not asked"
     real = os.path.realpath(path)
     folder = os.stat(os.path.dirname(real))
     if real == os.path.abspath(path) and folder.st_uid in (0, peer.uid) and not folder.st_mode & _WRITABLE_BY_OTHERS:

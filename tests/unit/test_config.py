@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.config import FILE_LIMIT, OPTIONS, Config, Sources, environment, flag, needs_restart, variable
+from prefork.config import FILE_LIMIT, OPTIONS, Config, Sources, document, environment, flag, needs_restart, variable
 from prefork.errors import ConfigError
 from prefork.net.address import parse
 
@@ -300,6 +300,17 @@ def test_any_value_is_taken_or_refused(key: str, value: Any) -> None:
     wanted = type(getattr(Config(), key))
     assert type(getattr(config, key)) is (int if key == "umask" else wanted), "what was taken has the option's type"
     assert OPTIONS[key].parse(OPTIONS[key].plain(getattr(config, key))) == getattr(config, key), "what is shown is taken back"
+
+
+@given(
+    st.text(st.characters(exclude_characters="\0?", exclude_categories=["Cs"]), max_size=20),
+    st.text(),
+    st.floats(0, 1e9),
+)
+def test_what_is_documented_is_read_back(path: str, note: str, seconds: float) -> None:
+    config = load(bind=[f"unix:/{path}"], control=f"/{path}", drain_timeout=seconds, rlimit="as=3,cpu=unlimited", umask="007")
+    written = tomllib.loads(document(config, dict.fromkeys(OPTIONS, note)))
+    assert Sources(written).load() == dataclasses.replace(config, drain_timeout=float(f"{seconds:.15g}"))
 
 
 @given(st.text())
