@@ -80,11 +80,11 @@ def _is_live(path: str) -> bool:
         probe.setblocking(False)
         try:
             probe.connect(path)
+            return _distrust(path, process.peer_of(probe)) is None
         except BlockingIOError:
             return True  # its queue is full
         except OSError:
             return False
-        return _distrust(path, process.peer_of(probe)) is None
 
 
 # -- asking
@@ -127,11 +127,16 @@ def _distrust(path: str, peer: Peer) -> str | None:
     who = f"{path}: {_user(peer.uid)} (pid {peer.pid}) listens there"
     if us != 0:
         return f"{who}; a daemon hears only its own user and root: not asked"
-    real = os.path.realpath(path)
-    folder = os.stat(os.path.dirname(real))
-    if real == os.path.abspath(path) and folder.st_uid in (0, peer.uid) and not folder.st_mode & _WRITABLE_BY_OTHERS:
+    folder = os.stat(os.path.dirname(os.path.realpath(path)))
+    if _links_are_roots(path) and folder.st_uid in (0, peer.uid) and not folder.st_mode & _WRITABLE_BY_OTHERS:
         return None
     return f"{who}; others could have put it there (it is a link, or they can write to its folder): not asked"
+
+
+def _links_are_roots(path: str) -> bool:
+    """Whether every symbolic link on the way is root's, like /var/run and what systemd makes for a DynamicUser."""
+    way = Path(os.path.abspath(path))
+    return all(entry.lstat().st_uid == 0 for entry in (way, *way.parents) if entry.is_symlink())
 
 
 def _user(uid: int) -> str:

@@ -118,12 +118,15 @@ def test_root_asks_another_users_daemon_where_only_that_user_can_have_put_it(sha
     with impostor(own / "echo.sock") as told:
         link = shared / "link.sock"
         link.symlink_to(own / "echo.sock")
+        os.chown(link, MALLORY, MALLORY, follow_symlinks=False)
         (shared / "folder").symlink_to(own)
+        os.chown(shared / "folder", ALICE, ALICE, follow_symlinks=False)
         for path in (link, shared / "folder" / "echo.sock"):
             with pytest.raises(RefusedError, match="it is a link"):
                 instances.ask(str(path), "stop", 10.0)
+        os.chown(shared / "folder", 0, 0, follow_symlinks=False)
         with pytest.raises(RefusedError, match="without an answer"):
-            instances.ask(str(own / "echo.sock"), "stop", 10.0)
+            instances.ask(str(shared / "folder" / "echo.sock"), "stop", 10.0)
         assert told() == '{"command": "stop"}\n'
 
 
