@@ -297,6 +297,7 @@ def test_the_manual_page_is_whole_and_without_warnings(tmp_path: Path) -> None:
     watch.needs("groff")
     page = tmp_path / "prefork.1"
     page.write_text(run("man").stdout)
+    assert not re.search(r"(?<!\\)-", page.read_text()), "a bare - is a hyphen, which nobody can copy from the page"
     settings = {**os.environ, "LC_ALL": "C.UTF-8", "MANWIDTH": "200"}
     warned = subprocess.run(["groff", "-man", "-ww", "-z", str(page)], capture_output=True, text=True, check=True)
     assert warned.stderr == ""
@@ -344,6 +345,7 @@ TYPED = {
     "prefork serve --max-w": "prefork serve --max-workers",
     "prefork reload comp": "prefork reload completed",
     "prefork check --config prefork-o": "prefork check --config prefork-own.toml",
+    "prefork serve --log-file prefork-o": "prefork serve --log-file prefork-own.toml",
     "prefork stop --control compl": "prefork stop --control completed.sock",
 }
 

@@ -124,6 +124,10 @@ def test_root_asks_another_users_daemon_where_only_that_user_can_have_put_it(sha
         for path in (link, shared / "folder" / "echo.sock"):
             with pytest.raises(RefusedError, match="it is a link"):
                 instances.ask(str(path), "stop", 10.0)
+        os.chown(own, ALICE, ALICE)
+        with pytest.raises(RefusedError, match="others could have put it there"):
+            instances.ask(str(own / "echo.sock"), "stop", 10.0)
+        os.chown(own, MALLORY, MALLORY)
         os.chown(shared / "folder", 0, 0, follow_symlinks=False)
         with pytest.raises(RefusedError, match="without an answer"):
             instances.ask(str(shared / "folder" / "echo.sock"), "stop", 10.0)
