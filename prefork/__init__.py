@@ -6,16 +6,21 @@ You write ``loop(sock)``; ``prefork serve --module echo:loop`` is everything bet
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from prefork.handler import Connection
+    from prefork.handler import Connection, current
+    from prefork.server import Server
 
 __version__ = "0.1.0"
-__all__ = ["Connection", "__version__"]
+__all__ = ["Connection", "Server", "__version__", "current"]
 
 
 def __getattr__(name: str) -> Any:
     # Imported when asked for: the master imports this package and must not load what belongs to handlers.
-    if name == "Connection":
-        from prefork.handler import Connection  # noqa: PLC0415
+    if name in ("Connection", "current"):
+        from prefork import handler  # noqa: PLC0415
 
-        return Connection
+        return getattr(handler, name)
+    if name == "Server":
+        from prefork.server import Server  # noqa: PLC0415
+
+        return Server
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")

@@ -6,7 +6,6 @@ whatever it likes: exit, crash, hang, fork. What this must not do: bind, write a
 
 import contextlib
 import faulthandler
-import importlib
 import os
 import select
 import signal
@@ -14,12 +13,12 @@ import sys
 import traceback
 from typing import NoReturn
 
-from prefork import __version__, handler
+from prefork import __version__, forkserver, handler
 from prefork.config import OPTIONS, Config, Sources, document, is_unset
 from prefork.errors import HandlerError, PreforkError
-from prefork.system import process, signals
+from prefork.system import credentials, process, signals
+from prefork.system.credentials import Credentials
 
-HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
 LAST_WORDS = 1.0
 _WHERE = signals.PARENT_DIED
@@ -39,7 +38,8 @@ def check(sources: Sources) -> str:
 
 def _try_import(config: Config) -> None:
     """Import the handler and its hooks in a child; nobody is left when this returns. Raises HandlerError."""
-    folder = config.chdir or process.working_directory()
+    folder = process.working_directory()
+    who = credentials.wanted(config.user, config.group)
     outcome = os.memfd_create("outcome")
     # Whoever the import starts becomes our child once its own parent has ended. Children that we have had before the exec of
     # this program are somebody else's.
@@ -51,7 +51,7 @@ def _try_import(config: Config) -> None:
         us = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _import_and_exit(config, folder, us, outcome)
+            _import_and_exit(config, who, folder, us, outcome)
     try:
         status = _wait(pid, config.boot_timeout)
     finally:
@@ -109,16 +109,19 @@ def _where(text: str) -> str:
 # -- in the child
 
 
-def _import_and_exit(config: Config, folder: str, parent: int, outcome: int) -> NoReturn:
+def _import_and_exit(config: Config, who: Credentials | None, folder: str, parent: int, outcome: int) -> NoReturn:
     """Be what `prefork.forkserver` is until its handler is imported. Called with all signals blocked; never returns."""
     us = os.getpid()
     status = PreforkError.exit_code
     try:
-        _become_like_a_fork_server(config, parent, outcome)
+        _become_like_a_fork_server(parent, outcome)
         try:
-            _import(config, folder)
+            forkserver.settle(config, who, folder)
+            _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
+            handler.load(config)
+            handler.refuse_threads(config.module)
             said = _DONE
-        except HandlerError as error:
+        except PreforkError as error:
             said = str(error).encode(errors="backslashreplace")
         if os.getpid() == us:  # and no child that the import forked and that has come back here
             _say(outcome, said, config.module)
@@ -129,12 +132,10 @@ def _import_and_exit(config: Config, folder: str, parent: int, outcome: int) -> 
         os._exit(status)
 
 
-def _become_like_a_fork_server(config: Config, parent: int, outcome: int) -> None:
+def _become_like_a_fork_server(parent: int, outcome: int) -> None:
     os.setsid()
     signals.fresh()
-    process.signal_when_orphaned(signal.SIGKILL)
-    if os.getppid() != parent:
-        os._exit(0)
+    _end_with(parent)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     os.dup2(2, 1)  # standard output is for the configuration
     process.close_all_but({0, 1, 2, outcome})
@@ -143,8 +144,12 @@ def _become_like_a_fork_server(config: Config, parent: int, outcome: int) -> Non
     faulthandler.register(_WHERE, file=outcome, all_threads=False, chain=True)
     signals.watch()
     signals.unblock()
-    if config.umask is not None:
-        os.umask(config.umask)
+
+
+def _end_with(parent: int) -> None:
+    process.signal_when_orphaned(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
 
 
 _forks = 0
@@ -170,27 +175,3 @@ def _say(outcome: int, said: bytes, module: str) -> None:
 def _warn(text: str) -> None:
     with contextlib.suppress(OSError):  # standard error may be what was closed
         os.write(2, f"prefork: {text}\n".encode())
-
-
-def _import(config: Config, folder: str) -> None:
-    try:
-        os.chdir(folder)
-    except OSError as error:
-        raise HandlerError(f"can't enter the working directory {folder}: {error.strerror}") from None
-    handler.prepare_path(folder)
-    handler.load(config.module)
-    for key in HOOKS:
-        if target := getattr(config, key):
-            _import_hook(f"{key} = {target}", target)
-
-
-def _import_hook(label: str, target: str) -> None:
-    module, _, attribute = target.partition(":")
-    try:
-        found = importlib.import_module(module)
-        for name in attribute.split("."):
-            found = getattr(found, name)
-    except BaseException as error:
-        raise HandlerError(f"{label}: the import raised\n{handler.what_was_raised(error)}") from None
-    if not callable(found):
-        raise HandlerError(f"{label}: {type(found).__name__} is not callable; a hook is a function without arguments")

@@ -14,13 +14,13 @@ import os
 import stat
 import sys
 import tomllib
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, field, fields
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields, replace
 from typing import Any
 
 from prefork import values
 from prefork.errors import ConfigError
-from prefork.net.address import Address
+from prefork.net.address import INHERITED, UNRESOLVED, Address
 
 FILE_LIMIT = 1_000_000
 # A slot number has to fit in 32 bits on the wire; a machine's pid_max is at most 2**22.
@@ -73,7 +73,8 @@ class Config:
     bind: tuple[Address, ...] = _option(
         (Address(2, "127.0.0.1", 7000),),
         values.addresses,
-        "Where to listen: HOST:PORT, :PORT, [IPV6]:PORT or unix:/path?mode=0660. Repeatable; port 0 is a free port.",
+        "Where to listen: HOST:PORT, :PORT, [IPV6]:PORT, unix:/path?mode=0660&user=U&group=G, fd:N or systemd:NAME. "
+        "Repeatable; port 0 is a free port.",
         "ADDRESS",
         short="-b",
         multiple=True,
@@ -270,6 +271,31 @@ def check(config: Config) -> None:
             f"max_connections_jitter = {config.max_connections_jitter} adds to max_connections, which is not set: set it, or drop "
             "the jitter"
         )
+
+
+def with_activated(config: Config, origins: Mapping[str, str], sockets: Sequence[tuple[str, int]]) -> Config:
+    """The configuration with the sockets that a service manager has passed, given as name and descriptor.
+
+    ``systemd:NAME`` stands for each of that name; when no ``bind`` was given anywhere, all of them are used. Raises ConfigError.
+    """
+    if not sockets and not any(address.port == UNRESOLVED for address in config.bind):
+        return config
+    passed = {name: [Address(INHERITED, f"systemd:{name}", fd) for other, fd in sockets if other == name] for name, _ in sockets}
+    found: list[Address] = []
+    for address in config.bind if "bind" in origins else ():
+        if address.port != UNRESOLVED:
+            found.append(address)
+            continue
+        name = address.host.partition(":")[2]
+        if name not in passed:
+            there = f"it has passed {', '.join(sorted(passed))}" if passed else "it has passed none: is there a .socket unit?"
+            raise ConfigError(f"bind = {address}: the service manager has passed no socket of that name; {there}")
+        found += passed[name]
+    if "bind" not in origins:
+        found = [address for same in passed.values() for address in same]
+    config = replace(config, bind=tuple(found))
+    check(config)
+    return config
 
 
 def document(config: Config, notes: Mapping[str, str]) -> str:

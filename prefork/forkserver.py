@@ -1,4 +1,4 @@
-"""A fork server: one process for each generation. It imports the handler once and then forks, signals and reaps workers.
+"""A fork server: one process for each generation. It imports the handler once, calls on_boot, then forks, signals, reaps.
 
 It is forked from the master, never exec'ed: a ``pip install -U`` under a running daemon must not mix versions. It runs user
 code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor that it does not
@@ -20,18 +20,25 @@ from typing import NoReturn
 
 from prefork import handler, log, worker
 from prefork.config import Config
-from prefork.errors import HandlerError
+from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Kind, Order, Report
-from prefork.system import process, signals
+from prefork.system import credentials, process, signals
+from prefork.system.credentials import Credentials
+from prefork.values import RLIMITS
 
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
 COMMANDS_AT_ONCE = 64
 # With the master dead: how long the queue may take to empty before the listeners are closed under whoever is still in it.
 FAREWELL = 0.5
 REPEAT = 0.02
+TIMERS = {
+    signal.ITIMER_REAL: signal.SIGALRM,
+    signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
+    signal.ITIMER_PROF: signal.SIGPROF,
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +47,7 @@ class Brief:
 
     generation: int
     config: Config
+    credentials: Credentials | None  # who to become before user code is imported; None: stay who we are
     name: str
     folder: str  # entered by name for each generation: a deploy may have switched what the name stands for
     master_pid: int
@@ -66,6 +74,36 @@ def main(brief: Brief) -> NoReturn:
         os._exit(status)
 
 
+def settle(conf: Config, who: Credentials | None, folder: str) -> None:
+    """Take on what the configuration says of this process and its workers. Raises PreforkError; user code comes after.
+
+    ``folder`` is the working directory unless the configuration names one.
+    """
+    if conf.umask is not None:
+        os.umask(conf.umask)
+    try:
+        os.nice(conf.nice)
+    except PermissionError:
+        raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
+    for name, value in conf.rlimit:
+        try:
+            process.allow_limit(RLIMITS[name], value)
+        except PermissionError as error:
+            raise ConfigError(f"rlimit {name}: {error}: ask for less, or have it raised before prefork starts") from None
+    if who is not None:
+        try:
+            credentials.become(who)
+        except OSError as error:
+            raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
+    folder = conf.chdir or folder
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        asking = f" as user {who.name or who.uid}" if who is not None else ""
+        raise HandlerError(f"can't enter the working directory {folder}{asking}: {error.strerror}") from None
+    handler.prepare_path(folder)
+
+
 class ForkServer:
     """One fork server process."""
 
@@ -86,7 +124,7 @@ class ForkServer:
         self._become_a_process()
         try:
             loaded = self._boot()
-        except HandlerError as error:
+        except PreforkError as error:
             self._send(Report(Kind.FAILED, text=str(error)))
             self._flush(wait=True)
             return error.exit_code
@@ -117,32 +155,46 @@ class ForkServer:
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
         log.configure(level=brief.config.log_level, role=f"gen {brief.generation}")
-        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
-        process.signal_when_orphaned(signals.PARENT_DIED)
-        if os.getppid() != brief.master_pid:
-            os._exit(0)
+        self._tie_to_master()
         brief.channel.setblocking(False)
         signals.watch()
+        process.watch_folder(signals.mark)
         signals.unblock()
 
+    def _tie_to_master(self) -> None:
+        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
+        process.signal_when_orphaned(signals.PARENT_DIED)
+        if os.getppid() != self.brief.master_pid:
+            os._exit(0)
+
     def _boot(self) -> handler.Handler:
+        settle(self.brief.config, self.brief.credentials, self.brief.folder)
+        self._tie_to_master()  # the kernel has forgotten it if credentials have changed
         try:
-            os.chdir(self.brief.folder)
-        except OSError as error:
-            raise HandlerError(f"can't enter the working directory {self.brief.folder}: {error.strerror}") from None
-        handler.prepare_path(self.brief.folder)
-        loaded = handler.load(self.brief.config.module)
-        if os.getpid() != self.pid:
-            os._exit(0)  # a child that the import forked has come back here
-        # The import may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
+            loaded = handler.load(self.brief.config)
+        finally:
+            self._end_if_child()
+        try:
+            loaded.run_hook("on_boot")
+        finally:
+            self._end_if_child()
+        handler.refuse_threads(self.brief.config.module)
+        # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
-            for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+            for timer, alarm in TIMERS.items():
                 signal.setitimer(timer, 0)
+                signal.signal(alarm, signal.SIG_IGN)  # one that has rung, and waits behind a mask, would end us
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        process.settle()
         worker.freeze()
         return loaded
+
+    def _end_if_child(self) -> None:
+        """A child that user code forked and that has come back, or raised, must not report in our name."""
+        if os.getpid() != self.pid:
+            os._exit(0)
 
     def _done(self) -> bool:
         if self.orphaned_at is not None:

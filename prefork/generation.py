@@ -64,6 +64,7 @@ class Generation:
         self.ready = False  # the handler has been imported
         self.committed = False
         self.retired: set[int] = set()  # listeners for which nobody is forked any more
+        self.suspended = False
         self.trouble = Trouble()
         self.gossip = 0
         self.saturated_since: list[float | None] = [None] * len(listeners)
@@ -73,7 +74,9 @@ class Generation:
         self._look_at: list[float | None] = [now] * len(listeners)
         self._looked_at = [0.0] * len(listeners)
         self._armed = [0] * len(listeners)
-        self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, or stopped
+        self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
+        self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
+        self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
         self._nagging: set[int] = set()
         self._nag_at: float | None = None
         self._nags = 0
@@ -197,11 +200,12 @@ class Generation:
 
     def _failed_early(self, who: dict[str, Any], now: float, *, ready: bool) -> None:
         what = "ended before it served anybody" if ready else "died before it was ready"
+        last_words = "" if ready else self.board.take_last_words()
         if not self.committed:
-            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}"
+            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}\n{last_words}".rstrip()
             return
         seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}", until_served=ready)
-        log.event("worker_early", what=what, failures=self.trouble.failures, seconds=seconds, **who)
+        log.event("worker_early", text=last_words, what=what, failures=self.trouble.failures, seconds=seconds, **who)
 
     def _settle(self, slot: int) -> bool:
         """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
@@ -227,7 +231,9 @@ class Generation:
     def _forget(self, worker: Worker) -> None:
         self.board.states[worker.slot] = FREE
         self.board.retire[worker.slot] = 0
+        self.board.tired[worker.slot] = 0
         self._absent.discard(worker.slot)
+        self._tired.discard(worker.slot)
         self._nagging.discard(worker.slot)
 
     def _signal(self, worker: Worker, order: Order) -> None:
@@ -238,7 +244,7 @@ class Generation:
             process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
 
     def _note_absence(self, worker: Worker) -> None:
-        if worker.retiring or worker.stopped:
+        if worker.retiring or worker.stopped or worker.slot in self._tired:
             self._absent.add(worker.slot)
         else:
             self._absent.discard(worker.slot)
@@ -310,12 +316,15 @@ class Generation:
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
         self._looked_at[place] = now
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
-        if self.link.pid is None:
-            return  # orphans serve on; a new generation is on its way
+        if self.link.pid is None or self.suspended:
+            return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
         if now < self.trouble.until:
             self._wake(place, self.trouble.until)
             return
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
+        if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
+            # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
+            room = max(room, 1)
         view = self._view(place, room)
         self._vacated[place] = 0
         self._memory[place], decision = policy.decide(self._memory[place], view, now, self.config.spare_timeout)
@@ -323,11 +332,36 @@ class Generation:
         for _ in range(decision.fork):
             self._fork(place, now)
         self._retire_some(place, decision.retire, now)
+        if self._tired:
+            self._release_tired(place, view, now)
         if decision.look_at is not None:
             self._wake(place, decision.look_at)
         if decision.ring_below > self._armed[place]:
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
+
+    def _note_tired(self, place: int) -> bool:
+        """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""
+        for slot in self.board.tired_slots(place, self.pool.high[place]):
+            worker = self.pool.workers.get(slot)
+            if worker is not None and not worker.retiring and slot not in self._tired:
+                self._tired.add(slot)
+                self._absent.add(slot)
+                self._vacated[place] += 1
+        return any(self.layout.listener(slot) == place for slot in self._tired)
+
+    def _release_tired(self, place: int, view: View, now: float) -> None:
+        tired = [slot for slot in self._tired if self.layout.listener(slot) == place]
+        busy = [slot for slot in tired if self.board.states[slot] == BUSY]
+        count, busy_too = policy.released(view, len(tired) - len(busy), len(tired))
+        idle = [slot for slot in tired if slot not in busy]
+        for slot in idle[:count] + (busy if busy_too else []):
+            worker = self.pool.workers[slot]
+            log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self.board.counts(slot).begun)
+            self._ask_to_leave(worker, now, self._drain_deadline(now))
+
+    def _drain_deadline(self, now: float) -> float | None:
+        return now + self.config.drain_timeout if self.config.drain_timeout else None
 
     def _view(self, place: int, room: int) -> View:
         board = self.board
@@ -448,6 +482,22 @@ class Generation:
         for place in range(len(self.listeners)):
             self.retire(place, now, deadline)
 
+    def suspend(self, now: float) -> None:
+        """Nobody accepts until `resume`: idle workers leave at once, busy ones after their connection."""
+        self.suspended = True
+        for place in range(len(self.listeners)):
+            self._arm(place, 0)
+        for worker in self.pool.workers.values():
+            if not worker.retiring:
+                self._ask_to_leave(worker, now, None)
+
+    def resume(self, now: float) -> None:
+        """Accept again."""
+        self.suspended = False
+        self._vacated = list(self.targets)
+        self._memory = [Memory()] * len(self.listeners)
+        self.look_soon_all(now)
+
     def abandon(self, now: float) -> None:
         """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""
         self.retire_all(now, None)
@@ -463,12 +513,11 @@ class Generation:
             return
         first = place * self.layout.capacity
         row = self.board.row(place, self.pool.high[place])
-        drain = self.config.drain_timeout
         for offset in reversed(range(len(row))):
             worker = self.pool.workers.get(first + offset)
             if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):
                 continue
-            self._ask_to_leave(worker, now, now + drain if drain else None)
+            self._ask_to_leave(worker, now, self._drain_deadline(now))
             count -= 1
             if count == 0:
                 return
@@ -477,6 +526,7 @@ class Generation:
         self.board.retire[worker.slot] = 1
         worker.retiring = True
         self._absent.add(worker.slot)
+        self._tired.discard(worker.slot)
         worker.deadline = deadline
         if deadline is not None:
             self._deadline_at = deadline if self._deadline_at is None else min(self._deadline_at, deadline)
@@ -595,6 +645,8 @@ class Generation:
 
     def settled(self) -> bool:
         """Whether every listener has as many acceptors as it can have, and nobody surplus by order is left."""
+        if self.suspended:
+            return not self._nagging
         return not self._nagging and all(
             self._memory[place].saturated or ((view := self._view(place, 0)).idle + view.returning >= target and not view.starting)
             for place, target in enumerate(self.targets)

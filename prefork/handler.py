@@ -1,21 +1,27 @@
 """From ``echo:loop`` to something to call. Runs in the fork server (and its workers), never in the master: it imports user code.
 
-Nothing the import does may end this process or slip through: whatever it raises, SystemExit included, becomes a HandlerError
-with the traceback that its author needs, without our own frames.
+Nothing the import or a hook does may end this process or slip through: whatever it raises, SystemExit included, becomes a
+HandlerError with the traceback that its author needs, without our own frames.
 """
 
+import functools
 import importlib
 import inspect
 import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from enum import Enum
 from typing import Any
 
 import prefork.examples
+from prefork.config import Config
 from prefork.errors import HandlerError
+
+HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
+WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass"
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,12 +43,63 @@ class Connection:
         return self.asked_to_stop()
 
 
+class Shape(Enum):
+    """How a handler is called."""
+
+    SOCKET = "loop(sock)"
+    CONNECTION = "loop(sock, conn)"
+    REQUEST = "Class(request, client_address, server)"
+
+
+@dataclass(frozen=True, slots=True)
+class Hook:
+    """A function that is called at a turn of a process' life. ``label`` is how its user wrote it: ``on_boot = mine:boot``."""
+
+    label: str
+    call: Callable[[], Any]
+
+
 @dataclass(frozen=True, slots=True)
 class Handler:
-    """A loaded handler. ``takes_connection``: it is called as ``call(sock, conn)`` and not as ``call(sock)``."""
+    """A loaded handler and its hooks, by option."""
 
     call: Callable[..., Any]
-    takes_connection: bool
+    shape: Shape
+    hooks: Mapping[str, Hook]
+
+    def run_hook(self, option: str) -> None:
+        """Call that hook, if there is one. Whatever it raises is a HandlerError with its traceback."""
+        hook = self.hooks.get(option)
+        if hook is None:
+            return
+        try:
+            hook.call()
+        except BaseException as error:
+            raise HandlerError(f"{hook.label} raised\n{what_was_raised(error)}") from None
+
+
+# Set in a worker: what gives the connection that it serves.
+_look: Callable[[], Connection] | None = None
+
+
+def current() -> Connection:
+    """The connection being served, from anywhere inside the handler: the object that ``loop(sock, conn)`` is given.
+
+    Raises RuntimeError where there is none: outside a handler, or in another thread than its own.
+    """
+    if _look is None:
+        raise RuntimeError(
+            "prefork.current(): this process is not a worker of prefork; only a handler that it calls has a connection"
+        )
+    if threading.get_ident() != threading.main_thread().ident:
+        raise RuntimeError("prefork.current(): this is not the handler's thread; call it in the handler and hand the object over")
+    return _look()
+
+
+def serve_current(look: Callable[[], Connection]) -> None:
+    """This process is a worker: from now on `current` asks ``look``."""
+    global _look
+    _look = look
 
 
 def prepare_path(folder: str) -> None:
@@ -53,8 +110,27 @@ def prepare_path(folder: str) -> None:
     sys.dont_write_bytecode = True
 
 
-def load(target: str) -> Handler:
-    """Import ``MODULE:ATTR``. Raises HandlerError."""
+def load(config: Config) -> Handler:
+    """Import the handler and its hooks. Raises HandlerError."""
+    target = config.module
+    found = _find(target, target)
+    shape = Shape.REQUEST if _is_request_handler(target, found) else _shape_of_function(target, found)
+    given = {option: getattr(config, option) for option in HOOKS}
+    return Handler(found, shape, {option: _load_hook(f"{option} = {hook}", hook) for option, hook in given.items() if hook})
+
+
+def refuse_threads(target: str) -> None:
+    """Raise HandlerError when import or on_boot have started threads."""
+    if threading.active_count() > 1:
+        names = ", ".join(sorted(t.name for t in threading.enumerate() if t is not threading.main_thread()))
+        raise HandlerError(
+            f"{target}: the import or on_boot started threads ({names}); a fork copies none of them: start them in the handler, or "
+            "in on_worker_start"
+        )
+
+
+def _find(label: str, target: str) -> Any:
+    """Import ``MODULE:ATTR``. Raises HandlerError, which begins with ``label``."""
     module_name, _, attribute = target.partition(":")
     found: Any = None
     try:
@@ -63,39 +139,76 @@ def load(target: str) -> Handler:
             found = getattr(found, name)
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise HandlerError(f"{target}: no module {error.name!r} in {os.getcwd()} or on the Python path") from None
-        raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
+            raise HandlerError(f"{label}: no module {error.name!r} in {os.getcwd()} or on the Python path") from None
+        raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
             where = getattr(found, "__file__", None) or "a built-in module"
-            raise HandlerError(f"{target}: {where} has no {error.name!r}") from None
-        raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
+            raise HandlerError(f"{label}: {where} has no {error.name!r}") from None
+        raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except BaseException as error:
-        raise HandlerError(f"{target}: the import raised\n{what_was_raised(error)}") from None
-    if threading.active_count() > 1:
-        names = ", ".join(sorted(t.name for t in threading.enumerate() if t is not threading.main_thread()))
-        raise HandlerError(f"{target}: the import started threads ({names}); a fork copies none of them: start them in the handler")
-    return Handler(found, _takes_connection(target, found))
+        raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
+    return found
 
 
-def _takes_connection(target: str, found: Any) -> bool:
+def _load_hook(label: str, target: str) -> Hook:
+    found = _find(label, target)
     if not callable(found):
-        raise HandlerError(f"{target}: {type(found).__name__} is not callable; a handler is a function loop(sock)")
+        raise HandlerError(f"{label}: {type(found).__name__} is not callable; a hook is a function without arguments")
+    if _makes_a_coroutine(found):
+        raise HandlerError(f"{label}: calling it only makes a coroutine or generator; a hook is a plain function")
+    signature = _signature(found)
+    if signature is not None and not _accepts(signature, 0):
+        raise HandlerError(f"{label}{signature}: a hook is called without arguments")
+    return Hook(label, found)
+
+
+def _is_request_handler(target: str, found: Any) -> bool:
+    """Whether it is a request handler class of socketserver, or a partial of one. That module is not imported for the question."""
+    cls = found
+    while isinstance(cls, functools.partial):
+        cls = cls.func
+    socketserver = sys.modules.get("socketserver")
+    if socketserver is None or not isinstance(cls, type) or not issubclass(cls, socketserver.BaseRequestHandler):
+        return False
+    if issubclass(cls, socketserver.DatagramRequestHandler):
+        raise HandlerError(
+            f"{target}: a DatagramRequestHandler answers datagrams; prefork serves connections: StreamRequestHandler"
+        )
+    signature = _signature(found)
+    if signature is not None and not _accepts(signature, 3):
+        raise HandlerError(f"{target}{signature}: it is called with (request, client_address, server), as socketserver does")
+    return True
+
+
+def _shape_of_function(target: str, found: Any) -> Shape:
+    if not callable(found):
+        raise HandlerError(f"{target}: {type(found).__name__} is not callable; {WANTED}")
     if isinstance(found, type):
-        raise HandlerError(f"{target}: a class; a handler is a function loop(sock)")
-    if inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found) or inspect.isgeneratorfunction(found):
+        raise HandlerError(f"{target}: a class of another kind; {WANTED}")
+    if _makes_a_coroutine(found):
         raise HandlerError(f"{target}: calling it only makes a coroutine or generator; a handler is a plain function loop(sock)")
-    try:
-        signature = inspect.signature(found)
-    except (TypeError, ValueError):
-        return False  # a C function that tells nothing about itself
+    signature = _signature(found)
+    if signature is None:
+        return Shape.SOCKET
     positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
     named_second = [p.name for p in signature.parameters.values() if p.kind in positional][1:2]
     if _accepts(signature, 1) and named_second != ["conn"]:
-        return False
+        return Shape.SOCKET
     if _accepts(signature, 2):
-        return True
+        return Shape.CONNECTION
     raise HandlerError(f"{target}{signature}: a handler is loop(sock) or loop(sock, conn)")
+
+
+def _makes_a_coroutine(found: Any) -> bool:
+    return inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found) or inspect.isgeneratorfunction(found)
+
+
+def _signature(found: Any) -> inspect.Signature | None:
+    try:
+        return inspect.signature(found)
+    except (TypeError, ValueError):
+        return None  # a C function that tells nothing about itself
 
 
 def _accepts(signature: inspect.Signature, arguments: int) -> bool:

@@ -18,6 +18,7 @@ from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Order, Report
 from prefork.system import process, signals
+from prefork.system.credentials import Credentials
 
 # Reports taken in one turn: a fork server that floods its channel must not hold the loop.
 REPORTS_AT_ONCE = 256
@@ -32,6 +33,7 @@ class Wiring:
     doorbell_read: int
     doorbell_write: int
     devnull: int
+    credentials: Credentials | None = None  # who the fork servers become; None: they stay who we are
 
 
 class Link:
@@ -80,6 +82,7 @@ class Link:
                         forkserver.Brief(
                             generation=self.number,
                             config=config,
+                            credentials=wiring.credentials,
                             name=wiring.name,
                             folder=wiring.folder,
                             master_pid=master_pid,

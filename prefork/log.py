@@ -37,12 +37,15 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
+    "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
+    "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),
+    "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
+    "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),
+    "resumed": (Level.INFO, "resumed: accepting again"),
+    "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
-    "backlog_cut": (
-        Level.WARNING,
-        "backlog = {backlog} is cut to {limit} by the kernel: sysctl -w net.core.somaxconn={backlog}",
-    ),
+    "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
     "bug": (Level.ERROR, "internal error in the {where}, please report it"),
     # reload
     "booting": (Level.DEBUG, "generation {generation} starts: {module}"),
@@ -58,6 +61,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
     "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
+    "recycled": (
+        Level.DEBUG,
+        "worker {slot} of generation {generation} (pid {pid}) is recycled; its slot has served {connections} connections",
+    ),
     "worker_early": (
         Level.ERROR,
         "worker {slot} of generation {generation} (pid {pid}) {what}: {cause}; {failures} in a row, next try in {seconds:.1f} s",
@@ -77,6 +84,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
+    "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
 }
 

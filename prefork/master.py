@@ -13,7 +13,7 @@ import selectors
 import signal
 import time
 import traceback
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,15 +22,16 @@ from prefork.config import Config, Sources
 from prefork.errors import AddressError, ConfigError, HandlerError, PreforkError
 from prefork.generation import Generation
 from prefork.link import Wiring
-from prefork.net.address import Address
-from prefork.net.listener import Listener, open_listener
+from prefork.listeners import DRAIN_LOOK, Listeners, Plan
+from prefork.net.listener import Listener
 from prefork.ops import control, instances
 from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool import wire
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import Tally, Trouble
-from prefork.system import process, signals
-from prefork.system.systemd import Notifier
+from prefork.system import credentials, limits, pidfile, process, signals
+from prefork.system.pidfile import PidFile
+from prefork.system.systemd import Notifier, activated
 
 HANDLED = (
     signal.SIGTERM,
@@ -42,8 +43,6 @@ HANDLED = (
     signal.SIGCHLD,
 )
 LONGEST_SLEEP = 86400.0
-# While a queue is being emptied it is looked at this often.
-DRAIN_LOOK = 0.005
 # A flood of doorbells (no worker of ours rings that often) is not listened to for this long.
 FLOOD, FLOOD_REST = 16, 0.003
 # Slept for this much longer than planned, this process was stopped or starved: nobody is punished for that time.
@@ -63,16 +62,8 @@ class Reload:
     what: str
     at: float
     generation: Generation
-    opened: list[Listener]
+    plan: Plan
     clients: list[Client]
-
-
-@dataclass(slots=True)
-class Farewell:
-    """A listener that is being closed: it is served until its queue is empty, or until the deadline."""
-
-    listener: Listener
-    deadline: float
 
 
 @dataclass(slots=True)
@@ -94,11 +85,10 @@ class Master:
         self.lost = 0.0  # seconds in which this process was stopped or starved
         self.now = time.monotonic()
         self.started = time.time()
-        self.listeners: list[Listener] = []
+        self.listeners = Listeners()
         self.current: Generation | None = None
         self.reload: Reload | None = None
         self.draining: list[Generation] = []
-        self.farewells: list[Farewell] = []
         self.stop: Stop | None = None
         self.tally = Tally()
         self.trouble = Trouble()  # of fork servers
@@ -107,11 +97,14 @@ class Master:
         self.last_reload: dict[str, Any] | None = None
         self.next_number = 1
         self.control: ControlServer | None = None
+        self.pid_file: PidFile | None = None
+        self.suspended = False
         self.saturated_before = 0.0
         self.failure: PreforkError | None = None
         self.finished = False
         self.deaf_until: float | None = None
         self.seen_exited = 0
+        self.demand: limits.Demand | None = None  # what the machine's limits were last held against
         self.pid = os.getpid()
 
     # -- the loop
@@ -138,7 +131,9 @@ class Master:
         return 0
 
     def _start(self) -> None:
-        conf = self.config = self.sources.load()
+        self.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
+        self.activated = activated(os.environ)
+        conf = self.config = self._load()
         log.configure(level=conf.log_level, role="master")
         self.name = conf.instance
         process.set_title(f"prefork: master {self.name}")
@@ -150,18 +145,29 @@ class Master:
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull)
+        who = credentials.wanted(conf.user, conf.group)
+        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, who)
         self._open_control()
         try:
-            self.listeners = self._open(conf.bind, conf)
-            self._warn_of_limits()
+            if conf.pid_file:
+                self.pid_file = pidfile.write(conf.pid_file)
+            plan = self.listeners.prepare(conf)
+            self._warn_of_limits(plan.listeners)
             self.inbox = signals.Inbox(HANDLED)
             self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
-            self._boot("start", conf, self.listeners, [])
+            self._boot("start", conf, plan, [])
         except BaseException:
             self._close()
             raise
+
+    def _load(self) -> Config:
+        conf, origins = self.sources.trace()
+        conf = config.with_activated(conf, origins, self.activated)
+        unused = sorted({name for name, fd in self.activated if all(address.port != fd for address in conf.bind)})
+        if unused:
+            log.event("activated_unused", names=", ".join(unused))
+        return conf
 
     def _sleep(self) -> None:
         """Wait for the next event or deadline, and pass events on."""
@@ -289,7 +295,7 @@ class Master:
         for generation in [g for g in self.draining if g.gone]:
             self.draining.remove(generation)
             generation.close()
-        self._tend_farewells()
+        self.listeners.tend(self.now, self._part_from)
         self._tend_stop()
         for generation in self.draining:
             generation.let_go(self.now)
@@ -306,7 +312,7 @@ class Master:
             times.append(self.control.wake_at())
         if self.reload is not None:
             times.append(self.reload.generation.boot_deadline)
-        if self.farewells:
+        if self.listeners.farewells:
             times.append(self.now + DRAIN_LOOK)
         if self.stop is not None:
             times.append(self.stop.deadline)
@@ -318,21 +324,20 @@ class Master:
         self,
         what: str,
         conf: Config,
-        listeners: list[Listener],
+        plan: Plan,
         clients: list[Client],
         *,
-        opened: Sequence[Listener] = (),
         targets: Sequence[int] | None = None,
     ) -> None:
-        generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now, targets)
+        generation = Generation(self.next_number, conf, plan.listeners, self.wiring, self.tally, self.now, targets)
         self.next_number += 1
         try:
-            generation.link.start(conf, listeners)
+            generation.link.start(conf, plan.listeners)
         except OSError:
             generation.close()
             raise
         self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
-        self.reload = Reload(what, self.now, generation, list(opened), clients)
+        self.reload = Reload(what, self.now, generation, plan, clients)
 
     def _reload(self, what: str, client: Client | None = None) -> None:
         clients = [client] if client is not None else []
@@ -346,20 +351,17 @@ class Master:
                 log.event("reload_queued")
             self.reload_wanted = (self.reload_wanted or []) + clients
             return
-        opened: list[Listener] = []
+        plan = Plan(())
         self.restart_at = None
         try:
-            conf = self.sources.load()
+            conf = self._load()
             changed = config.needs_restart(self.config, conf)
             if changed is not None:
                 raise ConfigError(f"{changed} has changed, which needs a restart")
-            places = self._match(conf.bind)
-            opened = self._open([address for address, kept in zip(conf.bind, places, strict=True) if kept is None], conf)
-            added = iter(opened)
-            self._boot(what, conf, [kept or next(added) for kept in places], clients, opened=opened)
+            plan = self.listeners.prepare(conf)
+            self._boot(what, conf, plan, clients)
         except (PreforkError, OSError) as error:
-            for listener in opened:
-                listener.close()
+            plan.drop()
             self._refused(what, str(error), clients)
 
     def _tend_restart(self) -> None:
@@ -371,7 +373,8 @@ class Master:
             return
         try:
             # What was scaled by hand stays so until the next reload.
-            self._boot("restart of the fork server", self.current.config, self.listeners, [], targets=self.current.targets)
+            plan = Plan(self.current.listeners)
+            self._boot("restart of the fork server", self.current.config, plan, [], targets=self.current.targets)
         except OSError as error:
             self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
 
@@ -388,7 +391,8 @@ class Master:
             return
         generation = reload.generation
         if generation.failure is None and generation.boot_deadline <= self.now:
-            doing = "its workers are not ready" if generation.ready else "the import has not ended"
+            import_ = "the import or on_boot" if generation.config.on_boot else "the import"
+            doing = "its workers are not ready" if generation.ready else f"{import_} has not ended"
             generation.failure = f"{doing} after boot_timeout = {generation.config.boot_timeout:g} s"
         if generation.failure is not None:
             self._refuse(reload, generation.failure)
@@ -400,13 +404,10 @@ class Master:
         self.reload = None
         self.current, self.config = new, new.config
         self.trouble = Trouble()
+        if self.suspended:
+            new.suspend(self.now)
         new.commit(self.now)
-        removed = [listener for listener in self.listeners if listener not in new.listeners]
-        self.listeners = list(new.listeners)
-        for listener, address in zip(new.listeners, new.config.bind, strict=True):
-            listener.adopt(address, new.config.backlog)
-        for listener in reload.opened:
-            log.event("listening", address=listener.address)
+        removed = self.listeners.commit(reload.plan, new.config)
         if old is not None:
             self.saturated_before += old.saturated_for(self.now)
             self.draining.append(old)
@@ -418,8 +419,9 @@ class Master:
         else:
             self._started(new)
         for listener in removed:
-            self._say_farewell(listener, self.now + self.config.graceful_timeout)
+            self.listeners.say_farewell(listener, self.now + self.config.graceful_timeout)
         log.configure(level=new.config.log_level)
+        self._warn_of_limits(self.listeners.current)
         outcome = self._when_settled(old, new)
         for client in reload.clients:
             self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
@@ -443,19 +445,21 @@ class Master:
             "serving",
             version=__version__,
             module=new.config.module,
-            addresses=", ".join(str(listener.address) for listener in self.listeners),
+            addresses=", ".join(str(listener.address) for listener in self.listeners.current),
             acceptors=new.config.workers,
             name=self.name,
             pid=os.getpid(),
         )
+        who = self.wiring.credentials
+        if os.geteuid() == 0 and (who is None or who.uid == 0):
+            log.event("handlers_are_root")
         self.notifier.send(READY=1)
 
     def _refuse(self, reload: Reload, reason: str) -> None:
         self.reload = None
         self.draining.append(reload.generation)
         reload.generation.abandon(self.now)
-        for listener in reload.opened:
-            listener.close()
+        reload.plan.drop()
         if self.current is None:
             self.failure = HandlerError(reason)
             self._stop_quickly("the start failed")
@@ -481,9 +485,9 @@ class Master:
         current = self.current
         if current is None or self.stop is not None:
             return "the daemon is starting or stopping"
-        most = self.config.max_workers // len(self.listeners)
+        most = self.config.max_workers // len(current.listeners)
         if not 1 <= workers <= most:
-            ceiling = f"max_workers = {self.config.max_workers} for {len(self.listeners)} listeners"
+            ceiling = f"max_workers = {self.config.max_workers} for {len(current.listeners)} listeners"
             reason = f"workers = {workers}: must be 1 to {most} ({ceiling})"
             log.event("ignored", what=why, why=reason)
             return reason
@@ -494,50 +498,47 @@ class Master:
 
     # -- listeners
 
-    def _open(self, addresses: Iterable[Address], conf: Config) -> list[Listener]:
-        opened: list[Listener] = []
-        try:
-            for wanted in addresses:
-                opened.append(open_listener(wanted, conf.backlog))  # noqa: PERF401 - those opened so far are closed on error
-        except BaseException:
-            for listener in opened:
-                listener.close()
-            raise
-        return opened
+    def _warn_of_limits(self, listeners: Sequence[Listener]) -> None:
+        """Name the limits of the machine that the configuration can exceed; at a reload, when it needs another measure."""
+        conf = self.config
+        demand = limits.Demand(
+            backlog=conf.backlog,
+            listeners=len(listeners),
+            workers=conf.workers,
+            max_workers=conf.max_workers,
+            control_clients=control.CLIENTS if self.control is not None else 0,
+            user=conf.user or str(os.getuid()),
+            rlimit=conf.rlimit,
+            running=sum(generation.live() for generation in self._generations()),
+            queue_limit=next((queue[1] for listener in listeners if (queue := listener.queue()) is not None), None),
+        )
+        if demand == self.demand:
+            return
+        self.demand = demand
+        for shortage in limits.shortages(limits.read(os.environ), demand):
+            log.event("limit", **_fields(shortage))
 
-    def _match(self, wanted: Sequence[Address]) -> list[Listener | None]:
-        """For each address the listener that is open for it already, each listener once: two free ports are two."""
-        left = list(self.listeners)
-        found: list[Listener | None] = []
-        for address in wanted:
-            place = (address.family, address.host, address.port)
-            kept = next((at for at in left if (at.configured.family, at.configured.host, at.configured.port) == place), None)
-            if kept is not None:
-                left.remove(kept)
-            found.append(kept)
-        return found
+    def _part_from(self, listener: Listener) -> None:
+        """Nobody accepts there any more."""
+        for generation in self._generations():
+            if listener in generation.listeners:
+                deadline = None if self.stop is not None else self._drain_deadline(generation)
+                generation.retire(generation.listeners.index(listener), self.now, deadline)
 
-    def _warn_of_limits(self) -> None:
-        limit = next((queue[1] for listener in self.listeners if (queue := listener.queue()) is not None), None)
-        if limit is not None and limit < self.config.backlog:
-            log.event("backlog_cut", backlog=self.config.backlog, limit=limit)
+    # -- suspending
 
-    def _say_farewell(self, listener: Listener, deadline: float) -> None:
-        listener.turn_away()
-        self.farewells.append(Farewell(listener, deadline))
+    def _suspend(self) -> None:
+        """Nobody accepts any more; the sockets stay bound, and the kernel's queue holds clients."""
+        if not self.suspended and self.current is not None:
+            self.suspended = True
+            self.current.suspend(self.now)
+            log.event("suspended", busy=sum(generation.count(BUSY) for generation in self._generations()))
 
-    def _tend_farewells(self) -> None:
-        for farewell in list(self.farewells):
-            listener = farewell.listener
-            if not listener.drained() and farewell.deadline > self.now:
-                continue
-            self.farewells.remove(farewell)
-            for generation in self._generations():
-                if listener in generation.listeners:
-                    deadline = None if self.stop is not None else self._drain_deadline(generation)
-                    generation.retire(generation.listeners.index(listener), self.now, deadline)
-            listener.close()
-            log.event("no_longer_listening", address=listener.address)
+    def _resume(self) -> None:
+        if self.suspended and self.current is not None:
+            self.suspended = False
+            self.current.resume(self.now)
+            log.event("resumed")
 
     # -- stopping
 
@@ -554,18 +555,19 @@ class Master:
         self._drop_reload("the daemon is stopping")
         busy = sum(generation.count(BUSY) for generation in self._generations())
         log.event("stopping", why=why, busy=busy, seconds=seconds)
+        # Who waits in the queue has been connected by the kernel: a stop serves them.
+        self._resume()
         for generation in self._generations():
             generation.announce_stop()
-        for listener in self.listeners:
-            self._say_farewell(listener, self.stop.deadline)
+        for listener in self.listeners.current:
+            self.listeners.say_farewell(listener, self.stop.deadline)
         self._hurry(self.stop.deadline)
 
     def _hurry(self, deadline: float) -> None:
         """Nothing that ends may take longer than this stop."""
         if self.stop is not None:
             self.stop.deadline = min(self.stop.deadline, deadline)
-            for farewell in self.farewells:
-                farewell.deadline = min(farewell.deadline, self.stop.deadline)
+            self.listeners.hurry(self.stop.deadline)
 
     def _stop_quickly(self, why: str, client: Client | None = None) -> None:
         clients = [client] if client is not None else []
@@ -577,9 +579,7 @@ class Master:
             log.event("stopping_quickly", why=why)
         self.stop = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True)
         self._drop_reload("the daemon is stopping")
-        self.farewells.clear()
-        for listener in self.listeners:
-            listener.close()
+        self.listeners.close()
         for generation in self._generations():
             generation.announce_stop()
             generation.quit()
@@ -590,15 +590,14 @@ class Master:
             reload.generation.abandon(self.now)
             self.draining.append(reload.generation)
             self._tell(reload.clients, {"ok": False, "reason": reason})
-            for listener in reload.opened:
-                listener.close()
+            reload.plan.drop()
         if self.reload_wanted is not None:
             self._tell(self.reload_wanted, {"ok": False, "reason": reason})
             self.reload_wanted = None
 
     def _tend_stop(self) -> None:
         stop = self.stop
-        if stop is None or self.farewells:
+        if stop is None or self.listeners.farewells:
             return
         if self.current is not None:
             self.draining.append(self.current)
@@ -632,14 +631,15 @@ class Master:
         # Nothing is left to do for a signal, and the interpreter gives them their default action while it ends.
         signals.block()
         counts = self.tally.counts
-        for listener in self.listeners:
-            listener.close()
+        self.listeners.close()
         if self.stop is not None:
             if self.failure is None:
                 log.event("stopped", accepted=counts.begun, killed=counts.killed)
             self._tell(self.stop.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
         if self.control is not None:
             self.control.close()
+        if self.pid_file is not None:
+            self.pid_file.remove()
 
     # -- the control socket
 
@@ -662,6 +662,8 @@ class Master:
                 self._reload("reload", client)
             case "scale":
                 self._obey_scale(client, request.get("workers"))
+            case "suspend" | "resume" as wanted:
+                self._obey_suspend(client, wanted)
             case "stop":
                 self._obey_stop(client, request)
             case unknown:
@@ -690,6 +692,25 @@ class Master:
 
         self._tell_when(client, self.now + self.config.boot_timeout, outcome)
 
+    def _obey_suspend(self, client: Client, wanted: str) -> None:
+        if self.current is None or self.stop is not None:
+            self._tell([client], {"ok": False, "reason": "the daemon is starting or stopping"})
+            return
+        if wanted == "suspend":
+            self._suspend()
+        else:
+            self._resume()
+
+        def outcome(_: float) -> dict[str, Any] | None:
+            current = self.current
+            if current is None or self.suspended != (wanted == "suspend"):
+                return {"ok": False, "reason": "another command came between"}
+            done = not any(generation.accepts for generation in self._generations()) if self.suspended else current.settled()
+            busy = sum(generation.count(BUSY) for generation in self._generations())
+            return {"ok": True, "workers": current.targets[0], "busy": busy} if done else None
+
+        self._tell_when(client, self.now + self.config.boot_timeout, outcome)
+
     def _obey_stop(self, client: Client, request: dict[str, Any]) -> None:
         timeout = request.get("timeout")
         if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout < 1e9):
@@ -713,7 +734,9 @@ class Master:
             return "stopping"
         if self.current is None:
             return "starting"
-        return "reloading" if self.reload is not None else "running"
+        if self.reload is not None:
+            return "reloading"
+        return "suspended" if self.suspended else "running"
 
     def _report_status(self, client: Client) -> None:
         """What only the master knows, and the boards; `prefork.ops.status` makes the rest of it."""
@@ -724,6 +747,8 @@ class Master:
             ended += generation.accepted()
         generations = generations[:most]
         troubled = [t for t in (self.trouble, self.current.trouble if self.current else None) if t and t.until > self.now]
+        # While it starts, what it is about to listen on.
+        listeners = self.listeners.current or (self.reload.plan.listeners if self.reload is not None else ())
         facts: dict[str, Any] = {
             "ok": True,
             "name": self.name,
@@ -737,7 +762,7 @@ class Master:
             "backoff": {"until": time.time() + troubled[0].until - self.now, "reason": troubled[0].reason} if troubled else None,
             "max_workers": self.config.max_workers,
             "saturated_seconds": self.saturated_before + (self.current.saturated_for(self.now) if self.current else 0.0),
-            "listeners": [_listener_facts(listener) for listener in self.listeners],
+            "listeners": [_listener_facts(listener) for listener in listeners],
             "targets": self.current.targets if self.current is not None else [],
             "ended": _fields(ended),
             "histogram": self.tally.histogram,

@@ -83,7 +83,11 @@ def connect(address: Any, timeout: float = 10.0) -> socket.socket:
     if isinstance(address, str):
         sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
         sock.settimeout(timeout)
-        sock.connect(address)
+        try:
+            sock.connect(address)
+        except OSError:
+            sock.close()
+            raise
         return sock
     return socket.create_connection(address, timeout)
 

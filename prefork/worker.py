@@ -15,6 +15,7 @@ import _socket
 import atexit
 import gc
 import os
+import resource
 import signal
 import socket
 import sys
@@ -27,12 +28,16 @@ from typing import Any, NoReturn
 
 from prefork import log
 from prefork.config import Config
-from prefork.handler import Connection, Handler
-from prefork.net.address import peer_text
+from prefork.errors import HandlerError
+from prefork.handler import Connection, Handler, Shape, serve_current
+from prefork.net.address import client_address, peer_text
 from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
+from prefork.request import RequestServer
 from prefork.system import process, signals
+from prefork.system.credentials import offer_to_the_oom_killer
+from prefork.values import RLIMITS
 
 # A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
 PAUSE = 0.1
@@ -89,6 +94,8 @@ class Worker:
         self.retiring = False
         self.forked = False
         self.pauses = 0
+        self.accepted: tuple[socket.socket, Any]  # the latest connection, and what accept() said of its peer
+        self._connection: Connection | None = None
         self.listener_stat = os.fstat(brief.listener.fileno())
         self.devnull_stat = os.fstat(brief.devnull)
 
@@ -104,10 +111,14 @@ class Worker:
         process.close_all_but({*log.descriptors(), 0, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
         process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
         log.configure(role=f"gen {brief.generation} worker {self.slot}")
+        for name, limit in brief.config.rlimit:
+            resource.setrlimit(RLIMITS[name], (limit, limit))
+        offer_to_the_oom_killer()
         os.register_at_fork(after_in_child=self._after_fork)
         # What the import registered belongs to the fork server's life: run at each worker's end it would remove, say, a
         # temporary directory under the others' feet. A worker runs what was registered in it.
         atexit._clear()
+        serve_current(self.connection)
         self._take_signals()
         signals.unblock()
         signals.forget()
@@ -115,6 +126,12 @@ class Worker:
     def run(self) -> int:
         """Wait at the gate, serve until asked to leave, clean up. Returns the exit status."""
         board, slot = self.board, self.slot
+        try:
+            self._run_hook("on_worker_start")
+        except HandlerError as error:
+            board.leave_last_words(str(error))
+            self._clean_up()
+            return error.exit_code
         board.words[board.record(slot) + scoreboard.STARTED] = time.monotonic_ns()
         board.states[slot] = PARKED
         self._ring(wire.Ring.READY)
@@ -127,6 +144,11 @@ class Worker:
             status = self.serve()
         finally:
             board.states[slot] = LEAVING
+        try:
+            self._run_hook("on_worker_exit")
+        except HandlerError as error:
+            what, _, text = str(error).partition("\n")
+            log.event("exit_failed", what=what.removesuffix(" raised"), text=text)
         self._clean_up()
         return status
 
@@ -154,8 +176,10 @@ class Worker:
             socket.getdefaulttimeout,
             _socket.socket.close,
         )
-        call = self._with_connection if self.handler.takes_connection else self.handler.call
+        timeout = self.brief.config.socket_timeout or None
+        call = self._call()
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+        last, worn = self._last_connection(begun), self._worn_out()
         slot_number = slot + 1
 
         while True:
@@ -181,9 +205,12 @@ class Worker:
             below = order_words[ring_at]
             if unseen or (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below):
                 self._ring(wire.Ring.ACCEPTED)
+            if begun == last:
+                self._tire()
             sock = new_socket(family, kind, protocol, fd)
-            if default_timeout() is not None:
-                sock.settimeout(None)
+            self.accepted = sock, address
+            if default_timeout() is not timeout:
+                sock.settimeout(timeout)
             failed = False
             try:
                 try:
@@ -212,9 +239,41 @@ class Worker:
             else:
                 ended_ok += 1
                 words[ok_at] = ended_ok
+            if worn is not None and worn():
+                self._tire()
             if self.pauses:
                 log.event("accept_again", count=self.pauses)
                 self.pauses = 0
+
+    # -- recycling
+
+    def _tire(self) -> None:
+        """Ask to be recycled: to be told to leave once somebody else accepts in this place."""
+        if not self.board.tired[self.slot]:
+            self.board.tired[self.slot] = 1
+            self._ring(wire.Ring.TIRED)
+
+    def _last_connection(self, begun: int) -> int:
+        """The slot's count at the last connection that is for this worker; a number that is never reached without a limit."""
+        conf = self.brief.config
+        if not conf.max_connections:
+            return -1
+        # Not `random`, whose state is the fork server's and the same in all workers.
+        jitter = int.from_bytes(os.urandom(4), "little") % (conf.max_connections_jitter + 1)
+        return begun + conf.max_connections + jitter
+
+    def _worn_out(self) -> Callable[[], bool] | None:
+        """What tells, after a connection, whether this process has become too old or too large; None without limits."""
+        conf, born = self.brief.config, time.monotonic()
+        if not conf.max_lifetime and not conf.max_memory:
+            return None
+
+        def worn() -> bool:
+            if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
+                return True
+            return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+
+        return worn
 
     # -- accepting
 
@@ -254,21 +313,61 @@ class Worker:
 
     # -- the handler
 
-    def _with_connection(self, sock: socket.socket) -> object:
+    def _call(self) -> Callable[[socket.socket], Any]:
+        """The handler as something that takes only a socket."""
+        call, brief = self.handler.call, self.brief
+        match self.handler.shape:
+            case Shape.SOCKET:
+                return call
+            case Shape.CONNECTION:
+                return lambda sock: call(sock, self.connection())
+            case Shape.REQUEST:
+                server = RequestServer(brief.listener, call, brief.config.backlog)
+                return lambda sock: call(sock, client_address(self.accepted[1]), server)
+
+    def connection(self) -> Connection:
+        """The connection being served, made when first asked for. Raises RuntimeError when there is none."""
         board, slot, brief = self.board, self.slot, self.brief
+        if self.forked:
+            raise RuntimeError(
+                "prefork.current(): a child that the handler forked has no connection of its own; ask before the fork"
+            )
+        if board.states[slot] != BUSY:
+            raise RuntimeError("prefork.current(): this worker serves no connection now; hooks and exit functions have none")
         words, record = board.words, board.record(slot)
-        family = int(sock.family)
-        connection = Connection(
-            id=f"{brief.generation}.{slot}.{words[record + scoreboard.BEGUN]}",
-            peer=board.peer(slot),
-            local=str(brief.listener.address) if family == socket.AF_UNIX else peer_text(family, sock.getsockname()),
-            listener=str(brief.listener.address),
-            worker=slot,
-            generation=brief.generation,
-            accepted_at=words[record + scoreboard.SINCE] / 1e9,
-            asked_to_stop=self._asked_to_leave,
-        )
-        return self.handler.call(sock, connection)
+        number = f"{brief.generation}.{slot}.{words[record + scoreboard.BEGUN]}"
+        if self._connection is None or self._connection.id != number:
+            self._connection = Connection(
+                id=number,
+                peer=board.peer(slot),
+                local=self._local(),
+                listener=str(brief.listener.address),
+                worker=slot,
+                generation=brief.generation,
+                accepted_at=words[record + scoreboard.SINCE] / 1e9,
+                asked_to_stop=self._asked_to_leave,
+            )
+        return self._connection
+
+    def _local(self) -> str:
+        sock, listener = self.accepted[0], self.brief.listener.address
+        if listener.family == socket.AF_UNIX:
+            return str(listener)
+        try:
+            return peer_text(listener.family, sock.getsockname())
+        except OSError:  # the handler has closed or detached it
+            return str(listener)
+
+    def _run_hook(self, option: str) -> None:
+        """Raises HandlerError. A hook's children end here, like a handler's; what it changes of its process stays."""
+        try:
+            self.handler.run_hook(option)
+        finally:
+            if self.forked:
+                os._exit(EXIT_RETIRED)
+            if signals.touched():
+                process.settle()
+                self._put_back(signals.keep)
 
     def _handler_raised(self, error: BaseException, peer: str) -> None:
         suppressed = self.board.may_log_traceback(int(time.monotonic()), TRACEBACKS_A_SECOND)
@@ -281,20 +380,26 @@ class Worker:
             tb = tb.tb_next
         log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
 
-    def _put_back(self) -> None:
-        """The handler changed signals: put back what retiring and accepting depend on."""
+    def _put_back(self, handlers: Callable[[], None] = signals.put_back) -> None:
+        """The handler changed signals or the working directory: put back what retiring and the next connection depend on."""
         while True:
             try:
                 signals.block()
                 for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
                     signal.setitimer(timer, 0)
+                handlers()
                 self._take_signals()
                 signals.unblock()
                 signals.forget()
             except BaseException as error:  # an alarm that had rung before its timer was stopped; it can't ring for ever
                 log.event("late_alarm", reason=error)
             else:
-                return
+                break
+        try:
+            process.go_home()
+        except OSError as error:  # it has closed the way back: the next connection is for another worker
+            log.event("not_at_home", reason=error.strerror)
+            self.retiring = True
 
     def _after_fork(self) -> None:
         """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""

@@ -136,3 +136,13 @@ def fewer_than(seconds: float, what: str) -> Iterator[None]:
     yield
     took = time.monotonic() - begun
     assert took < seconds, f"{what} took {took:.3f} s, not less than {seconds} s"
+
+
+def is_free(port: int) -> bool:
+    """Whether nobody has this port of 127.0.0.1."""
+    with socket.socket() as sock:
+        try:
+            sock.bind(("127.0.0.1", port))
+        except OSError:
+            return False
+        return True

@@ -1,4 +1,5 @@
-"""Addresses as users write them, and back: ``HOST:PORT``, ``:PORT``, ``[::1]:PORT``, ``unix:/path?mode=0660``.
+"""Addresses as users write them, and back: ``HOST:PORT``, ``:PORT``, ``[::1]:PORT``, ``unix:/path?mode=0660``, ``fd:3``,
+``systemd:NAME``.
 
 Parsing asks nobody: a host is numeric or ``localhost``. A name could mean another machine at each reload, and looking it up
 would block the master.
@@ -15,29 +16,46 @@ from urllib.parse import parse_qsl
 UNIX_PATH_LIMIT = 107
 TEMPORARY_NAME = 5
 DEFAULT_MODE = 0o600
+INHERITED = int(socket.AF_UNSPEC)
+UNRESOLVED = -1
 _MAPPED = "::ffff:"
 
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where to listen. For a Unix socket ``host`` is its path and ``mode`` its permission bits."""
+    """Where to listen.
+
+    For a Unix socket ``host`` is its path, ``mode`` its permission bits, and ``user`` and ``group`` its owners (empty: as
+    created). For a socket that was inherited ``family`` is INHERITED, ``host`` how it was named, and ``port`` its descriptor
+    (UNRESOLVED for a service manager's, until it is known which sockets it has passed).
+    """
 
     family: int
     host: str
     port: int = 0
     mode: int = DEFAULT_MODE
+    user: str = ""
+    group: str = ""
+
+    @property
+    def place(self) -> tuple[int, str, int]:
+        """What makes it another address than others."""
+        return self.family, self.host, self.port
 
     def same_place(self, other: "Address") -> bool:
         """Whether both can't be listened on at once; two free ports (0) can."""
-        here, there = (self.family, self.host, self.port), (other.family, other.host, other.port)
-        return here == there and (self.port != 0 or self.family == socket.AF_UNIX)
+        return self.place == other.place and (self.port != 0 or self.family == socket.AF_UNIX)
 
     @property
     def text(self) -> str:
         """As a user writes it, parameters included."""
-        return f"{self}?mode={self.mode:04o}" if self.family == socket.AF_UNIX and self.mode != DEFAULT_MODE else str(self)
+        said = {"mode": f"{self.mode:04o}" if self.mode != DEFAULT_MODE else "", "user": self.user, "group": self.group}
+        query = "&".join(f"{key}={value}" for key, value in said.items() if value)
+        return f"{self}?{query}" if query else str(self)
 
     def __str__(self) -> str:
+        if self.family == INHERITED:
+            return self.host
         if self.family == socket.AF_UNIX:
             return f"unix:{self.host}"
         if self.family == socket.AF_INET6:
@@ -49,10 +67,12 @@ def parse(text: str) -> Address:
     """The address that ``text`` names. Raises ValueError saying what would be right."""
     if text.startswith("unix:"):
         return _parse_unix(text)
+    if text.startswith(("fd:", "systemd:")):
+        return _parse_inherited(text)
     host, colon, port_text = text.rpartition(":")
     if not colon:
         meant = f"; did you mean :{text}?" if text.isdigit() else ""
-        raise ValueError(f"an address is HOST:PORT, :PORT, [IPV6]:PORT or unix:/path{meant}")
+        raise ValueError(f"an address is HOST:PORT, :PORT, [IPV6]:PORT, unix:/path, fd:N or systemd:NAME{meant}")
     if not re.fullmatch(r"[0-9]{1,5}", port_text) or int(port_text) > 65535:
         raise ValueError(f"the port must be a number from 0 to 65535, not {port_text[:40]!r}")
     port = int(port_text)
@@ -83,16 +103,34 @@ def _parse_unix(text: str) -> Address:
     path, _, query = text.removeprefix("unix:").partition("?")
     check_path(path)
     mode = DEFAULT_MODE
+    owners = {"user": "", "group": ""}
     for key, value in parse_qsl(query, keep_blank_values=True):
+        if key in owners:
+            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", value):
+                raise ValueError(f"{key} is a name or a number, not {value[:80]!r}")
+            owners[key] = value
+            continue
         if key != "mode":
-            raise ValueError(f"unknown parameter {key!r}; there is mode, as in unix:/path?mode=0660")
+            raise ValueError(f"unknown parameter {key[:80]!r}; there are mode, user and group: unix:/path?mode=0660&group=www-data")
         try:
             mode = int(value, 8)
         except ValueError:
             mode = -1
         if not 0 <= mode <= 0o777:
-            raise ValueError(f"mode is octal, 0 to 0777, not {value!r}")
-    return Address(socket.AF_UNIX, path, mode=mode)
+            raise ValueError(f"mode is octal, 0 to 0777, not {value[:80]!r}")
+    return Address(socket.AF_UNIX, path, mode=mode, user=owners["user"], group=owners["group"])
+
+
+def _parse_inherited(text: str) -> Address:
+    kind, _, which = text.partition(":")
+    if kind == "fd":
+        if not re.fullmatch(r"[0-9]{1,7}", which) or int(which) <= 2:
+            raise ValueError("a descriptor is a number from 3 on, as in fd:3: the first three are standard input, output and error")
+        return Address(INHERITED, f"fd:{int(which)}", int(which))
+    # systemd.socket(5): FileDescriptorName is at most 255 characters, without control characters and colons.
+    if not which or len(which) > 255 or not which.isprintable() or ":" in which:
+        raise ValueError("systemd:NAME takes a FileDescriptorName (systemd.socket(5))")
+    return Address(INHERITED, text, UNRESOLVED)
 
 
 def check_path(path: str) -> None:
@@ -117,3 +155,10 @@ def peer_text(family: int, address: Any) -> str:
             return f"{host[len(_MAPPED) :]}:{port}"
         return f"[{host}]:{port}"
     return f"{host}:{port}"
+
+
+def client_address(address: Any) -> Any:
+    """What accept(2) gave, as socketserver's handlers know it; a mapped IPv4 address as the pair that IPv4 has."""
+    if isinstance(address, tuple) and address[0].startswith(_MAPPED):
+        return address[0][len(_MAPPED) :], address[1]
+    return address

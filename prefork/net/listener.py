@@ -7,6 +7,9 @@ Facts this rests on (measured; socket(7), tcp(7), unix(7)):
 * A stop that waits for the queue to empty never ends under load, and ``listen(fd, 0)`` first still loses connections. A classic
   BPF filter that drops segments with SYN and without ACK empties the queue in milliseconds, with nobody lost; clients turned
   away retry and reach the successor, or are refused.
+* Some kernels (seen: 6.18) want CAP_NET_ADMIN for a filter on a TCP socket. A listener that is bound to an interface that does not
+  exist (SO_BINDTOIFINDEX; without privilege since 5.7) is not found for a SYN, whose sender is refused, while a handshake that is
+  under way ends as it began.
 * ``shutdown`` on a listener ends ``accept`` (EINVAL) in every process that shares it and frees the port, whoever holds a copy.
 """
 
@@ -19,6 +22,7 @@ import select
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -31,10 +35,18 @@ from prefork.net.address import TEMPORARY_NAME, Address
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
 _SO_ATTACH_FILTER = 26
+_SO_BINDTOIFINDEX = 62
+# The highest index that an interface can have, and no interface has.
+_NOWHERE = (1 << 31) - 1
 # BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
 _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 # How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
 EMPTY_LOOKS = 3
+# chown(2): neither user nor group is changed.
+NOBODY = (-1, -1)
+# SO_PEERCRED: pid, uid and gid of whoever called listen(), on the side that has connected (unix(7)).
+_UCRED = struct.Struct("3i")
+_CLAIM_TRIES, _CLAIM_PAUSE = 20, 0.005
 
 
 class Verdict(Enum):
@@ -75,17 +87,28 @@ ACCEPT_ERRORS: dict[int | None, Verdict] = {
 }
 
 
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Settings:
+    """What a configuration says of every listener. The options of TCP are inherited by the connections (tcp(7))."""
+
+    backlog: int
+    nodelay: bool = True
+    keepalive: bool = False
+
+
 @dataclass(slots=True, eq=False)
 class Listener:
     """One bound, listening, blocking socket, and what is needed to close it properly.
 
-    ``configured`` is the address as asked for, ``address`` with the real port. ``inode`` is set for a Unix socket's path.
+    ``configured`` is the address as asked for, ``address`` the real one. ``inode`` is set for a Unix socket's path. One that is
+    not ``ours`` was opened by somebody who keeps it: it is never filtered, shut down or unlinked, and its queue is theirs.
     """
 
     configured: Address
     address: Address
     sock: socket.socket
     inode: tuple[int, int] | None = None
+    ours: bool = True
     empty_looks: int = 0
 
     def fileno(self) -> int:
@@ -103,15 +126,29 @@ class Listener:
     def turn_away(self) -> None:
         """Let no new client in; those whom the kernel has connected can still be accepted."""
         self.empty_looks = 0
+        if not self.ours:
+            return
         if self.address.family == socket.AF_UNIX:
             self._unlink()
             return
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
         address, _ = program.buffer_info()
-        self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
+        except PermissionError:
+            self._hear_nobody()
+
+    def _hear_nobody(self) -> None:
+        """Without the right to a filter: hear an interface that does not exist."""
+        try:
+            self.sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NOWHERE)
+        except OSError:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
+            self.sock.listen(0)
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
+        if not self.ours:
+            return True
         queue = self.queue()
         if queue is None:
             poll = select.poll()
@@ -129,18 +166,25 @@ class Listener:
         """
         if self.sock.fileno() == -1:
             return
-        try:
-            self.sock.shutdown(socket.SHUT_RDWR)
-        except OSError as error:
-            if error.errno != errno.ENOTCONN:  # it was shut down before
-                raise
-        self._unlink()
+        if self.ours:
+            try:
+                self.sock.shutdown(socket.SHUT_RDWR)
+            except OSError as error:
+                if error.errno != errno.ENOTCONN:  # it was shut down before
+                    raise
+            self._unlink()
         self.sock.close()
 
-    def adopt(self, wanted: Address, backlog: int) -> None:
-        """Take over what a reload may change of an address that stays: the queue's limit, a path's permission bits."""
-        self.sock.listen(backlog)
-        if self.inode is not None and wanted.mode != self.configured.mode and inode_of(wanted.host) == self.inode:
+    def adopt(self, wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> None:
+        """Take over what a reload may change of an address that stays: TCP options, the queue's limit, a path's mode and owner.
+
+        Raises OSError when the machine does not let us; the socket serves on as it was.
+        """
+        _set_options(self.sock, settings)
+        if self.ours:
+            self.sock.listen(settings.backlog)
+        if self.inode is not None and wanted != self.configured and inode_of(wanted.host) == self.inode:
+            os.chown(wanted.host, *owner)
             os.chmod(wanted.host, wanted.mode)
         self.configured = wanted
 
@@ -150,19 +194,29 @@ class Listener:
         self.inode = None
 
 
-def open_listener(wanted: Address, backlog: int) -> Listener:
-    """Bind and listen. Raises AddressError or NotPermittedError, naming the address and what would help."""
+def _set_options(sock: socket.socket, settings: Settings) -> None:
+    if sock.family != socket.AF_UNIX:
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, settings.nodelay)
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, settings.keepalive)
+
+
+def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> Listener:
+    """Bind and listen. ``owner``: uid and gid of a Unix socket's path, -1 to leave it.
+
+    Raises AddressError or NotPermittedError, naming the address and what would help.
+    """
     try:
         if wanted.family == socket.AF_UNIX:
-            sock, inode = open_unix(wanted.host, wanted.mode, backlog)
+            sock, inode = open_unix(wanted.host, wanted.mode, settings.backlog, owner)
             return Listener(wanted, wanted, sock, inode)
         sock = socket.socket(wanted.family, socket.SOCK_STREAM)
         try:
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if wanted.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if wanted.host == "" else 1)
+            _set_options(sock, settings)
             sock.bind((wanted.host, wanted.port))
-            sock.listen(backlog)
+            sock.listen(settings.backlog)
         except BaseException:
             sock.close()
             raise
@@ -172,8 +226,40 @@ def open_listener(wanted: Address, backlog: int) -> Listener:
     return Listener(wanted, real, sock)
 
 
-def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[int, int]]:
-    """A listening Unix socket at ``path`` with these permission bits, and the inode that it has there.
+def adopt_inherited(wanted: Address, settings: Settings) -> Listener:
+    """The listening socket that stands at descriptor ``wanted.port``: somebody else has bound it, and keeps it.
+
+    The descriptor itself is left open, so that its number never becomes another's. Raises AddressError when it is no listening
+    stream socket.
+    """
+    try:
+        sock = socket.socket(fileno=fcntl.fcntl(wanted.port, fcntl.F_DUPFD_CLOEXEC, 3))
+    except OSError as error:
+        raise AddressError(f"{wanted}: descriptor {wanted.port} is no socket: {error.strerror}") from None
+    try:
+        listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
+        if not listens or sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+            raise AddressError(f"{wanted}: descriptor {wanted.port} is not a listening stream socket (TCP or Unix)")
+        # The description is shared with whoever passed it; acceptors block.
+        sock.setblocking(True)
+        _set_options(sock, settings)
+        return Listener(wanted, _name_of(sock), sock, ours=False)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def _name_of(sock: socket.socket) -> Address:
+    name = sock.getsockname()
+    if sock.family == socket.AF_UNIX:
+        # An abstract name begins with NUL, and is written with @ (unix(7)).
+        shown = os.fsdecode(name)
+        return Address(socket.AF_UNIX, "@" + shown[1:] if shown.startswith("\0") else shown)
+    return Address(int(sock.family), name[0], name[1])
+
+
+def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = NOBODY) -> tuple[socket.socket, tuple[int, int]]:
+    """A listening Unix socket at ``path`` with these permission bits and owners, and the inode that it has there.
 
     It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
     one step. Raises AddressError when a live process listens there, OSError for the rest: FileExistsError when something that
@@ -187,6 +273,7 @@ def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[
             temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
             sock.bind(temporary)
             try:
+                os.chown(temporary, *owner)
                 os.chmod(temporary, mode)
                 sock.listen(backlog)
                 os.rename(temporary, path)
@@ -204,10 +291,20 @@ def open_unix(path: str, mode: int, backlog: int) -> tuple[socket.socket, tuple[
 
 @contextmanager
 def _claimed(folder: str) -> Iterator[None]:
-    """Two daemons that start at once must not both find the stale socket and replace each other's."""
+    """Two daemons that start at once must not both find the stale socket and replace each other's.
+
+    The lock is held for microseconds, but anybody who can read the directory may take it: nobody waits for it for long.
+    """
     fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
+        for tries_left in reversed(range(_CLAIM_TRIES)):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise AddressError(f"{folder}: another process holds a lock on this directory; try again") from None
+                time.sleep(_CLAIM_PAUSE)
         yield
     finally:
         os.close(fd)
@@ -219,16 +316,19 @@ def _make_way(path: str) -> None:
     except FileNotFoundError:
         return
     if not stat.S_ISSOCK(kind):
-        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path")
+        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
             return  # nobody listens there: the rename replaces it
+        except PermissionError:
+            raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
         except BlockingIOError:
-            pass  # its queue is full: somebody does
-    raise AddressError(f"unix:{path}: another process listens there")
+            raise AddressError(f"unix:{path} is in use: somebody listens there, and the queue is full") from None
+        pid, _, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    raise AddressError(f"unix:{path} is in use{_by(pid)}")
 
 
 def inode_of(path: str) -> tuple[int, int] | None:
@@ -262,10 +362,22 @@ def _explain(wanted: Address, error: OSError) -> Exception:
             )
         case errno.ENOENT:
             return AddressError(f"{wanted}: the directory {os.path.dirname(wanted.host)} does not exist")
+        case errno.EACCES | errno.EPERM if wanted.user or wanted.group:
+            return NotPermittedError(f"{wanted}: no permission to create a socket there and give it away: {wanted.text}")
         case errno.EACCES | errno.EPERM:
             return NotPermittedError(f"{wanted}: no permission to create a socket there")
         case _:
             return AddressError(f"{wanted}: {error.strerror}")
+
+
+def _by(pid: int) -> str:
+    """Who that is, as far as /proc lets us see."""
+    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+
+    try:
+        return f" by {psutil.Process(pid).name()} (pid {pid})"
+    except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace
+        return ""
 
 
 def _holder(wanted: Address) -> str:
@@ -283,6 +395,6 @@ def _holder(wanted: Address) -> str:
         # Children inherit it: name the oldest of the family, whom somebody can stop.
         while (parent := holder.parent()) is not None and listens(parent.net_connections("tcp")):
             holder = parent
-        return f" by {holder.name()} (pid {holder.pid})"
+        return _by(holder.pid)
     except (OSError, psutil.Error):
         return ""

@@ -21,6 +21,10 @@ from prefork.system import process
 
 REQUEST_LIMIT = 4096
 CLIENTS = 64
+# So many may wait for an outcome: the other places are for commands that are answered at once or end the daemon, and for those
+# who have not said yet what they want.
+WAITING = 48
+NEVER_REFUSED = ("status", "stop")
 # A request is a line from a command on this machine: whoever needs longer for it, or for taking the answer, is not one.
 PATIENCE = 10.0
 ACCEPT_PAUSE = 0.1
@@ -52,6 +56,7 @@ class ControlServer:
     obey: Callable[[Client, dict[str, Any]], None]
     clients: set[Client] = field(default_factory=set)
     resume_at: float | None = None
+    crowded: int = 0  # clients that were let go, or not let in, because there were too many
     waiting: list[tuple[Client, float, Outcome]] = field(default_factory=list)
 
     def accept(self, now: float) -> None:
@@ -71,7 +76,7 @@ class ControlServer:
         reason = None
         if uid not in (0, os.geteuid()):
             reason = f"user {uid} is neither root nor this daemon's"
-        elif len(self.clients) >= CLIENTS:
+        elif len(self.clients) >= CLIENTS and not self._make_room():
             reason = f"{CLIENTS} clients are connected already"
         if reason is not None:
             log.event("control_refused", reason=reason)
@@ -80,6 +85,17 @@ class ControlServer:
         client = Client(sock, now + PATIENCE)
         self.clients.add(client)
         self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
+
+    def _make_room(self) -> bool:
+        """Let go of who has been silent for longest: a command says at once what it wants, and must not be kept out by a crowd."""
+        silent = [(client.deadline, id(client), client) for client in self.clients if client.deadline and client.answer is None]
+        if not silent:
+            return False
+        self.drop(min(silent)[2])
+        self.crowded += 1
+        if self.crowded & (self.crowded - 1) == 0:  # 1, 2, 4, 8, ...: a crowd must not fill the log
+            log.event("control_crowded", count=self.crowded, most=CLIENTS)
+        return True
 
     def _ready(self, client: Client, now: float) -> None:
         request = None
@@ -90,8 +106,12 @@ class ControlServer:
                 request = self._read(client, now)
         except OSError:
             self.drop(client)  # it has gone; nobody is left to tell
-        if request is not None:
-            self.obey(client, request)
+        if request is None:
+            return
+        if request["command"] not in NEVER_REFUSED and sum(c.deadline is None for c in self.clients) > WAITING:
+            self.answer(client, {"ok": False, "reason": f"{WAITING} commands are waiting for their outcome already"}, now)
+            return
+        self.obey(client, request)
 
     def _read(self, client: Client, now: float) -> dict[str, Any] | None:
         """The request, once it is whole."""

@@ -10,6 +10,7 @@ import os
 import pwd
 import socket
 import stat
+import struct
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -21,6 +22,7 @@ from prefork.system.process import Peer
 # SCM_RIGHTS takes 253 descriptors (unix(7)).
 DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
+_TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
 
 
@@ -96,16 +98,19 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     Raises RefusedError when nobody listens there, or somebody whom we don't believe, or the connection ends without an answer.
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        sock.settimeout(patience)
         try:
+            # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
+            if patience is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), int(patience % 1 * 1e6)))
             sock.connect(path)
+            sock.settimeout(patience)
             if (reason := _distrust(path, process.peer_of(sock))) is not None:
                 raise RefusedError(reason)
             sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
             data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
             while more := sock.recv(65536):
                 data += more
-        except TimeoutError:
+        except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
         except PermissionError:
             raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None

@@ -12,6 +12,10 @@ somebody is missing. Places known to be empty (a death, a start, a raised target
 
 Surplus acceptors are those that were never needed during a whole ``spare_timeout``: the low-water mark of idle workers, kept
 exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
+
+A worker that has reached a limit of its own (connections, age, memory) is *tired*: it serves on until it is told to leave, but
+does not count as an acceptor. So its replacement is forked as for anybody who is missing, and it is told to leave when it is
+not missed any more: `released`.
 """
 
 from collections.abc import Sequence
@@ -100,6 +104,12 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     retire = max(0, low - view.target)
     left = view.idle - retire
     return Memory(low_water=left, window_at=now), Decision(0, retire, now + spare_timeout, max(needed, left))
+
+
+def released(view: View, tired_idle: int, tired: int) -> tuple[int, bool]:
+    """How many tired workers that are idle may leave now, and whether those may who are busy. ``view`` counts none of them."""
+    ready = view.idle + view.returning
+    return min(tired_idle, max(0, ready + tired_idle - view.target)), tired > tired_idle and ready >= view.target
 
 
 def rooms(max_workers: int, targets: Sequence[int], live: Sequence[int], live_elsewhere: int) -> list[int]:

@@ -2,8 +2,8 @@
 
 A generation has two boards, each a memfd:
 
-* the *board*, written by workers: a dense row of state bytes (one C call counts 10,000 of them), a ring of the latest accepts,
-  and a record of 8-byte words for each slot;
+* the *board*, written by workers: a dense row of state bytes (one C call counts 10,000 of them), a row that says who wants to be
+  recycled, a ring of the latest accepts, and a record of 8-byte words for each slot;
 * the *orders*, written by the master and mapped read-only by workers, so that a stray write in a handler's C code ends that
   worker (SIGSEGV) and does not silence the whole service.
 
@@ -50,6 +50,8 @@ _MAGIC = int.from_bytes(b"prefork\1", "little")
 # The header page of the board, in words (word 0 is the magic): how many tracebacks were logged in which second, and how many
 # were not since.
 TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
+# The rest of that page, in bytes: why the latest worker that could not start did not. Only ever shown.
+_WORDS_AT, _WORDS_END = 64, _PAGE
 
 # A slot's record, in words.
 PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED = range(7)
@@ -91,10 +93,14 @@ class Layout:
         """The listener that a slot belongs to."""
         return slot // self.capacity
 
-    # The board: header page, row of states, rings, records.
+    # The board: header page, row of states, row of tired bytes, rings, records.
+    @property
+    def tired_at(self) -> int:
+        return _PAGE + _round_up(self.slots)
+
     @property
     def recent_at(self) -> int:
-        return _PAGE + _round_up(self.slots)
+        return self.tired_at + _round_up(self.slots)
 
     @property
     def records_at(self) -> int:
@@ -178,12 +184,13 @@ class Scoreboard:
             self.orders.madvise(mmap.MADV_DONTFORK)
         self.words = memoryview(self.board).cast("Q")
         self.states = memoryview(self.board)[_PAGE : _PAGE + layout.slots]
+        self.tired = memoryview(self.board)[layout.tired_at : layout.tired_at + layout.slots]
         self.order_words = memoryview(self.orders).cast("Q")
         self.retire = memoryview(self.orders)[layout.retire_at : layout.retire_at + layout.slots]
 
     def close(self) -> None:
         """Unmap both boards."""
-        for view in (self.words, self.states, self.order_words, self.retire):
+        for view in (self.words, self.states, self.tired, self.order_words, self.retire):
             view.release()
         self.board.close()
         self.orders.close()
@@ -204,6 +211,18 @@ class Scoreboard:
         """The states of a listener's first ``high`` slots."""
         start = self.row_start(listener)
         return self.board[start : start + high]
+
+    def tired_slots(self, listener: int, high: int) -> list[int]:
+        """Of a listener's first ``high`` slots those whose workers want to be recycled: gossip, until their master knows them."""
+        first = listener * self.layout.capacity
+        at = self.layout.tired_at + first
+        row = self.board[at : at + high]
+        found: list[int] = []
+        place = row.find(1)
+        while place >= 0:
+            found.append(first + place)
+            place = row.find(1, place + 1)
+        return found
 
     def row_start(self, listener: int) -> int:
         """Index in `board` of the listener's first state byte."""
@@ -263,6 +282,21 @@ class Scoreboard:
         words[TRACEBACKS] += 1
         suppressed, words[SUPPRESSED] = words[SUPPRESSED], 0
         return suppressed
+
+    def leave_last_words(self, text: str) -> None:
+        """Say why this worker ends before it was ready. Workers that do so at once write over each other."""
+        data = text.encode("utf-8", "replace").replace(b"\0", b"?")
+        most = _WORDS_END - _WORDS_AT - 1
+        if len(data) > most:
+            half = most // 2 - 16
+            data = data[:half] + b"\n[... cut ...]\n" + data[-half:]
+        self.board[_WORDS_AT : _WORDS_AT + len(data) + 1] = data + b"\0"
+
+    def take_last_words(self) -> str:
+        """What was left, once; an empty text when nothing was. Gossip: to be shown and nothing else."""
+        data = self.board[_WORDS_AT:_WORDS_END].split(b"\0", 1)[0]
+        self.board[_WORDS_AT] = 0
+        return data.decode("utf-8", "replace")
 
     def restore(self, slot: int, counts: Counts) -> None:
         """Put back counters that a worker's stray write has spoilt."""

@@ -32,6 +32,7 @@ class Ring(IntEnum):
 
     ACCEPTED = 1
     READY = 2
+    TIRED = 3
 
 
 _MAGIC_BYTES = struct.pack("<H", DOORBELL_MAGIC)
@@ -40,7 +41,7 @@ _RINGS = {int(why): why for why in Ring}
 
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """A worker's word: this slot of this generation has accepted, or is ready."""
+    """A worker's word: this slot of this generation has accepted, is ready, or wants to be recycled."""
 
     why: Ring
     generation: int

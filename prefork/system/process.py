@@ -1,13 +1,15 @@
 """Processes: fork, wait, signals to others, prctl, titles. Thin effects, no decisions (Linux: prctl(2), wait(2), proc(5))."""
 
 import ctypes
-import errno
+import functools
 import os
+import resource
 import signal
 import socket
 import struct
-from collections.abc import Collection
+from collections.abc import Callable, Collection
 from dataclasses import dataclass
+from typing import Any
 
 from setproctitle import setproctitle
 
@@ -18,6 +20,7 @@ PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
 _UCRED = struct.Struct("3i")
+_PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
 
 
@@ -48,7 +51,8 @@ class Peer:
     uid: int
 
 
-def _prctl(option: int, argument: int) -> None:
+def prctl(option: int, argument: int) -> None:
+    """Ask the kernel for something of this process, with one argument (prctl(2)). Raises OSError."""
     if _libc.prctl(option, ctypes.c_ulong(argument), 0, 0, 0) != 0:
         number = ctypes.get_errno()
         raise OSError(number, os.strerror(number))
@@ -63,12 +67,22 @@ def open_standard_descriptors() -> None:
 
 def become_subreaper() -> None:
     """Descendants whose parent dies become our children, not init's. Survives exec."""
-    _prctl(_PR_SET_CHILD_SUBREAPER, 1)
+    prctl(_PR_SET_CHILD_SUBREAPER, 1)
 
 
 def signal_when_orphaned(signo: int) -> None:
     """Get ``signo`` when the parent dies, and again for each new parent. Cleared when credentials change: call it after."""
-    _prctl(_PR_SET_PDEATHSIG, signo)
+    prctl(_PR_SET_PDEATHSIG, signo)
+
+
+def allow_limit(which: int, value: int) -> None:
+    """Make sure that our children may set this limit to ``value``: root raises the hard limit. Raises PermissionError."""
+    soft, hard = resource.getrlimit(which)
+    if hard != resource.RLIM_INFINITY and (value == resource.RLIM_INFINITY or value > hard):
+        try:
+            resource.setrlimit(which, (soft, value))
+        except ValueError:  # what Python makes of EPERM here (setrlimit(2))
+            raise PermissionError(f"the hard limit is {hard}, less than {value}") from None
 
 
 def peer_of(sock: socket.socket) -> Peer:
@@ -161,15 +175,66 @@ def is_runnable(pid: int) -> bool:
     return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3] == b"R"
 
 
+def resident_memory() -> int:
+    """Bytes of memory that this process has in RAM, what it shares included: what ps(1) calls RSS (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb", buffering=0) as statm:
+        return int(statm.read(128).split()[1]) * _PAGE
+
+
+def descriptors() -> list[int]:
+    """The descriptors that are open."""
+    found = []
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            os.fstat(int(name))
+        except OSError:
+            continue  # listdir's own
+        found.append(int(name))
+    return found
+
+
 def close_all_but(keep: Collection[int]) -> None:
     """Close every descriptor that is not in ``keep``: what was inherited by a fork and is not needed must not live on in it."""
-    for name in os.listdir("/proc/self/fd"):
-        if int(name) not in keep:
-            try:
-                os.close(int(name))
-            except OSError as error:
-                if error.errno != errno.EBADF:  # listdir's own
-                    raise
+    for fd in descriptors():
+        if fd not in keep:
+            os.close(fd)
+
+
+# Where we were before user code went elsewhere.
+_home = -1
+
+
+def watch_folder(mark: Callable[[], None]) -> None:
+    """From now on remember where user code comes from that changes the working directory, and tell ``mark``."""
+    for changing in ("chdir", "fchdir"):
+        setattr(os, changing, _leaving(getattr(os, changing), mark))
+
+
+def _leaving(function: Callable[..., None], mark: Callable[[], None]) -> Callable[..., None]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> None:
+        global _home
+        if _home < 0:
+            _home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        mark()
+        function(*args, **kwargs)
+
+    return call
+
+
+def go_home() -> None:
+    """Back to the working directory that we had at the last `settle`. Raises OSError when user code has closed the way."""
+    if _home >= 0:
+        os.fchdir(_home)
+    settle()
+
+
+def settle() -> None:
+    """The working directory that we have now is the right one."""
+    global _home
+    if _home >= 0:
+        os.close(_home)
+        _home = -1
 
 
 def describe(status: int) -> str:

@@ -90,13 +90,13 @@ def name(signo: int) -> str:
 
 
 _touched = False
+_replaced: dict[int, Any] = {}  # handlers that were there before
 
 
 def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> Any:
-        global _touched
-        _touched = True
+        mark()
         return function(*args, **kwargs)
 
     return call
@@ -107,8 +107,26 @@ def watch() -> None:
 
     Called before the user's module is imported, so that ``from signal import alarm`` is noticed too.
     """
-    for changing in ("signal", "setitimer", "alarm", "pthread_sigmask", "siginterrupt"):
+    for changing in ("setitimer", "alarm", "pthread_sigmask", "siginterrupt"):
         setattr(signal, changing, _marking(getattr(signal, changing)))
+    signal.signal = _remembering(signal.signal)
+
+
+def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
+    @functools.wraps(function)
+    def call(signo: int, action: Any) -> Any:
+        mark()
+        before = function(signo, action)
+        _replaced.setdefault(int(signo), before)
+        return before
+
+    return call
+
+
+def mark() -> None:
+    """Have `touched` say that something was changed."""
+    global _touched
+    _touched = True
 
 
 def touched() -> bool:
@@ -116,7 +134,20 @@ def touched() -> bool:
     return _touched
 
 
+def put_back() -> None:
+    """Install the handlers again that were there when `forget` was called last."""
+    for signo, before in list(_replaced.items()):
+        if before is not None:  # None is the C library's own
+            signal.signal(signo, before)
+
+
+def keep() -> None:
+    """The handlers that are installed now are the right ones."""
+    _replaced.clear()
+
+
 def forget() -> None:
     """What there is now is as it should be."""
     global _touched
     _touched = False
+    _replaced.clear()

@@ -3,10 +3,12 @@ suite and with full counts by ``python -m tests.faults``. Each returns its figur
 does not hold.
 """
 
+import json
 import os
 import random
 import signal
 import statistics
+import tempfile
 import time
 from collections.abc import Callable
 from functools import partial
@@ -21,7 +23,7 @@ Figures = dict[str, Any]
 HANDLERS = Path(__file__).parents[1] / "handlers"
 
 
-def _balance(server: Server, load: Load, figures: Figures, kills: int = 0) -> None:
+def _balance(server: Server, load: Load, figures: Figures, kills: int = 0, elsewhere: int = 0) -> None:
     """What the clients counted is what the daemon counted, once all is quiet."""
     watch.until("nobody is served any more", lambda: server.status()["totals"]["serving"] == 0)
     totals = server.status()["totals"]
@@ -30,7 +32,7 @@ def _balance(server: Server, load: Load, figures: Figures, kills: int = 0) -> No
     failures = len(load.failures)
     assert failures <= kills, f"{load.classes} with {kills} kills"
     if kills == 0:
-        assert totals["accepted"] == totals["ok"] == load.connections, (totals, load.connections)
+        assert totals["accepted"] == totals["ok"] == load.connections + elsewhere, (totals, load.connections, elsewhere)
     else:
         assert load.connections <= totals["accepted"] <= load.connections + failures, (totals, load.connections, failures)
     assert load.refused == 0, f"{load.refused} refused"
@@ -88,6 +90,58 @@ def reloads(count: int = 10, handler: str = "echo:loop") -> Figures:
         assert figures["after"]["processes"] == figures["before"]["processes"], figures
         assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
         assert figures["after"]["master_pss_kib"] < figures["before"]["master_pss_kib"] + 2048, figures
+    return figures
+
+
+def recycling(count: int = 100) -> Figures:
+    """Workers that are recycled after every ten connections or so, under load: nobody is lost and nothing is left over."""
+    figures: Figures = {}
+    with serve("echo:loop", workers=4, max_connections=10, max_connections_jitter=5, spare_timeout=1) as server:
+        watch.settled(server, 4)
+        figures["before"] = _machine(server)
+        with Load(server.address, clients=4) as load:
+            watch.until("so many were recycled", lambda: server.status()["totals"]["exited"] >= count, deadline=20 + count / 10)
+        _balance(server, load, figures)
+        watch.settled(server, 4)
+        figures["after"] = _machine(server)
+        assert figures["after"]["processes"] == figures["before"]["processes"], figures
+        assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
+    return figures
+
+
+def addresses(count: int = 10) -> Figures:
+    """So many reloads, each adding or removing an address, under load on the one that stays and on those that come and go."""
+    figures: Figures = {"connections_elsewhere": 0, "turned_away_elsewhere": 0}
+    with tempfile.TemporaryDirectory() as folder:
+        file = Path(folder) / "prefork.toml"
+        stays, comes = f"127.0.0.1:{watch.free_port()}", watch.free_port()
+
+        def reload(*addresses: str) -> None:
+            file.write_text("bind = " + json.dumps(addresses))
+            answer = server.command("reload")
+            assert answer["ok"], answer
+
+        file.write_text("bind = " + json.dumps([stays]))
+        others = [(f"127.0.0.1:{comes}", ("127.0.0.1", comes)), (f"unix:{folder}/socket", f"{folder}/socket")]
+        with serve("echo:loop", workers=2, bind=[], spare_timeout=1, arguments=("--config", str(file))) as server:
+            watch.settled(server, 2)
+            figures["before"] = _machine(server)
+            with Load(server.address, clients=2) as load:
+                for number in range(count // 2):
+                    text, address = others[number % 2]
+                    reload(stays, text)
+                    with Load(address, clients=1) as other:
+                        watch.until("the other address serves", lambda other=other: other.connections > 3)  # type: ignore[misc]
+                        reload(stays)
+                    # Who comes while an address is removed is refused, or turned away in the handshake: never connected.
+                    lost = [kind for _, kind in other.failures if not kind.startswith("connect")]
+                    assert not lost, lost
+                    figures["connections_elsewhere"] += other.connections
+                    figures["turned_away_elsewhere"] += other.refused + len(other.failures)
+            _balance(server, load, figures, elsewhere=figures["connections_elsewhere"])
+            watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 3)
+            figures["after"] = _machine(server)
+            assert figures["after"]["master_fds"] == figures["before"]["master_fds"], figures
     return figures
 
 
@@ -204,6 +258,8 @@ def _runs(load: Load) -> bool:
 FAULTS: dict[str, Callable[..., Figures]] = {
     "steady": steady,
     "reloads": reloads,
+    "recycling": recycling,
+    "addresses": addresses,
     "kill_workers": kill_workers,
     "kill_fork_server": kill_fork_server,
     "kill_master": kill_master,

@@ -51,21 +51,8 @@ def obey(sock: socket.socket) -> None:
         sys.exit(3)
     if line == "os._exit":
         os._exit(3)
-    if line == "close":
-        sock.close()
-        return
-    if line == "close descriptor":
-        os.close(sock.fileno())
-        return
-    if line == "close all":
-        os.closerange(3, 256)
-        return
     if line == "fork" and os.fork() == 0:
         return
-    if line == "block":
-        signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
-    if line == "replace":
-        signal.signal(signal.SIGTERM, signal.SIG_IGN)
     if line == "alarm":
         signal.signal(signal.SIGALRM, _raise)
         signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)

@@ -9,6 +9,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import termios
 import tomllib
 from collections.abc import Callable, Iterator, Mapping
@@ -105,6 +106,18 @@ def test_the_import_finds_what_it_finds_in_a_fork_server(module: Callable[[str],
     assert "session True stray False" in done.stderr
     assert "blocked set() term 0" in done.stderr
     assert not (tmp_path / "elsewhere" / "__pycache__").exists()
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give itself up")
+def test_the_import_is_not_roots_when_the_handler_would_not_be(tmp_path: Path) -> None:
+    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
+        os.chmod(folder, 0o755)
+        Path(folder, "mine.py").write_text("import os\nprint('ids', *os.getresuid(), os.getgroups())\nos.kill(os.getppid(), 0)\n")
+        done = check(Path(folder), "--module=mine:loop", "--user=65534", "--group=65533")
+    assert done.returncode == 78
+    assert "ids 65534 65534 65534 [65533]\n" in done.stderr
+    assert "PermissionError: [Errno 1] Operation not permitted\n" in done.stderr
+    assert check(tmp_path, "--module=echo:loop", "--user=nosuchuser").returncode == 78
 
 
 def test_what_the_import_prints_does_not_mix_with_what_check_prints(module: Callable[[str], Path]) -> None:

@@ -1,7 +1,9 @@
 """What the README and the help say is so."""
 
+import os
 import re
 import shlex
+import signal
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -12,6 +14,7 @@ from click.testing import CliRunner
 from prefork.cli import main
 from prefork.config import OPTIONS, Config
 from prefork.testing import serve
+from tests import watch
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
 
@@ -48,14 +51,60 @@ def test_the_table_of_options_is_that_of_the_program() -> None:
             assert default == value
 
 
-def test_the_examples_of_the_readme_run(module: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch) -> None:
-    handler, example = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-    monkeypatch.chdir(module(handler))
-    names: dict[str, Callable[[], None]] = {}
-    exec(example, names)  # our own README
-    names["test_echo"]()
-    with serve("mine:loop") as server:
-        assert server.status()["module"] == "mine:loop"
+BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
+
+
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A working directory with every module that the README shows: those blocks whose first line is their file's name."""
+    for block in BLOCKS:
+        if name := re.match(r"# (\w+\.py)\n", block):
+            (tmp_path / name[1]).write_text(block)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def test_every_python_block_of_the_readme_is_a_module_or_a_test() -> None:
+    assert all(block.startswith("# ") or "def test_" in block for block in BLOCKS)
+
+
+def test_the_tests_of_the_readme_pass(folder: Path) -> None:
+    ran = []
+    for block in BLOCKS:
+        names: dict[str, Callable[[], None]] = {}
+        if "def test_" in block:
+            exec(block, names)  # our own README
+        for name, function in names.items():
+            if name.startswith("test_"):
+                function()
+                ran.append(name)
+    assert ran == ["test_echo"]
+
+
+def test_the_request_handler_of_the_readme_answers(folder: Path) -> None:
+    with serve("shout:Shout") as server, server.connect() as sock:
+        sock.sendall(b"hello\n")
+        assert sock.recv(64) == b"HELLO\n"
+
+
+def test_the_database_of_the_readme_survives_a_reload_and_a_killed_worker(folder: Path) -> None:
+    line = re.search(r"^    prefork serve (--module visits.*)$", README, re.MULTILINE)
+    assert line is not None
+    with serve("", workers=2, arguments=tuple(shlex.split(line[1]))) as server:
+
+        def visit() -> bytes:
+            with server.connect() as sock:
+                return sock.recv(64)
+
+        assert [visit(), visit()] == [b"visit 1\n", b"visit 2\n"]
+        assert server.command("reload")["ok"]
+        assert visit() == b"visit 3\n"
+        for worker in watch.settled(server, 2)["workers"]:
+            os.kill(worker["pid"], signal.SIGKILL)
+        watch.until("others have taken their places", lambda: server.status()["totals"]["exited"] >= 4)
+        watch.settled(server, 2)
+        assert visit() == b"visit 4\n"
+        assert "raised" not in server.log()
 
 
 def test_the_minimal_configuration_runs_as_it_stands() -> None:

@@ -161,3 +161,23 @@ def test_a_server_for_tests_says_what_it_can_not_do() -> None:
     with pytest.raises(StartError), serve("echo:loop", bind="7000"):
         pass
     assert time.monotonic() - before < watch.DEADLINE
+
+
+def test_the_pid_file_is_the_masters_for_as_long_as_it_lives(prefork_server: Start, tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    server = prefork_server("echo:loop", workers=1, pid_file=str(path))
+    assert path.read_text() == f"{server.pid}\n"
+    assert server.command("reload")["ok"]
+    with (
+        pytest.raises(StartError, match=f"the daemon with pid {server.pid} is running and holds it") as caught,
+        serve("echo:loop", pid_file=str(path)),
+    ):
+        pass
+    assert caught.value.exit_status == 69
+    assert path.read_text() == f"{server.pid}\n"
+    server.process.kill()
+    server.process.wait()
+    assert path.exists()
+    with serve("echo:loop", workers=1, pid_file=str(path)) as successor:
+        assert path.read_text() == f"{successor.pid}\n"
+    assert not path.exists()

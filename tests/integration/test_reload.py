@@ -68,14 +68,10 @@ def _fork_servers(server: Server) -> set[int]:
 @pytest.mark.parametrize(
     ("source", "reason"),
     [
-        ("raise RuntimeError('broken')\n", "RuntimeError: broken"),
         ("def loop(sock) return\n", "SyntaxError"),
         ("loop = 3\n", "int is not callable"),
-        ("def other(sock): pass\n", "has no 'loop'"),
-        ("import sys\nsys.exit(0)\n", "SystemExit"),
         ("import os\nos._exit(0)\n", "the fork server died while it booted: exit status 0"),
         ("import os, signal\nos.kill(os.getpid(), signal.SIGSEGV)\n", "signal 11 (SIGSEGV)"),
-        ("import time\ntime.sleep(60)\n", "the import has not ended after boot_timeout = 2 s"),
         (
             "import os\nos.register_at_fork(after_in_child=lambda: os._exit(3))\ndef loop(sock): pass\n",
             "died before it was ready: exit status 3",

@@ -87,7 +87,10 @@ def test_a_stale_unix_socket_is_replaced_and_a_live_one_refused(prefork_server: 
         stale.bind(path)
     server = prefork_server("echo:loop", bind=f"unix:{path}")
     assert os.stat(path).st_mode & 0o777 == 0o600
-    with pytest.raises(StartError, match="another process listens there") as caught, serve("echo:loop", bind=f"unix:{path}"):
+    with (
+        pytest.raises(StartError, match=rf"is in use by .*\(pid {server.pid}\)") as caught,
+        serve("echo:loop", bind=f"unix:{path}"),
+    ):
         pass
     assert caught.value.exit_status == 69
     with server.connect() as sock:
@@ -114,28 +117,12 @@ def test_an_address_in_use_names_who_holds_it(prefork_server: Start) -> None:
     assert caught.value.exit_status == 69
 
 
-def test_a_low_port_without_permission_says_how_to_get_it() -> None:
-    limit = int(Path("/proc/sys/net/ipv4/ip_unprivileged_port_start").read_text())
-    if limit <= 1:
-        pytest.skip("this machine lets everybody bind low ports (net.ipv4.ip_unprivileged_port_start)")
-    command = [sys.executable, "-m", "prefork", "serve", "--module=echo:loop", "--bind=127.0.0.1:1", "--control=off"]
-    if os.geteuid() == 0:
-        command = ["setpriv", "--bounding-set=-net_bind_service", *command]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    assert done.returncode == 77, done.stderr
-    assert "CAP_NET_BIND_SERVICE" in done.stderr
-
-
 @pytest.mark.parametrize(
     ("options", "status", "message"),
     [
-        ({"module": "nosuch:loop"}, 78, "no module 'nosuch'"),
-        ({"module": "tiny:nosuch"}, 78, "has no 'nosuch'"),
         ({"module": "tiny:not_callable"}, 78, "int is not callable"),
         ({"module": "tiny:too_many"}, 78, r"loop\(sock\) or loop\(sock, conn\)"),
         ({"module": "tiny"}, 78, "must be MODULE:ATTR"),
-        ({"bind": "1.2.3.4:7000"}, 69, "no such address"),
-        ({"bind": "unix:/no/such/folder/socket"}, 69, "the directory /no/such/folder does not exist"),
         ({"workers": 0}, 78, r"workers = '0' on the command line \(--workers\): must be a whole number from 1"),
         ({"workers": 300}, 78, "raise max_workers to at least 300"),
         ({"bind": "here"}, 78, "an address is HOST:PORT"),
@@ -150,14 +137,8 @@ def test_a_start_that_can_not_be_ends_with_its_exit_code_and_a_remedy(options: d
 @pytest.mark.parametrize(
     ("source", "message"),
     [
-        ("raise RuntimeError('broken')", "RuntimeError: broken"),
-        ("import sys; sys.exit(0)", "SystemExit: 0"),
         ("import nosuch", "No module named 'nosuch'"),
         ("def loop(sock) return", "SyntaxError"),
-        (
-            "import threading\nthreading.Thread(target=threading.Event().wait, daemon=True).start()\ndef loop(s): pass",
-            "started threads",
-        ),
     ],
 )
 def test_an_import_that_fails_ends_the_start_with_its_traceback(module: Callable[[str], Path], source: str, message: str) -> None:
@@ -165,13 +146,6 @@ def test_an_import_that_fails_ends_the_start_with_its_traceback(module: Callable
         pass
     assert caught.value.exit_status == 78
     assert "importlib" not in str(caught.value)
-
-
-def test_an_import_that_hangs_ends_the_start(module: Callable[[str], Path]) -> None:
-    folder = module("import time\ntime.sleep(60)")
-    with pytest.raises(StartError, match=r"boot_timeout = 0\.3 s") as caught, serve("mine:loop", folder=folder, boot_timeout=0.3):
-        pass
-    assert caught.value.exit_status == 78
 
 
 def test_process_titles_name_role_generation_and_slot(prefork_server: Start) -> None:

@@ -73,8 +73,8 @@ def test_the_longest_unix_path_can_be_bound_under_its_temporary_name() -> None:
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("", r"HOST:PORT, :PORT, \[IPV6\]:PORT or unix:/path"),
-        ("7000", r"HOST:PORT, :PORT, \[IPV6\]:PORT or unix:/path"),
+        ("", r"HOST:PORT, :PORT, \[IPV6\]:PORT, unix:/path, fd:N or systemd:NAME"),
+        ("7000", r"HOST:PORT, :PORT, \[IPV6\]:PORT, unix:/path, fd:N or systemd:NAME"),
         ("127.0.0.1:", "port must be a number from 0 to 65535, not ''"),
         ("127.0.0.1:65536", "port must be a number from 0 to 65535, not '65536'"),
         ("127.0.0.1:-1", "port must be a number from 0 to 65535, not '-1'"),
@@ -91,7 +91,16 @@ def test_the_longest_unix_path_can_be_bound_under_its_temporary_name() -> None:
         ("unix:", "path is absolute: unix:/path"),
         ("unix:run/a", "path is absolute: unix:/path"),
         ("unix:/a\0b", f"at most {LONGEST} bytes"),
-        ("unix:/a?owner=me", "unknown parameter 'owner'; there is mode"),
+        ("unix:/a?owner=me", "unknown parameter 'owner'; there are mode, user and group"),
+        ("unix:/a?user=", "user is a name or a number, not ''"),
+        ("unix:/a?group=a b", "group is a name or a number, not 'a b'"),
+        ("fd:", "a descriptor is a number from 3 on, as in fd:3"),
+        ("fd:2", "a descriptor is a number from 3 on, as in fd:3"),
+        ("fd:-3", "a descriptor is a number from 3 on, as in fd:3"),
+        ("fd:12345678", "a descriptor is a number from 3 on, as in fd:3"),
+        ("systemd:", "takes a FileDescriptorName"),
+        ("systemd:a:b", "takes a FileDescriptorName"),
+        ("systemd:" + "a" * 256, "takes a FileDescriptorName"),
         ("unix:/a?mode", "mode is octal, 0 to 0777, not ''"),
         ("unix:/a?mode=0888", "mode is octal, 0 to 0777, not '0888'"),
         ("unix:/a?mode=1777", "mode is octal, 0 to 0777, not '1777'"),
@@ -129,3 +138,18 @@ def test_a_mapped_peer_is_shown_as_ipv4(host: str, port: int) -> None:
 def test_other_peers_are_shown_by_their_family() -> None:
     assert address.peer_text(socket.AF_INET6, ("fe80::1%eth0", 5, 0, 2)) == "[fe80::1%eth0]:5"
     assert address.peer_text(socket.AF_UNIX, b"") == "unix"
+
+
+@pytest.mark.parametrize(
+    ("accepted", "shown"),
+    [
+        (("1.2.3.4", 5), ("1.2.3.4", 5)),
+        (("::ffff:1.2.3.4", 5, 0, 0), ("1.2.3.4", 5)),
+        (("fe80::1", 5, 6, 7), ("fe80::1", 5, 6, 7)),
+        ("", ""),
+        ("/run/client", "/run/client"),
+        (b"\0abstract", b"\0abstract"),
+    ],
+)
+def test_a_client_address_is_what_accept_gave_but_for_mapped_ones(accepted: object, shown: object) -> None:
+    assert address.client_address(accepted) == shown

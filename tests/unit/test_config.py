@@ -10,7 +10,18 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from prefork.config import FILE_LIMIT, OPTIONS, Config, Sources, document, environment, flag, needs_restart, variable
+from prefork.config import (
+    FILE_LIMIT,
+    OPTIONS,
+    Config,
+    Sources,
+    document,
+    environment,
+    flag,
+    needs_restart,
+    variable,
+    with_activated,
+)
 from prefork.errors import ConfigError
 from prefork.net.address import parse
 
@@ -323,6 +334,56 @@ def test_any_text_is_toml_or_refused(tmp_path_factory: pytest.TempPathFactory, t
         assert str(path) in str(error)
     else:
         assert set(tomllib.loads(text)) <= set(OPTIONS)
+
+
+# -- sockets that a service manager has passed
+
+
+def activated(sockets: list[tuple[str, int]], **given: Any) -> list[tuple[str, int]]:
+    config, origins = Sources({"module": "echo:loop", **given}).trace()
+    return [(str(address), address.port) for address in with_activated(config, origins, sockets).bind]
+
+
+def test_without_a_bind_every_socket_that_was_passed_is_used() -> None:
+    assert activated([("a", 3), ("b", 4), ("a", 5)]) == [("systemd:a", 3), ("systemd:a", 5), ("systemd:b", 4)]
+    assert activated([]) == [("127.0.0.1:7000", 7000)]
+
+
+def test_with_a_bind_only_those_that_it_names_are_used() -> None:
+    sockets = [("a", 3), ("b", 4), ("a", 5)]
+    assert activated(sockets, bind="127.0.0.1:1") == [("127.0.0.1:1", 1)]
+    assert activated(sockets, bind=["127.0.0.1:1", "systemd:a"]) == [("127.0.0.1:1", 1), ("systemd:a", 3), ("systemd:a", 5)]
+    with pytest.raises(ConfigError, match="has passed no socket of that name; it has passed a, b"):
+        activated(sockets, bind="systemd:c")
+    with pytest.raises(ConfigError, match="it has passed none"):
+        activated([], bind="systemd:c")
+
+
+# -- the whole of it
+
+
+def test_each_value_has_its_origin(tmp_path: Path) -> None:
+    path = written(tmp_path, "module = 'echo:loop'\nworkers = 1\nnice = 1")
+    config, origins = Sources({"backlog": "3"}, {"PREFORK_WORKERS": "2"}, path).trace()
+    assert (config.workers, config.backlog, config.nice) == (2, 3, 1)
+    assert origins == {
+        "module": f"in {path}",
+        "nice": f"in {path}",
+        "workers": "in the environment (PREFORK_WORKERS)",
+        "backlog": "on the command line (--backlog)",
+    }
+
+
+@given(st.data())
+def test_a_configuration_that_was_written_out_is_read_back(tmp_path_factory: pytest.TempPathFactory, data: st.DataObject) -> None:
+    chosen = data.draw(st.sets(st.sampled_from(sorted(OPTIONS))))
+    given = {"module": "echo:loop", **{key: OTHER[key] for key in chosen}}
+    for key in chosen:
+        given |= WITH.get(key, {})
+    config = Sources(given).load()
+    path = tmp_path_factory.getbasetemp() / "document.toml"
+    path.write_text(document(config, dict.fromkeys(OPTIONS, "a note")))
+    assert Sources(file=str(path)).load() == config
 
 
 # -- reload

@@ -12,7 +12,7 @@ from prefork.config import Sources
 from prefork.generation import NAG_AGAIN, NAG_FIRST, Generation
 from prefork.link import Wiring
 from prefork.net import address
-from prefork.net.listener import open_listener
+from prefork.net.listener import Settings, open_listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
@@ -25,7 +25,7 @@ class Peer:
 
     def __init__(self, workers: int) -> None:
         config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5}).load()
-        self.listener = open_listener(address.parse("127.0.0.1:0"), 8)
+        self.listener = open_listener(address.parse("127.0.0.1:0"), Settings(backlog=8))
         self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2), Tally(), 0.0)
         self.end, self.gate = self.generation.link.prepare()
         self.generation.link.pid = os.getpid()

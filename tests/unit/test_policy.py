@@ -4,11 +4,24 @@ at random. The simulation's master does what the real one does with a decision; 
 
 from dataclasses import dataclass, field
 
+import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
-from prefork.pool.policy import BACKOFF_LIMIT, LOOK_AGAIN, SATURATED_LOOK, YOUNG, Decision, Memory, View, backoff, decide, rooms
+from prefork.pool.policy import (
+    BACKOFF_LIMIT,
+    LOOK_AGAIN,
+    SATURATED_LOOK,
+    YOUNG,
+    Decision,
+    Memory,
+    View,
+    backoff,
+    decide,
+    released,
+    rooms,
+)
 
 SPARE = 10.0
 # select(2) never wakes early; this is how late the simulated master is.
@@ -22,6 +35,34 @@ def view(target: int, idle: int, **more: int) -> View:
 
 
 # -- examples
+
+
+@pytest.mark.parametrize(
+    ("idle", "returning", "tired_idle", "tired", "leave"),
+    [
+        (0, 0, 4, 4, (0, False)),  # nobody has come in their place yet
+        (1, 0, 4, 4, (1, False)),
+        (4, 0, 4, 4, (4, False)),
+        (3, 1, 1, 1, (1, False)),  # one who is about to be back is as good as here
+        (4, 0, 1, 3, (1, True)),
+        (3, 0, 0, 1, (0, False)),  # its replacement starts
+        (9, 0, 2, 2, (2, False)),  # a burst has left more than enough
+        (4, 0, 0, 0, (0, False)),
+    ],
+)
+def test_tired_workers_leave_as_others_come_in_their_place(
+    idle: int, returning: int, tired_idle: int, tired: int, leave: tuple[int, bool]
+) -> None:
+    assert released(view(4, idle, returning=returning), tired_idle, tired) == leave
+
+
+@given(target=st.integers(1, 20), idle=st.integers(0, 40), returning=st.integers(0, 20), tired_idle=st.integers(0, 20))
+def test_recycling_never_leaves_fewer_acceptors_than_it_found_or_than_are_wanted(
+    target: int, idle: int, returning: int, tired_idle: int
+) -> None:
+    count, _ = released(view(target, idle, returning=returning), tired_idle, tired_idle)
+    assert 0 <= count <= tired_idle
+    assert idle + returning + tired_idle - count >= min(target, idle + returning + tired_idle)
 
 
 def test_a_pool_that_starts_is_filled_at_once() -> None:

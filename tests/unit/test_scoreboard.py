@@ -67,10 +67,10 @@ def test_the_regions_of_the_boards_are_aligned_and_do_not_overlap(listeners: int
             [(board.killed_word(slot) * WORD, (board.killed_word(slot) + 1) * WORD) for slot in {0, last // 2, last}],
         ]
         assert_apart([region for group in regions for region in sorted(group)], layout.orders_bytes)
-        states = layout.recent_at - (layout.slots + 4095) // 4096 * 4096
+        rows = [(at, at + layout.slots) for at in (board.row_start(0), layout.tired_at)]
         records = [(board.record(slot) * WORD, (board.record(slot) + scoreboard.RECORD_WORDS) * WORD) for slot in (0, last)]
         ring = (layout.recent_at, layout.recent_at + listeners * scoreboard.RECENT * WORD)
-        assert_apart([(0, WORD), (states, states + layout.slots), ring, *records[: layout.slots]], layout.board_bytes)
+        assert_apart([(0, WORD), *rows, ring, *records[: layout.slots]], layout.board_bytes)
 
 
 def assert_apart(regions: list[tuple[int, int]], size: int) -> None:
@@ -279,6 +279,16 @@ def test_recent_tells_of_no_other_listeners_workers_and_believes_no_nonsense() -
         assert board.recent(2, now, 50 * MS) == set()
 
 
+@given(st.sets(st.integers(0, 49)), st.sets(st.integers(0, 49)), st.integers(0, 50))
+def test_the_tired_are_found_among_one_listeners_slots_in_use(ours: set[int], others: set[int], high: int) -> None:
+    with mapped(Layout(2, 50), Access.MASTER) as [board]:
+        for slot in ours:
+            board.tired[50 + slot] = 1
+        for slot in others:
+            board.tired[slot] = 1
+        assert board.tired_slots(1, high) == [50 + slot for slot in sorted(ours) if slot < high]
+
+
 def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
     with mapped(Layout(1, 2), Access.MASTER) as [board]:
         at = (board.record(0) + scoreboard.PEER) * WORD
@@ -288,3 +298,36 @@ def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
         board.board[at : at + scoreboard.PEER_BYTES] = b"\xff" * scoreboard.PEER_BYTES
         assert board.peer(0) == "\ufffd" * scoreboard.PEER_BYTES
         assert board.peer(1) == ""
+
+
+# -- last words
+
+
+def test_last_words_are_read_once_and_disturb_nothing_else() -> None:
+    with mapped(Layout(1, 4), Access.MASTER, Access.WORKER) as [master, worker]:
+        worker.may_log_traceback(7, 1)
+        worker.states[0] = IDLE
+        before = bytes(master.board[:64]), bytes(master.board[4096:])
+        worker.leave_last_words("Traceback\nRuntimeError: ö")
+        assert (bytes(master.board[:64]), bytes(master.board[4096:])) == before
+        assert master.take_last_words() == "Traceback\nRuntimeError: ö"
+        assert master.take_last_words() == ""
+
+
+@given(text=st.text(max_size=6000))
+@settings(max_examples=50)
+def test_last_words_of_any_length_keep_their_beginning_and_end(text: str) -> None:
+    with mapped(Layout(1, 4), Access.MASTER, Access.WORKER) as [master, worker]:
+        before = bytes(master.board[:64]), bytes(master.board[4096:])
+        worker.leave_last_words("first " + text + " last")
+        assert (bytes(master.board[:64]), bytes(master.board[4096:])) == before
+        told = master.take_last_words()
+    assert told.startswith("first ")
+    assert told.endswith(" last")
+    assert len(told.encode()) <= 4032
+
+
+def test_last_words_that_a_stray_write_has_made_are_still_text() -> None:
+    with mapped(Layout(1, 4), Access.MASTER) as [master]:
+        master.board[64:4096] = b"\xff" * 4032
+        assert set(master.take_last_words()) == {"\N{REPLACEMENT CHARACTER}"}

@@ -1,0 +1,131 @@
+"""The addresses that a daemon listens on: what a configuration wants, what is open already, and what is being closed.
+
+A reload opens what is added before anything else is touched and closes what is removed after the commit; what stays is the same
+socket throughout. A listener that is closed turns new clients away first and is served until its queue is empty. Sockets that
+were inherited (``fd:N``, a service manager's) belong to somebody else: they are accepted from, and otherwise left alone.
+"""
+
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, field
+
+from prefork import log
+from prefork.config import Config
+from prefork.errors import AddressError, ConfigError
+from prefork.net.address import INHERITED, Address
+from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
+from prefork.system import credentials
+
+# While a queue is being emptied it is looked at this often.
+DRAIN_LOOK = 0.005
+
+
+@dataclass(slots=True)
+class Farewell:
+    """A listener that is being closed: it is served until its queue is empty, or until the deadline."""
+
+    listener: Listener
+    deadline: float
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """The listeners of a configuration, in its order; ``opened`` are those of them that were not open before."""
+
+    listeners: tuple[Listener, ...]
+    opened: tuple[Listener, ...] = ()
+
+    def drop(self) -> None:
+        """It is not to be: close what was opened for it."""
+        for listener in self.opened:
+            listener.close()
+
+
+@dataclass(slots=True)
+class Listeners:
+    """The listeners of a daemon. ``inherited``: descriptors that were open when it started, the only ones that fd:N may name."""
+
+    inherited: frozenset[int] = frozenset()
+    current: list[Listener] = field(default_factory=list)
+    farewells: list[Farewell] = field(default_factory=list)
+
+    def prepare(self, conf: Config) -> Plan:
+        """Open what the configuration adds. Raises PreforkError, and has then changed nothing."""
+        settings = _settings(conf)
+        opened: list[Listener] = []
+        places: list[Listener] = []
+        try:
+            for address, kept in self._match(conf.bind):
+                if kept is None:
+                    opened.append(self._open(address, settings))
+                places.append(kept or opened[-1])
+        except BaseException:
+            Plan((), tuple(opened)).drop()
+            raise
+        return Plan(tuple(places), tuple(opened))
+
+    def _open(self, address: Address, settings: Settings) -> Listener:
+        if address.family == INHERITED:
+            if address.port not in self.inherited:
+                raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
+            return adopt_inherited(address, settings)
+        return open_listener(address, settings, _owner(address))
+
+    def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:
+        """With each address the listener that is open for it already, each listener once: two free ports are two."""
+        left = list(self.current)
+        found: list[tuple[Address, Listener | None]] = []
+        for address in wanted:
+            kept = next((listener for listener in left if listener.configured.place == address.place), None)
+            if kept is not None:
+                left.remove(kept)
+            found.append((address, kept))
+        return found
+
+    def commit(self, plan: Plan, conf: Config) -> list[Listener]:
+        """The plan's listeners are the daemon's from now on. Returns those that are not any more, still open."""
+        removed = [listener for listener in self.current if listener not in plan.listeners]
+        first = not self.current
+        self.current = list(plan.listeners)
+        for listener, address in zip(plan.listeners, conf.bind, strict=True):
+            try:
+                listener.adopt(address, _settings(conf), _owner(address))
+            except (OSError, ConfigError) as error:
+                log.event("address_kept", address=listener.address, reason=error)
+        for listener in plan.opened if not first else ():
+            log.event("listening", address=listener.address)
+        return removed
+
+    def say_farewell(self, listener: Listener, deadline: float) -> None:
+        """Let nobody new in, and close it when its queue is empty."""
+        listener.turn_away()
+        self.farewells.append(Farewell(listener, deadline))
+
+    def hurry(self, deadline: float) -> None:
+        """No farewell may take longer."""
+        for farewell in self.farewells:
+            farewell.deadline = min(farewell.deadline, deadline)
+
+    def tend(self, now: float, part: Callable[[Listener], None]) -> None:
+        """Close what has been served or has had its time; ``part`` is called before, for those who still accept there."""
+        for farewell in list(self.farewells):
+            if not farewell.listener.drained() and farewell.deadline > now:
+                continue
+            self.farewells.remove(farewell)
+            part(farewell.listener)
+            farewell.listener.close()
+            log.event("no_longer_listening", address=farewell.listener.address)
+
+    def close(self) -> None:
+        """Close everything now."""
+        self.farewells.clear()
+        for listener in self.current:
+            listener.close()
+
+
+def _owner(address: Address) -> tuple[int, int]:
+    uid = credentials.uid_of(address.user) if address.user else -1
+    return uid, credentials.gid_of(address.group) if address.group else -1
+
+
+def _settings(conf: Config) -> Settings:
+    return Settings(backlog=conf.backlog, nodelay=conf.nodelay, keepalive=conf.keepalive)

@@ -1,0 +1,53 @@
+"""The daemon as a Python object: what `prefork serve` runs, with its options as keywords.
+
+    from prefork import Server
+
+    Server("echo:loop", bind="127.0.0.1:7000", workers=8).run()
+
+The process that calls `run` becomes the master: it handles signals and waits in it until it is stopped. The handler is imported
+elsewhere, in the fork server, and from its module's file, so that a reload sees new code.
+"""
+
+import sys
+import threading
+from typing import Any
+
+from prefork.config import Sources, environment
+from prefork.errors import ConfigError, RefusedError
+from prefork.system import process
+
+
+class Server:
+    """A daemon that has not been started yet.
+
+    ``module`` is MODULE:ATTR. Options are those of the configuration, under the same names and of the same types (a number, text
+    as on the command line, a list of addresses for ``bind``); they beat the environment (``PREFORK_*``), which beats the file
+    that ``config`` names. Raises ConfigError, at once, for an option or a value that can't be.
+    """
+
+    def __init__(self, module: str | None = None, *, config: str | None = None, **options: Any) -> None:
+        if module is not None:
+            options["module"] = module
+        self._sources = Sources(environment=environment(), file=config, keywords=options)
+        self._sources.load()
+
+    def run(self) -> int:
+        """Serve until stopped, and return 0; 70 after an error of prefork's own.
+
+        Raises PreforkError when the start fails, RefusedError where a daemon can't live: not in the main thread, beside other
+        threads (a fork copies none of them), or in a process that has imported the handler's module already.
+        """
+        from prefork.master import Master  # noqa: PLC0415 - a process that only builds a Server needs none of it
+
+        if threading.current_thread() is not threading.main_thread() or threading.active_count() > 1:
+            raise RefusedError("Server.run() needs a process without other threads: a fork copies none of them")
+        module = self._sources.load().module.partition(":")[0]
+        if module in sys.modules:
+            raise ConfigError(
+                f"module = {module!r} is imported in this process already, and a reload would never see new code: call "
+                "Server.run() from a file that does not import the handler"
+            )
+        process.open_standard_descriptors()
+        for stream in (sys.stdout, sys.stderr):
+            stream.flush()  # else every fork would write it once more
+        return Master(self._sources).run()

@@ -1,0 +1,240 @@
+"""Who the daemon's processes are: root is given up for good, and what an ordinary user can do without it works.
+
+The daemon runs from a copy that everybody can read, with the system's interpreter: one in somebody's home is nobody else's.
+"""
+
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from importlib import import_module
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from prefork.testing import Server, connect
+from tests import watch
+
+NOBODY = 65534
+PYTHON = "/usr/bin/python3"
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+WHO = """
+import ctypes, grp, json, os, resource
+def loop(sock):
+    line = sock.recv(64).decode()
+    told = {}
+    for what, attempt in {
+        "setuid": lambda: os.setuid(0), "setresuid": lambda: os.setresuid(0, 0, 0), "seteuid": lambda: os.seteuid(0),
+        "setgid": lambda: os.setgid(0), "setgroups": lambda: os.setgroups([0]),
+        "shadow": lambda: open("/etc/shadow").close(), "kill": lambda: os.kill(os.getppid(), 0) or os.kill(%d, 0),
+        "nice": lambda: os.nice(-1) and None,
+    }.items():
+        try:
+            attempt()
+        except OSError as error:
+            told[what] = type(error).__name__
+        else:
+            told[what] = "done"
+    with open("/proc/self/status") as status:
+        lines = [line.partition(":")[::2] for line in status]
+    told |= {key: value.strip() for key, value in lines if key.startswith(("Uid", "Gid", "Groups", "NoNewPrivs", "Cap"))}
+    mask = os.umask(0)
+    os.umask(mask)
+    told |= {
+        "umask": mask, "folder": os.getcwd(), "nice_value": os.nice(0), "home": os.environ.get("HOME"), "pid": os.getpid(),
+        "nofile": resource.getrlimit(resource.RLIMIT_NOFILE), "as": resource.getrlimit(resource.RLIMIT_AS),
+        "sudo": os.system("su -c true >/dev/null 2>&1 </dev/null") if line == "su" else None,
+    }
+    sock.sendall(json.dumps(told).encode())
+"""
+
+
+def _missing() -> str | None:
+    if os.geteuid() != 0:
+        return "only root can run a daemon as several users"
+    found = subprocess.run([PYTHON, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=False)
+    if found.stdout.split() != [str(part) for part in sys.version_info[:2]]:
+        return f"{PYTHON} is not there, or of another version than this one: it can't run the packages of this environment"
+    return None
+
+
+@pytest.fixture(scope="module")
+def public() -> Iterator[Path]:
+    """A folder that everybody can read, with prefork and what it needs in it, and ``run``, which belongs to nobody."""
+    if (reason := _missing()) is not None:
+        assert os.environ.get("CI") != "true", reason
+        pytest.skip(reason)
+    folder = Path(tempfile.mkdtemp(prefix="prefork-public-", dir="/tmp"))
+    try:
+        folder.chmod(0o755)
+        for name in ("prefork", "click", "psutil", "setproctitle"):
+            source = Path(str(import_module(name).__file__)).parent
+            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+        (folder / "run").mkdir()
+        os.chown(folder / "run", NOBODY, NOBODY)
+        (folder / "mine.py").write_text(WHO % 1)
+        yield folder
+    finally:
+        shutil.rmtree(folder)
+
+
+@contextlib.contextmanager
+def running(public: Path, *options: str, prefix: tuple[str, ...] = ()) -> Iterator[Server]:
+    """A daemon from that folder, with these options."""
+    control, log = public / "run" / "control", public / "log"
+    command = [
+        *prefix,
+        PYTHON,
+        "-B",
+        "-m",
+        "prefork",
+        "serve",
+        "--module=mine:loop",
+        f"--control={control}",
+        "--workers=2",
+        *options,
+    ]
+    with log.open("wb") as file:
+        process = subprocess.Popen(command, cwd=public, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+    server = Server(("127.0.0.1", 0), process.pid, str(control), log, process)
+    try:
+        watch.until("it serves or has ended", lambda: " serving " in server.log() or process.poll() is not None)
+        if process.poll() is None:
+            host, _, port = server.status()["listeners"][0]["address"].rpartition(":")
+            server = Server((host, int(port)), process.pid, str(control), log, process)
+        yield server
+    finally:
+        server.stop()
+
+
+def told(server: Server, ask: bytes = b"?") -> dict[str, Any]:
+    with connect(server.address) as sock:
+        sock.sendall(ask)
+        answer = sock.makefile("rb").read()
+    assert answer, server.log()
+    return dict(json.loads(answer))
+
+
+def test_handlers_give_up_root_for_good_and_the_master_keeps_it(public: Path) -> None:
+    with running(public, "--bind=127.0.0.1:0", "--user=nobody") as server:
+        found = told(server, b"su")
+        assert found["Uid"].split() == [str(NOBODY)] * 4, "real, effective, saved and file-system user"
+        assert found["Gid"].split() == [str(NOBODY)] * 4
+        assert set(found["Groups"].split()) == {str(NOBODY)}
+        assert found["NoNewPrivs"] == "1"
+        assert {found[key] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+        attempts = ("setuid", "setresuid", "seteuid", "setgid", "setgroups", "shadow", "kill", "nice")
+        assert {key: found[key] for key in attempts} == dict.fromkeys(attempts, "PermissionError")
+        assert found["sudo"] != 0, "a set-user-ID program does not help"
+        assert found["home"] == "/nonexistent"
+        assert psutil.Process(server.pid).uids().effective == 0
+        assert psutil.Process(watch.fork_server(server)).uids() == (NOBODY,) * 3
+        assert "handlers run as root" not in server.log()
+        # What signals and reaps across users: a reload, a killed fork server's orphans, a stop.
+        assert server.command("reload")["ok"]
+        psutil.Process(watch.fork_server(server)).kill()
+        watch.logged(server, "generation 3 serves")
+        watch.settled(server, 2)
+        assert told(server)["Uid"].split() == [str(NOBODY)] * 4
+
+
+def test_a_dead_master_takes_processes_of_another_user_with_it(public: Path) -> None:
+    with running(public, "--bind=127.0.0.1:0", "--user=nobody") as server:
+        pids = [child.pid for child in watch.family(server.pid)]
+        server.process.kill()
+        server.process.wait()
+        watch.until("all have gone", lambda: all(map(watch.is_gone, pids)), 5.0)
+        os.unlink(server.control)
+
+
+def test_a_number_is_a_user_and_a_group_that_is_named_is_the_only_one(public: Path) -> None:
+    with running(public, "--bind=127.0.0.1:0", "--user=12345", "--group=daemon") as server:
+        found = told(server)
+        assert found["Uid"].split() == ["12345"] * 4
+        assert (found["Gid"].split(), found["Groups"].split()) == (["1"] * 4, ["1"])
+
+
+def test_a_low_port_is_bound_by_the_master_and_served_by_nobody(public: Path) -> None:
+    port = next(port for port in range(1023, 900, -1) if watch.is_free(port))
+    with running(public, f"--bind=127.0.0.1:{port}", "--user=nobody") as server:
+        assert server.address == ("127.0.0.1", port)
+        assert told(server)["Uid"].split() == [str(NOBODY)] * 4
+
+
+def test_root_that_is_not_given_up_is_warned_of(public: Path) -> None:
+    with running(public, "--bind=127.0.0.1:0") as server:
+        watch.logged(server, "WARNING master")
+        assert "handlers run as root: give a user to run them as (--user)" in server.log()
+
+
+def test_umask_folder_niceness_and_limits_are_those_of_the_configuration(public: Path) -> None:
+    options = ("--umask=027", f"--chdir={public}/run", "--nice=3", "--rlimit=nofile=300,as=2G,core=0")
+    (public / "run" / "mine.py").write_text(WHO % 1)
+    with running(public, "--bind=127.0.0.1:0", "--user=nobody", *options) as server:
+        found = told(server)
+        assert (found["umask"], found["folder"], found["nice_value"]) == (0o27, f"{public}/run", 3)
+        assert (found["nofile"], found["as"]) == ([300, 300], [2 << 30, 2 << 30])
+        assert psutil.Process(server.pid).nice() == 0
+        scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (server.pid, found["pid"])]
+        assert scores[1] == scores[0] + 200
+    (public / "run" / "mine.py").unlink()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--user=nosuchuser"], 78, "user 'nosuchuser' does not exist on this machine"),
+        (["--group=nosuchgroup"], 78, "group 'nosuchgroup' does not exist on this machine"),
+        (["--user=nobody", "--chdir=/root"], 78, "can't enter the working directory /root as user nobody: Permission denied"),
+        (["--chdir=/no/such"], 78, "can't enter the working directory /no/such: No such file"),
+    ],
+)
+def test_who_it_can_not_be_is_told_at_the_start(public: Path, options: list[str], status: int, message: str) -> None:
+    with running(public, "--bind=127.0.0.1:0", *options) as server:
+        assert server.process.wait(watch.DEADLINE) == status
+        assert message in server.log()
+
+
+@pytest.mark.parametrize(
+    ("options", "status", "message"),
+    [
+        (["--bind=127.0.0.1:0", "--user=daemon"], 77, "user = 'daemon': only root can become somebody else"),
+        (["--bind=127.0.0.1:0", "--group=daemon"], 77, "group = 'daemon': only root can become somebody else"),
+        (["--bind=127.0.0.1:0", "--nice=-5"], 78, "nice = -5: only root may be less nice"),
+        (["--bind=127.0.0.1:0", "--rlimit=nofile=unlimited"], 78, "rlimit nofile: the hard limit is "),
+        (["--bind=127.0.0.1:999"], 77, "CAP_NET_BIND_SERVICE"),
+        (["--bind=unix:/run/s?user=daemon"], 77, "no permission to create a socket there and give it away"),
+        (["--bind=127.0.0.1:0", "--pid-file=/run/x.pid"], 77, "pid_file = '/run/x.pid': no permission to write in /run"),
+    ],
+)
+def test_without_root_what_takes_it_is_refused_with_the_remedy(public: Path, options: list[str], status: int, message: str) -> None:
+    with running(public, *options, prefix=AS_NOBODY) as server:
+        assert server.process.wait(watch.DEADLINE) == status
+        assert message in server.log()
+
+
+def test_without_root_everything_else_works(public: Path) -> None:
+    options = (
+        "--bind=127.0.0.1:0",
+        "--user=nobody",
+        f"--pid-file={public}/run/pid",
+        "--rlimit=nofile=300",
+        "--nice=1",
+        "--umask=077",
+    )
+    with running(public, *options, f"--bind=unix:{public}/run/socket?mode=0666", prefix=AS_NOBODY) as server:
+        assert told(server)["umask"] == 0o77, server.log()
+        assert (public / "run" / "pid").read_text() == f"{server.pid}\n"
+        assert server.command("reload")["ok"]
+        assert server.command("scale", workers="3")["ok"]
+        watch.settled(server, 3)
+        assert server.command("stop")["ok"]
+        assert server.process.wait(watch.DEADLINE) == 0
+        assert "internal error" not in server.log()
+    assert list((public / "run").iterdir()) == []

@@ -1,0 +1,121 @@
+"""Recycling: a worker leaves when it has done its share, and only after somebody else accepts in its place."""
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefork.testing import Server
+from tests import watch
+from tests.conftest import HANDLERS
+from tests.faults import campaign
+
+Start = Callable[..., Server]
+Module = Callable[[str], Path]
+
+# A start takes a third of a second: a client that had to wait for it would notice.
+SLOW_START = """
+import os, time
+os.register_at_fork(after_in_child=lambda: time.sleep(0.3))
+def loop(sock):
+    sock.sendall(b"%d" % os.getpid())
+"""
+
+
+def pid(server: Server) -> int:
+    with server.connect() as sock:
+        return int(sock.makefile("rb").read())
+
+
+@pytest.mark.parametrize("max_workers", [1, 4])
+def test_the_replacement_is_ready_before_the_recycled_worker_leaves(
+    prefork_server: Start, module: Module, max_workers: int
+) -> None:
+    server = prefork_server("mine:loop", folder=module(SLOW_START), workers=1, max_workers=max_workers, max_connections=1)
+    seen = [pid(server)]
+    while len(set(seen)) < 4:
+        with watch.fewer_than(0.25, "a connection while a worker is recycled"):
+            seen.append(pid(server))
+    status = watch.settled(server, 1)
+    assert (status["totals"]["ok"], status["totals"]["killed"], status["deaths"]) == (len(seen), 0, [])
+
+
+def test_at_the_ceiling_there_is_never_more_than_one_process_more(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(SLOW_START), workers=3, max_workers=3, max_connections=1)
+    most = 0
+    for _ in range(30):
+        pid(server)
+        most = max(most, len(watch.workers(server)))
+    assert most == 4
+    watch.settled(server, 3)
+
+
+def test_a_worker_leaves_after_its_number_of_connections(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_connections=3, log_level="debug")
+    served: dict[int, int] = {}
+    for number in range(1, 13):
+        with server.connect() as sock:
+            worker = int(sock.recv(64))
+        served[worker] = served.get(worker, 0) + 1
+        if number % 3 == 0:
+            watch.until("it has left", lambda gone=worker: watch.is_gone(gone))  # type: ignore[misc]
+    assert list(served.values()) == [3, 3, 3, 3]
+    assert "is recycled" in server.log()
+
+
+def test_jitter_makes_the_number_another_for_each_worker(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_connections=1, max_connections_jitter=20)
+    served: dict[int, int] = {}
+    while len(served) < 6:
+        with server.connect() as sock:
+            worker = int(sock.recv(64))
+        served[worker] = served.get(worker, 0) + 1
+    complete = list(served.values())[:-1]
+    assert len(set(complete)) > 1
+
+
+def test_a_worker_that_serves_for_long_is_replaced_at_once_and_leaves_after_its_connection(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_connections=1)
+    with server.connect() as held:
+        first = int(held.recv(64))
+        assert [w["pid"] for w in watch.settled(server, 1)["workers"] if w["state"] == "busy"] == [first]
+        held.sendall(b"still here")
+        assert not watch.is_gone(first)
+    watch.until("it has left", lambda: watch.is_gone(first))
+    watch.settled(server, 1)
+
+
+def test_a_worker_that_is_too_old_leaves_after_its_connection(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_lifetime=0.2)
+    with server.connect() as sock:
+        first = int(sock.recv(64))
+        watch.until("it is old enough", lambda: server.status()["uptime"] > 0.6)
+        assert not watch.is_gone(first), "an idle or serving worker is left alone"
+    watch.until("it has left", lambda: watch.is_gone(first))
+    assert watch.settled(server, 1)["totals"]["ok"] == 1
+
+
+def test_a_worker_that_is_too_large_leaves_after_its_connection(prefork_server: Start, module: Module) -> None:
+    source = (
+        "import os\nkept = []\n"
+        "def loop(sock):\n"
+        "    if sock.recv(64) == b'grow':\n"
+        "        kept.append(b'x' * (64 << 20))\n"
+        "    sock.sendall(b'%d' % os.getpid())\n"
+    )
+    server = prefork_server("mine:loop", folder=module(source), workers=1, max_memory="80M")
+
+    def asked(what: bytes) -> int:
+        with server.connect() as sock:
+            sock.sendall(what)
+            return int(sock.recv(64))
+
+    first = asked(b"stay")
+    assert asked(b"stay") == first
+    assert asked(b"grow") == first
+    watch.until("it has left", lambda: watch.is_gone(first))
+    assert asked(b"stay") != first
+
+
+def test_recycling_under_load_loses_nobody() -> None:
+    campaign.recycling(count=100)

@@ -1,0 +1,101 @@
+"""Suspend and resume: nobody accepts, the kernel's queue holds clients, and none of them is lost."""
+
+import os
+import signal
+import socket
+from collections.abc import Callable
+from contextlib import ExitStack
+
+import pytest
+
+from prefork.testing import Server
+from tests import watch
+from tests.conftest import HANDLERS
+from tests.load import Load
+
+Start = Callable[..., Server]
+
+
+def waiting(server: Server, sock: socket.socket) -> bool:
+    """Whether the client has been connected by the kernel, and nobody has answered it."""
+    sock.settimeout(0)
+    try:
+        return not sock.recv(1)
+    except BlockingIOError:
+        return bool(server.status()["listeners"][0]["queue"])
+    finally:
+        sock.settimeout(watch.DEADLINE)
+
+
+def test_while_suspended_clients_wait_and_after_it_they_are_served(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, spare_timeout=1)
+    with ExitStack() as stack:
+        held = stack.enter_context(server.connect())
+        busy = int(held.recv(64))
+        answer = server.command("suspend")
+        assert (answer["ok"], answer["busy"]) == (True, 1)
+        status = server.status()
+        assert (status["state"], [w["pid"] for w in status["workers"]]) == ("suspended", [busy])
+        clients = [stack.enter_context(server.connect()) for _ in range(3)]
+        watch.until("they wait in the queue", lambda: server.status()["listeners"][0]["queue"] == 3)
+        assert waiting(server, clients[0])
+        held.sendall(b"go on")
+        assert not watch.is_gone(busy)
+        assert server.command("resume")["ok"]
+        assert [int(client.recv(64)) > 0 for client in clients] == [True] * 3
+        assert server.status()["state"] == "running"
+    watch.until("the suspended worker has left after its connection", lambda: watch.is_gone(busy))
+    assert watch.settled(server, 2)["totals"]["ok"] == 4
+
+
+def test_twice_is_once(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    assert server.command("resume")["ok"]
+    assert server.command("suspend")["ok"]
+    assert server.command("suspend")["ok"]
+    assert server.log().count("suspended: nobody accepts") == 1
+    assert server.command("resume")["ok"]
+    watch.settled(server, 1)
+
+
+def test_a_reload_a_scale_and_a_dead_fork_server_leave_it_suspended(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, spare_timeout=1)
+    assert server.command("suspend")["ok"]
+    with server.connect() as sock:
+        assert server.command("reload")["ok"]
+        assert server.command("scale", workers="3")["ok"]
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "generation 3 serves")
+        watch.until("it is suspended again", lambda: server.status()["state"] == "suspended" and not watch.workers(server))
+        assert waiting(server, sock)
+        assert server.command("resume")["ok"]
+        assert sock.recv(64)
+    assert watch.settled(server, 3)["totals"]["ok"] == 1
+
+
+def test_a_stop_serves_those_who_wait(prefork_server: Start) -> None:
+    server = prefork_server("tiny:obey", folder=HANDLERS, workers=2)
+    assert server.command("suspend")["ok"]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(5)]
+        for client in clients:
+            client.sendall(b"hello\n")
+        os.kill(server.pid, signal.SIGTERM)
+        assert [client.recv(64).split()[1:] for client in clients] == [[b"hello"]] * 5
+    assert server.stop() == 0
+    assert "stopped: 5 connections accepted, 0 cut" in server.log()
+
+
+@pytest.mark.parametrize("rounds", [10])
+def test_suspending_and_resuming_under_load_loses_nobody(prefork_server: Start, rounds: int) -> None:
+    server = prefork_server("echo:loop", workers=4, spare_timeout=1)
+    with Load(server.address, clients=4) as load:
+        for _ in range(rounds):
+            assert server.command("suspend")["ok"]
+            before = load.connections
+            assert server.command("resume")["ok"]
+            watch.until("clients are served again", lambda before=before: load.connections > before + 10)  # type: ignore[misc]
+    assert not load.failures, load.classes
+    watch.settled(server, 4)
+    totals = server.status()["totals"]
+    assert totals["accepted"] == totals["ok"] == load.connections

@@ -1,0 +1,79 @@
+"""The pid file: whole, ours, and stale ones replaced."""
+
+import fcntl
+import os
+import stat
+from pathlib import Path
+
+import pytest
+
+from prefork.errors import AddressError, ConfigError
+from prefork.system import pidfile
+
+
+def test_it_holds_the_pid_and_everybody_can_read_it(tmp_path: Path) -> None:
+    before = os.umask(0o077)
+    try:
+        written = pidfile.write(f"{tmp_path}/pid")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "pid").read_text() == f"{os.getpid()}\n"
+    assert stat.S_IMODE((tmp_path / "pid").stat().st_mode) == 0o644
+    written.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_stale_one_is_replaced_even_when_its_pid_is_somebody_elses_now(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("1\n")
+    written = pidfile.write(str(path))
+    assert path.read_text() == f"{os.getpid()}\n"
+    written.remove()
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_live_daemons_is_refused_and_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    path.write_text("4711\n")
+    with path.open() as held:
+        fcntl.flock(held, fcntl.LOCK_EX)
+        with pytest.raises(AddressError, match="the daemon with pid 4711 is running and holds it"):
+            pidfile.write(str(path))
+    assert [entry.name for entry in tmp_path.iterdir()] == ["pid"]
+    assert path.read_text() == "4711\n"
+
+
+def test_one_that_is_not_ours_any_more_is_left_alone(tmp_path: Path) -> None:
+    path = tmp_path / "pid"
+    written = pidfile.write(str(path))
+    path.unlink()
+    path.write_text("somebody else's")
+    written.remove()
+    assert path.read_text() == "somebody else's"
+    written = pidfile.write(str(path))
+    path.unlink()
+    written.remove()
+
+
+@pytest.mark.parametrize("kind", ["missing", "link", "directory"])
+def test_where_it_can_not_be_is_told_with_the_path(tmp_path: Path, kind: str) -> None:
+    path = tmp_path / "pid"
+    victim = tmp_path / "victim"
+    victim.write_text("precious")
+    wanted = {
+        "missing": "the directory .*/no does not exist",
+        "link": "a symbolic link is in the way",
+        "directory": "Is a directory",
+    }
+    if kind == "missing":
+        path = tmp_path / "no" / "pid"
+    elif kind == "link":
+        path.symlink_to(victim)
+    else:
+        path.mkdir()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(ConfigError, match=wanted[kind]) as caught:
+        pidfile.write(str(path))
+    assert str(path) in str(caught.value)
+    assert sorted(tmp_path.iterdir()) == before
+    assert victim.read_text() == "precious"
