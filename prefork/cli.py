@@ -24,6 +24,8 @@ from prefork.ops.instances import ask, find, instances, nearest
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.
 PROMPT = 10.0
+# Completed by shells, and otherwise text: whether it can be used is for those to say who use it.
+_PATH = click.Path(readable=False)
 
 
 @contextlib.contextmanager
@@ -118,7 +120,7 @@ def _configured(command: Callable[[Sources], None]) -> Callable[..., Any]:
         command(Sources(command_line, environment(), file))
 
     text = "A flat TOML file with the options below."
-    named = click.option("--config", "file", metavar="FILE", envvar=variable("config"), help=text, type=click.Path())
+    named = click.option("--config", "file", metavar="FILE", envvar=variable("config"), help=text, type=_PATH)
     return named(_with_options(call))
 
 
@@ -127,7 +129,7 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default = _default_text(key)
         names = [flag(key), key, *([option.short] if option.short else [])]
         text = option.help + (f"  [default: {default}]" if default else "") + ("" if option.reloadable else "  [restart]")
-        kind = click.Path() if option.metavar in ("PATH", "DIR") else None  # what a shell completes
+        kind = _PATH if option.metavar in ("PATH", "DIR") else None  # what a shell completes
         command = click.option(*names, metavar=option.metavar, help=text, multiple=option.multiple, type=kind)(command)
     return command
 
@@ -191,7 +193,7 @@ def _running(_context: click.Context, _parameter: click.Parameter, incomplete: s
     return [name for name in sorted(instances()) if name.startswith(incomplete)]
 
 
-_control = click.option("--control", metavar="PATH", type=click.Path(), help="Pick the instance by its control socket.")
+_control = click.option("--control", metavar="PATH", type=_PATH, help="Pick the instance by its control socket.")
 
 
 def _instance(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -291,7 +293,7 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
 
 
 @main.command()
-@click.argument("folder", metavar="[DIR]", default=".", type=click.Path(file_okay=False))
+@click.argument("folder", metavar="[DIR]", default=".", type=_PATH)
 def init(folder: str) -> None:
     """Write a configuration and a handler to begin with into DIR, by default the working directory.
 

@@ -147,14 +147,15 @@ class Master:
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         who = credentials.wanted(conf.user, conf.group)
         self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, who)
+        # Before anything is made that has to be removed: a signal that comes during the start is obeyed after it.
+        self.inbox = signals.Inbox(HANDLED)
+        self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
         self._open_control()
         try:
             if conf.pid_file:
                 self.pid_file = pidfile.write(conf.pid_file)
             plan = self.listeners.prepare(conf)
             self._warn_of_limits(plan.listeners)
-            self.inbox = signals.Inbox(HANDLED)
-            self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self._boot("start", conf, plan, [])
         except BaseException:

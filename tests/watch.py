@@ -6,7 +6,7 @@ import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -79,9 +79,10 @@ def fork_server(server: Server, generation: int | None = None) -> int:
     """The pid of a generation's fork server: the master's child with that title."""
     number = server.status()["generation"] if generation is None else generation
     for child in psutil.Process(server.pid).children():
-        if child.cmdline() and child.cmdline()[0].endswith(f" gen {number}"):
-            return child.pid
-    raise AssertionError(f"no fork server of generation {number}: {[c.cmdline() for c in family(server.pid)]}")
+        with suppress(psutil.NoSuchProcess):  # a zombie has no title any more
+            if child.cmdline() and child.cmdline()[0].endswith(f" gen {number}"):
+                return child.pid
+    raise AssertionError(f"no fork server of generation {number}: {family(server.pid)}")
 
 
 def descriptors(pid: int) -> dict[int, str]:

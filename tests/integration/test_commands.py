@@ -5,6 +5,7 @@ import os
 import pty
 import re
 import shlex
+import shutil
 import signal
 import socket
 import subprocess
@@ -232,6 +233,21 @@ def test_a_bad_configuration_ends_with_78_before_anything_is_imported(module: Ca
     assert check(folder, "--module=mine:loop", f"--chdir={folder}/nosuch").returncode == 78
     star = check(folder, "--module=mine:loop", "--bind=*:7000")
     assert "every address of this machine is written :7000" in star.stderr
+
+
+@pytest.mark.skipif(shutil.which("setpriv") is None or os.geteuid() != 0, reason="needs setpriv(1) and root")
+def test_a_file_that_can_not_be_read_is_a_bad_configuration_and_no_bad_usage() -> None:
+    with tempfile.NamedTemporaryFile(dir="/tmp", suffix=".toml") as file:
+        os.chmod(file.name, 0o600)
+        # Root without its capabilities is held to the owner's bits: the interpreter stays readable, another user's file is not.
+        os.chown(file.name, 65534, 65534)
+        done = subprocess.run(
+            ["setpriv", "--bounding-set=-all", "--inh-caps=-all", sys.executable, "-m", "prefork", "check", "--config", file.name],
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+    assert (done.returncode, done.stderr) == (78, f"prefork: {file.name}: can't read the configuration: Permission denied\n")
 
 
 def test_a_mistyped_variable_is_told_beside_the_configuration(module: Callable[[str], Path]) -> None:
