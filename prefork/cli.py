@@ -71,7 +71,7 @@ Exit codes:
 Environment:
   PREFORK_MAX_WORKERS, ...   an option of serve (--max-workers); PREFORK_CONFIG: --config
   RUNTIME_DIRECTORY          where control sockets are; systemd sets it
-  NO_COLOR                   set and not empty: no colours
+  NO_COLOR                   set and not empty: no colours; TERM=dumb: the same
 
 \b
 Files:
@@ -96,7 +96,7 @@ def main() -> None:
       prefork reload                     new code, no lost connection
       prefork stop                       let connections finish, then end
     """
-    if os.environ.get("NO_COLOR"):
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
         click.get_current_context().color = False  # None, else: colours on a terminal only
 
 
@@ -148,6 +148,7 @@ def serve(sources: Sources) -> None:
       TERM, INT    stop; connections may finish
       INT twice, QUIT   stop at once
       HUP          read configuration and code again, without losing a connection
+      USR1         open the log files again
       TTIN, TTOU   one acceptor more, one fewer
 
     \b

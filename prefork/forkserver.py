@@ -123,7 +123,10 @@ class ForkServer:
         """Boot, then serve commands. Returns the exit status."""
         self._become_a_process()
         try:
-            loaded = self._boot()
+            try:
+                loaded = self._boot()
+            finally:
+                log.finish_prints()
         except PreforkError as error:
             self._send(Report(Kind.FAILED, text=str(error)))
             self._flush(wait=True)
@@ -151,10 +154,10 @@ class ForkServer:
         signals.fresh()
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
         os.dup2(brief.devnull, 0)
+        log.begin_fork_server(brief.config, f"gen {brief.generation}", self.board.order_words)
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
-        log.configure(level=brief.config.log_level, role=f"gen {brief.generation}")
         self._tie_to_master()
         brief.channel.setblocking(False)
         signals.watch()
@@ -227,6 +230,8 @@ class ForkServer:
                 case Order.LEAVE:
                     # Who is still serving a connection becomes the master's child, and costs only itself.
                     self.leaving = True
+                case Order.REOPEN:
+                    log.follow_master()
                 case Order.QUIT:
                     for pid in self.children:
                         os.kill(pid, signal.SIGKILL)

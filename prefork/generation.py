@@ -225,8 +225,16 @@ class Generation:
         if serving:
             self.board.order_words[self.board.killed_word(slot)] += 1
             counts = self.board.counts(slot)
+            self._log_killed(slot)
         self._counted[slot] = counts
         return serving
+
+    def _log_killed(self, slot: int) -> None:
+        """The access log's line that a worker could not write any more."""
+        duration = max(0, time.monotonic_ns() - self.board.words[self.board.record(slot) + scoreboard.SINCE]) / 1e9
+        listener = str(self.listeners[self.layout.listener(slot)].address)
+        who: dict[str, Any] = {"slot": slot, "generation": self.number, "listener": listener}
+        log.open_for(self.config).event("access", peer=self.board.peer(slot), duration=duration, outcome="killed", **who)
 
     def _forget(self, worker: Worker) -> None:
         self.board.states[worker.slot] = FREE
@@ -502,6 +510,12 @@ class Generation:
         """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""
         self.retire_all(now, None)
         self.quit()
+
+    def reopen_log(self) -> None:
+        """The master has opened the log files again: so do the others, the fork server now and workers before their next line."""
+        self.board.order_words[scoreboard.LOG_EPOCH] += 1
+        if self.link.pid is not None:
+            self.link.send(Order.REOPEN)
 
     def announce_stop(self) -> None:
         """From now on ``conn.stopping`` is true, and a closed listener no surprise."""

@@ -38,6 +38,7 @@ HANDLED = (
     signal.SIGINT,
     signal.SIGQUIT,
     signal.SIGHUP,
+    signal.SIGUSR1,
     signal.SIGTTIN,
     signal.SIGTTOU,
     signal.SIGCHLD,
@@ -134,28 +135,30 @@ class Master:
         self.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
         self.activated = activated(os.environ)
         conf = self.config = self._load()
-        log.configure(level=conf.log_level, role="master")
+        who = credentials.wanted(conf.user, conf.group)
+        if who is not None and who.uid != 0:
+            log.give_to(who.uid)
+        log.use(conf)
+        self._warn_of_unused(conf)
         self.name = conf.instance
         process.set_title(f"prefork: master {self.name}")
         process.become_subreaper()
-        log.never_wait()
         for name, remedy in config.unknown_variables(self.sources.environment):
             log.event("unknown_variable", name=name, remedy=remedy)
         self.notifier = Notifier.from_environment()
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        who = credentials.wanted(conf.user, conf.group)
         self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, who)
-        # Before anything is made that has to be removed: a signal that comes during the start is obeyed after it.
+        # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self.inbox = signals.Inbox(HANDLED)
-        self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
         self._open_control()
         try:
             if conf.pid_file:
                 self.pid_file = pidfile.write(conf.pid_file)
             plan = self.listeners.prepare(conf)
             self._warn_of_limits(plan.listeners)
+            self.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self._boot("start", conf, plan, [])
         except BaseException:
@@ -164,11 +167,12 @@ class Master:
 
     def _load(self) -> Config:
         conf, origins = self.sources.trace()
-        conf = config.with_activated(conf, origins, self.activated)
+        return config.with_activated(conf, origins, self.activated)
+
+    def _warn_of_unused(self, conf: Config) -> None:
         unused = sorted({name for name, fd in self.activated if all(address.port != fd for address in conf.bind)})
         if unused:
             log.event("activated_unused", names=", ".join(unused))
-        return conf
 
     def _sleep(self) -> None:
         """Wait for the next event or deadline, and pass events on."""
@@ -277,6 +281,8 @@ class Master:
                 self._stop_quickly("a second SIGINT")
         if signal.SIGHUP in arrived:
             self._reload("reload (SIGHUP)")
+        if signal.SIGUSR1 in arrived:
+            self._reopen_logs()
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and self.current is not None:
                 self._scale(max(1, self.current.targets[0] + step), signals.name(signo))
@@ -296,6 +302,7 @@ class Master:
         for generation in [g for g in self.draining if g.gone]:
             self.draining.remove(generation)
             generation.close()
+            self._close_unused_logs()
         self.listeners.tend(self.now, self._part_from)
         self._tend_stop()
         for generation in self.draining:
@@ -356,13 +363,16 @@ class Master:
         self.restart_at = None
         try:
             conf = self._load()
+            self._warn_of_unused(conf)
             changed = config.needs_restart(self.config, conf)
             if changed is not None:
                 raise ConfigError(f"{changed} has changed, which needs a restart")
+            log.open_for(conf)
             plan = self.listeners.prepare(conf)
             self._boot(what, conf, plan, clients)
         except (PreforkError, OSError) as error:
             plan.drop()
+            self._close_unused_logs()
             self._refused(what, str(error), clients)
 
     def _tend_restart(self) -> None:
@@ -421,7 +431,7 @@ class Master:
             self._started(new)
         for listener in removed:
             self.listeners.say_farewell(listener, self.now + self.config.graceful_timeout)
-        log.configure(level=new.config.log_level)
+        log.use(new.config)
         self._warn_of_limits(self.listeners.current)
         outcome = self._when_settled(old, new)
         for client in reload.clients:
@@ -496,6 +506,19 @@ class Master:
             current.retarget(workers, self.now)
             log.event("scaled", workers=workers, why=why)
         return None
+
+    # -- log files
+
+    def _reopen_logs(self) -> None:
+        """A rotation has renamed them: make new ones, then let everybody follow."""
+        if not log.has_files():
+            log.event("ignored", what="SIGUSR1", why="the log goes to standard error, there is no file to be opened again")
+        elif log.reopen():
+            for generation in self._generations():
+                generation.reopen_log()
+
+    def _close_unused_logs(self) -> None:
+        log.keep_only([self.config, *(generation.config for generation in self._generations())])
 
     # -- listeners
 

@@ -181,6 +181,7 @@ class Worker:
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
         last, worn = self._last_connection(begun), self._worn_out()
         slot_number = slot + 1
+        log_access = self._log_access if log.access_is_logged() else None
 
         while True:
             states[slot] = IDLE
@@ -231,7 +232,8 @@ class Worker:
                 close(sock)
             except OSError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
-            bucket = (now_ns() - since >> 10).bit_length()
+            took = now_ns() - since
+            bucket = (took >> 10).bit_length()
             words[histogram_at + min(last_bucket, bucket)] += 1
             if failed:
                 ended_error += 1
@@ -239,6 +241,8 @@ class Worker:
             else:
                 ended_ok += 1
                 words[ok_at] = ended_ok
+            if log_access is not None:
+                log_access(peer[:-1].decode(), took, "error" if failed else "ok")
             if worn is not None and worn():
                 self._tire()
             if self.pauses:
@@ -380,6 +384,18 @@ class Worker:
             tb = tb.tb_next
         log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
 
+    def _log_access(self, peer: str, took_ns: int, outcome: str) -> None:
+        brief = self.brief
+        log.event(
+            "access",
+            peer=peer,
+            duration=took_ns / 1e9,
+            outcome=outcome,
+            slot=self.slot,
+            generation=brief.generation,
+            listener=str(brief.listener.address),
+        )
+
     def _put_back(self, handlers: Callable[[], None] = signals.put_back) -> None:
         """The handler changed signals or the working directory: put back what retiring and the next connection depend on."""
         while True:
@@ -454,9 +470,12 @@ class Worker:
 
 
 def _flush() -> None:
-    for stream in (sys.stdout, sys.stderr):
-        if stream is not None:
-            stream.flush()
+    try:
+        for stream in (sys.stdout, sys.stderr):
+            if stream is not None:
+                stream.flush()
+    finally:
+        log.finish_prints()
 
 
 def freeze() -> None:

@@ -69,7 +69,8 @@ RECENT = 512
 RECENT_SHIFT = 17
 
 # The orders' words: the generation's (word 0 is the magic), each listener's, then rows.
-STOPPING, LAST_LOOK = 1, 2
+# LOG_EPOCH counts how often the master has opened log files again.
+STOPPING, LAST_LOOK, LOG_EPOCH = 1, 2, 3
 _GENERATION_WORDS = 8
 _LISTENER_WORDS = 8
 RING_BELOW, HIGH = 0, 1

@@ -57,6 +57,7 @@ class Order(IntEnum):
     KILL = 3
     LEAVE = 4
     QUIT = 5
+    REOPEN = 6
 
 
 @dataclass(frozen=True, slots=True)

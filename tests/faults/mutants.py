@@ -94,6 +94,27 @@ MUTANTS = [
         "",
         ("tests/integration/test_signals.py::test_ttin_and_ttou_are_one_acceptor_more_and_one_fewer",),
     ),
+    Mutant(
+        "a line that is glued to what another process could not end",
+        "log/sink.py",
+        "                    _torn[self._place] = 1\n",
+        "                    pass\n",
+        ("tests/unit/test_log.py::test_a_line_that_another_process_tore_is_ended_too",),
+    ),
+    Mutant(
+        "workers that write on into a log file that was rotated",
+        "generation.py",
+        "        self.board.order_words[scoreboard.LOG_EPOCH] += 1\n",
+        "",
+        ("tests/integration/test_logging.py::test_usr1_opens_the_files_again_everywhere",),
+    ),
+    Mutant(
+        "a print that every fork tells again",
+        "log/prints.py",
+        "        os.register_at_fork(after_in_child=lines.forget)\n",
+        "",
+        ("tests/unit/test_log.py::test_a_fork_does_not_tell_again_what_its_parent_has_begun",),
+    ),
 ]
 
 

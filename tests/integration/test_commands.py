@@ -464,7 +464,7 @@ def test_the_version_is_told() -> None:
 
 
 def coloured(command: list[str], **environment: str) -> bool:
-    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | environment
+    settings = {key: value for key, value in os.environ.items() if key != "NO_COLOR"} | {"TERM": "xterm"} | environment
     return "\x1b[" in terminal([sys.executable, "-m", "prefork", *command], b"", "\0", settings, Path.cwd())
 
 
@@ -475,6 +475,7 @@ def test_colours_are_for_terminals_that_want_them(prefork_server: Start, command
     assert coloured(command)
     assert coloured(command, NO_COLOR="")
     assert not coloured(command, NO_COLOR="1")
+    assert not coloured(command, TERM="dumb")
     done = run(*command)
     assert "\x1b" not in done.stdout + done.stderr
 

@@ -7,6 +7,7 @@ import contextlib
 import json
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import tempfile
@@ -142,6 +143,27 @@ def test_handlers_give_up_root_for_good_and_the_master_keeps_it(public: Path) ->
         watch.logged(server, "generation 3 serves")
         watch.settled(server, 2)
         assert told(server)["Uid"].split() == [str(NOBODY)] * 4
+
+
+def test_log_files_are_theirs_to_open_again(public: Path) -> None:
+    path, old = public / "access.log", public / "access.log.1"
+    with running(public, "--bind=127.0.0.1:0", "--user=nobody", f"--access-log={path}") as server:
+        told(server)
+        path.rename(old)
+        os.kill(server.pid, signal.SIGUSR1)
+        watch.logged(server, f"log files opened again: {path}")
+        pid = told(server)["pid"]
+        watch.until("it is in the new file", lambda: f"[{pid}]: " in path.read_text())
+        assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (NOBODY, 0o600)
+        assert str(old) not in watch.descriptors(pid).values()
+        # A link that the user might have made is not followed by root.
+        path.unlink()
+        path.symlink_to(old)
+        os.kill(server.pid, signal.SIGUSR1)
+        watch.logged(server, f"{path} can't be opened again (Too many levels of symbolic links)")
+        assert told(server)["Uid"].split() == [str(NOBODY)] * 4
+    path.unlink()
+    old.unlink()
 
 
 def test_a_dead_master_takes_processes_of_another_user_with_it(public: Path) -> None:

@@ -1,12 +1,15 @@
 """The log's lines: whole, told apart, and never in the way."""
 
 import ast
+import json
 import os
 import re
+import resource
 import socket
 import string
+import sys
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -14,7 +17,12 @@ import pytest
 
 import prefork
 from prefork import log
-from prefork.log import EVENTS, Level
+from prefork.config import Config
+from prefork.errors import ConfigError
+from prefork.log import EVENTS, RESERVED, Level, Output, Sink, formats, prints, sink
+from prefork.log.events import ALWAYS
+from prefork.pool.scoreboard import LOG_EPOCH
+from tests import log_schema
 
 
 class Lines:
@@ -37,9 +45,19 @@ class Lines:
 
 
 @pytest.fixture(autouse=True)
-def _fresh_log(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name, value in (("_level", Level.INFO), ("_role", "master"), ("_dropped", 0)):
+def _fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    plain = Sink()
+    sinks = {"": plain}
+    state = {"_role": "master", "_sinks": sinks, "_output": Output(Level.INFO, "text", plain, None), "_owner": None}
+    for name, value in {**state, "_orders": None, "_epoch": 0}.items():
         monkeypatch.setattr(log, name, value)
+    yield
+    for opened in sinks.values():
+        opened.close()
+
+
+def use(**settings: Any) -> None:
+    log.use(Config(module="echo:loop", **settings))
 
 
 @contextmanager
@@ -91,7 +109,7 @@ def test_a_line_tells_when_how_bad_who_and_what() -> None:
 @pytest.mark.parametrize("name", EVENTS)
 def test_an_event_is_one_write_that_tells_all_its_fields(name: str) -> None:
     with captured() as stderr:
-        log.configure(level="debug")
+        use(log_level="debug", access_log="-")
         log.event(name, **fields_of(name))
         line = stderr.line()
         assert f" {EVENTS[name][0].name} master[" in line
@@ -103,13 +121,22 @@ def test_every_event_is_logged_somewhere_with_the_fields_that_its_sentence_needs
     logged: set[str] = set()
     for path in Path(prefork.__file__).parent.rglob("*.py"):
         for call in ast.walk(ast.parse(path.read_text())):
-            if not (isinstance(call, ast.Call) and ast.unparse(call.func) in {"log.event", "event"}):
+            if not (isinstance(call, ast.Call) and ast.unparse(call.func).split(".")[-1] == "event" and call.args):
                 continue
+            if not isinstance(call.args[0], ast.Constant):
+                continue  # passed on
             name = ast.literal_eval(call.args[0])
             given = {keyword.arg for keyword in call.keywords}
             logged.add(name)
             assert None in given or set(fields_of(name)) <= given, f"{path}:{call.lineno}"
-    assert logged == set(EVENTS)
+            assert not (given - {"text"}) & RESERVED, f"{path}:{call.lineno}"
+    # The log's own two: what it could not write, and what handlers print.
+    assert logged | {"dropped", "output"} == set(EVENTS)
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_no_event_has_a_field_that_every_line_has(name: str) -> None:
+    assert not set(fields_of(name)) & RESERVED
 
 
 def test_a_traceback_is_in_the_same_write_indented() -> None:
@@ -148,7 +175,7 @@ def test_a_traceback_can_not_forge_lines_either() -> None:
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
 def test_only_events_of_the_level_and_above_are_written(level: str) -> None:
     with captured() as stderr:
-        log.configure(level=level)
+        use(log_level=level)
         for name in ("booting", "listening", "saturated", "bug"):
             log.event(name, **fields_of(name))
         written = [line.split()[2] for line in stderr.writes()]
@@ -157,7 +184,7 @@ def test_only_events_of_the_level_and_above_are_written(level: str) -> None:
 
 def test_changing_the_role_keeps_the_level() -> None:
     with captured() as stderr:
-        log.configure(level="error")
+        use(log_level="error")
         log.configure(role="other")
         log.event("listening", address="x")
         assert stderr.writes() == []
@@ -196,3 +223,476 @@ def test_no_standard_error_at_all_does_not_stop_the_daemon() -> None:
             os.close(working)
         log.event("listening", address="somewhere")
         assert "1 log lines could not be written" in stderr.line()
+
+
+# -- JSON
+
+
+def values_for(name: str) -> dict[str, Any]:
+    """Fields of the kinds that the program gives: numbers, text, and objects of any kind."""
+    kinds: dict[str, Any] = {"outcome": "ok", "stream": "stdout", "duration": 0.25, "seconds": 1.5}
+    numbers = {key for key, kind in log_schema.FIELDS.items() if kind is log_schema.WHOLE}
+    return {key: kinds.get(key, 7 if key in numbers else ValueError(f"<{key}>")) for key in fields_of(name)}
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_every_event_is_a_json_object_of_the_documented_shape(name: str) -> None:
+    with captured() as stderr:
+        use(log_level="debug", log_format="json", access_log="-")
+        given = values_for(name)
+        log.event(name, text="Traceback\n" if name == "handler_error" else "", **given)
+        [entry] = log_schema.read(stderr.line())
+        assert (entry["event"], entry["level"], entry["process"]) == (name, EVENTS[name][0].name.lower(), os.getpid())
+        own = given.pop("line", None)
+        assert entry["message"] == (str(own) if own is not None else EVENTS[name][1].format_map(given))
+        for key, value in given.items():
+            assert entry[key] == (value if isinstance(value, int | float) else str(value))
+
+
+@pytest.mark.parametrize("raw", ["a\nb", "\x1b[2J", "\udcff", "\u2028", "\x9b", '"\\', "é 😀", "\0"])
+def test_no_text_breaks_a_json_line_or_steers_a_terminal(raw: str) -> None:
+    with captured() as stderr:
+        use(log_format="json")
+        log.event("bug", where=raw, text=f"one\n{raw}")
+        line = stderr.line()
+        assert line.isascii()
+        assert line[:-1].isprintable()
+        [entry] = log_schema.read(line)
+        expected = "\\udcff" if raw == "\udcff" else raw
+        assert (entry["where"], entry["text"]) == (expected, f"one\n{expected}".rstrip("\n"))
+
+
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_numbers_that_json_does_not_know_are_text(value: float) -> None:
+    with captured() as stderr:
+        use(log_format="json")
+        log.event("stopped", accepted=value, killed=True)
+        entry = json.loads(stderr.line(), parse_constant=pytest.fail)
+        assert (entry["accepted"], entry["killed"]) == (str(value), True)
+
+
+def test_a_long_traceback_is_whole_in_a_file_and_in_parts_on_a_pipe(tmp_path: Path) -> None:
+    text = "".join(f'line {number} "{chr(233) * (number % 50)}"\n' for number in range(500)).rstrip("\n")
+    with captured() as stderr:
+        use(log_format="json")
+        log.event("bug", where="x", text=text)
+        writes = stderr.writes()
+        assert all(len(write) <= 4096 and write.endswith("\n") for write in writes)
+        entries = list(log_schema.read("".join(writes)))
+        assert [entry["part"] for entry in entries] == list(range(1, len(entries) + 1))
+        assert {entry["parts"] for entry in entries} == {len(entries)}
+        assert "".join(entry["text"] for entry in entries) == text
+    use(log_format="json", log_file=str(tmp_path / "log"))
+    log.event("bug", where="x", text=text)
+    [entry] = log_schema.read((tmp_path / "log").read_text())
+    assert entry["text"] == text
+    assert "part" not in entry
+
+
+# -- what they are called
+
+
+def test_connections_and_prints_are_logged_whatever_the_level() -> None:
+    assert set(EVENTS) >= ALWAYS
+    with captured() as stderr:
+        use(log_level="error", access_log="-")
+        log.event("access", **fields_of("access"))
+        log._output.printed("stderr", ["printed"])
+        access, printed = stderr.writes()
+        assert " INFO master" in access
+        assert printed.endswith(f" WARNING master[{os.getpid()}]: stderr: printed\n")
+
+
+def test_connections_are_not_logged_unless_somebody_asked() -> None:
+    with captured() as stderr:
+        use()
+        assert not log.access_is_logged()
+        log.event("access", **fields_of("access"))
+        assert stderr.writes() == []
+
+
+def test_the_access_log_may_be_the_log_or_a_file_of_its_own(tmp_path: Path) -> None:
+    path = tmp_path / "access"
+    with captured() as stderr:
+        use(access_log=str(path), log_format="json")
+        log.event("access", **fields_of("access"))
+        assert stderr.writes() == []
+        assert json.loads(path.read_text())["event"] == "access"
+        assert path.stat().st_mode & 0o777 == 0o600
+        use(log_file=str(path), access_log=str(path))
+        assert log._output.access is log._output.log
+
+
+# -- terminals and the journal
+
+
+@contextmanager
+def terminal() -> Iterator[int]:
+    """A terminal as standard error; the other end, which does not block."""
+    master, slave = os.openpty()
+    os.set_blocking(master, False)
+    try:
+        with descriptor_2(slave):
+            yield master
+    finally:
+        os.close(master)
+        os.close(slave)
+
+
+@pytest.mark.parametrize(
+    ("environment", "log_format", "coloured"),
+    [
+        ({"TERM": "xterm"}, "text", True),
+        ({"TERM": "xterm", "NO_COLOR": ""}, "text", True),
+        ({"TERM": "xterm", "NO_COLOR": "1"}, "text", False),
+        ({"TERM": "dumb"}, "text", False),
+        ({"TERM": "xterm"}, "json", False),
+    ],
+)
+def test_levels_are_coloured_on_a_terminal_only_and_by_consent(
+    monkeypatch: pytest.MonkeyPatch, environment: dict[str, str], log_format: str, *, coloured: bool
+) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    for key, value in environment.items():
+        monkeypatch.setenv(key, value)
+    with terminal() as screen:
+        use(log_format=log_format)
+        log.event("bug", where="x")
+        shown = os.read(screen, 4096).decode()
+        assert ("\x1b[1;31mERROR\x1b[0m master[" in shown) == coloured
+        assert ("\x1b" in shown) == coloured
+
+
+def test_levels_are_coloured_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.delenv("NO_COLOR", raising=False)
+    monkeypatch.setenv("TERM", "xterm")
+    with captured() as stderr:
+        use()
+        log.event("bug", where="x")
+        assert "\x1b" not in stderr.line()
+    use(log_file=str(tmp_path / "log"))
+    log.event("bug", where="x")
+    assert "\x1b" not in (tmp_path / "log").read_text()
+
+
+def test_a_terminal_that_is_stopped_makes_nobody_wait() -> None:
+    with terminal() as screen:
+        use()
+        for _ in range(3000):
+            log.event("bug", where="x" * 100)
+        assert log._sinks[""].dropped > 0
+        while True:
+            try:
+                os.read(screen, 65536)
+            except BlockingIOError:
+                break
+        log.event("bug", where="again")
+        assert b"log lines could not be written" in os.read(screen, 65536)
+
+
+@contextmanager
+def journal(monkeypatch: pytest.MonkeyPatch) -> Iterator[socket.socket]:
+    """A stream socket as standard error that is named as the journal's, and its other end."""
+    ours, theirs = socket.socketpair()
+    ours.setblocking(False)
+    found = os.fstat(theirs.fileno())
+    monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+    with ours, theirs, descriptor_2(theirs.fileno()):
+        yield ours
+
+
+def test_the_journal_is_told_the_priority_of_each_line_and_no_time(monkeypatch: pytest.MonkeyPatch) -> None:
+    with journal(monkeypatch) as end:
+        use(log_level="debug")
+        for name in ("booting", "listening", "saturated"):
+            log.event(name, **fields_of(name))
+        log.event("bug", where="x", text="Traceback\n  File\n")
+        lines = end.recv(65536).decode().splitlines()
+        me = f"master[{os.getpid()}]: "
+        assert lines[0] == f"<7>{me}generation <generation> starts: <module>"
+        assert [line[:3] for line in lines] == ["<7>", "<6>", "<4>", "<3>", "<3>", "<3>"]
+        assert lines[3:] == [f"<3>{me}internal error in the x, please report it", "<3>    Traceback", "<3>      File"]
+
+
+def test_the_journal_is_told_the_priority_of_json_too(monkeypatch: pytest.MonkeyPatch) -> None:
+    with journal(monkeypatch) as end:
+        use(log_format="json")
+        log.event("bug", where="x", text="y" * 10_000)
+        lines = end.recv(65536).decode().splitlines()
+        assert {line[:3] for line in lines} == {"<3>"}
+        assert all(len(line) < 4096 for line in lines)
+        assert len(list(log_schema.read("".join(line[3:] + "\n" for line in lines)))) == 3
+
+
+@pytest.mark.parametrize("named", ["", "1:2", "nonsense"])
+def test_another_standard_error_is_not_the_journal(monkeypatch: pytest.MonkeyPatch, named: str) -> None:
+    with captured() as stderr:
+        monkeypatch.setenv("JOURNAL_STREAM", named)
+        use()
+        log.event("bug", where="x")
+        assert re.match(r"\d{4}-", stderr.line())
+
+
+def empty(end: socket.socket) -> None:
+    """Read all that waits there."""
+    while True:
+        try:
+            end.recv(1 << 20)
+        except BlockingIOError:
+            return
+
+
+@pytest.mark.parametrize("kind", [socket.SOCK_STREAM, socket.SOCK_DGRAM, socket.SOCK_SEQPACKET])
+def test_a_socket_that_nobody_empties_makes_nobody_wait(kind: socket.SocketKind) -> None:
+    ours, theirs = socket.socketpair(socket.AF_UNIX, kind)
+    ours.setblocking(False)
+    with ours, theirs, descriptor_2(theirs.fileno()):
+        use()
+        written = 0
+        while not log._sinks[""].dropped:
+            written += 1
+            log.event("listening", address="x" * 1000)
+        log.event("listening", address="also lost")
+        empty(ours)
+        log.event("listening", address="first")
+        lines = ours.recv(1 << 20).decode().splitlines()
+        assert re.search(r"\d+ log lines could not be written$", lines[-2])
+        assert lines[-1].endswith("listening on first")
+
+
+# -- files
+
+
+def messages(path: Path) -> list[str]:
+    return [line.partition("]: ")[2] or line for line in path.read_text().splitlines()]
+
+
+def test_a_line_that_was_torn_is_ended_and_counted(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    use(log_file=str(path))
+    log.event("listening", address="one")
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
+    try:
+        log.event("listening", address="torn")
+        log.event("listening", address="lost")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    log.event("listening", address="two")
+    log.event("listening", address="three")
+    first, torn, *rest = messages(path)
+    assert first == "listening on one"
+    assert len(torn) == 20
+    assert rest == ["2 log lines could not be written", "listening on two", "listening on three"]
+
+
+def test_a_line_that_another_process_tore_is_ended_too(tmp_path: Path) -> None:
+    path = tmp_path / "log"
+    use(log_file=str(path))
+    log.event("listening", address="one")
+    pid = os.fork()
+    if pid == 0:
+        try:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20,) * 2)
+            log.event("listening", address="torn")
+        finally:
+            os._exit(0)
+    os.waitpid(pid, 0)
+    log.event("listening", address="two")
+    assert [len(line) if at == 1 else line for at, line in enumerate(messages(path))] == [
+        "listening on one",
+        20,
+        "listening on two",
+    ]
+
+
+@pytest.mark.parametrize(
+    ("make", "remedy"),
+    [
+        (lambda path: path.mkdir(), "is a directory: give the path of a file"),
+        (lambda path: path.write_text("a file"), None),
+        (os.mkfifo, "a socket, or a FIFO that nobody reads: give the path of a file"),
+    ],
+)
+def test_a_log_file_that_can_not_be_opened_is_named_with_a_remedy(tmp_path: Path, make: Any, remedy: str | None) -> None:
+    path = tmp_path / "log"
+    make(path)
+    place = str(path if remedy else path / "below")
+    remedy = remedy or f"{path} is no directory: make it, or give another path"
+    for key, settings in (("log_file", {"log_file": place}), ("access_log", {"access_log": place})):
+        with pytest.raises(ConfigError) as caught:
+            use(**settings)
+        assert str(caught.value) == f"{key} = {place!r}: {remedy}"
+
+
+def test_a_descriptor_that_user_code_has_closed_and_used_again_is_not_written_to(tmp_path: Path) -> None:
+    path, theirs = tmp_path / "log", tmp_path / "theirs"
+    use(log_file=str(path))
+    log.event("listening", address="one")
+    os.close(log._sinks[str(path)].fd)
+    with theirs.open("w") as file:
+        assert file.fileno() == log._sinks[str(path)].fd
+        log.event("listening", address="two")
+    assert theirs.read_text() == ""
+    assert messages(path) == ["listening on one", "listening on two"]
+
+
+def test_files_are_opened_again_by_whoever_writes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "log"
+    orders = memoryview(bytearray(64)).cast("Q")
+    use(log_file=str(path))
+    monkeypatch.setattr(log, "_orders", orders)
+    path.rename(tmp_path / "old")
+    log.event("listening", address="old")
+    path.touch()
+    orders[LOG_EPOCH] += 1
+    log.event("listening", address="new")
+    assert messages(path) == ["listening on new"]
+    # The master has not made it, or we may not open it.
+    path.rename(tmp_path / "older")
+    orders[LOG_EPOCH] += 1
+    log.event("listening", address="kept")
+    log.event("listening", address="kept too")
+    assert not path.exists()
+    reason = f"{path} can't be opened again (No such file or directory): the file that is open is written on"
+    assert messages(tmp_path / "older")[1:] == [reason, "listening on kept", "listening on kept too"]
+
+
+def test_files_that_are_not_asked_for_any_more_are_closed(tmp_path: Path) -> None:
+    wanted, other = Config(log_file=str(tmp_path / "a")), Config(access_log=str(tmp_path / "b"))
+    log.use(wanted)
+    log.open_for(other)
+    opened = [sink.fd for path, sink in log._sinks.items() if path]
+    log.keep_only([wanted])
+    assert [os.path.exists(f"/proc/self/fd/{fd}") for fd in opened] == [True, False]
+    assert log.descriptors() == {1, 2, opened[0]}
+
+
+def test_files_are_given_to_who_runs_the_handler_but_links_and_devices_are_not(tmp_path: Path) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give files away")
+    made_before, made_after, named_twice = tmp_path / "before", tmp_path / "after", tmp_path / "twice"
+    log.open_for(Config(log_file=str(made_before)))
+    log.give_to(12345)
+    log.open_for(Config(log_file=str(made_after), access_log="/dev/null"))
+    assert [path.stat().st_uid for path in (made_before, made_after)] == [12345, 12345]
+    assert os.stat("/dev/null").st_uid == 0
+    (tmp_path / "link").symlink_to(made_after)
+    named_twice.touch()
+    (tmp_path / "second").hardlink_to(named_twice)
+    for path, why in ((tmp_path / "link", "a symbolic link"), (named_twice, "the file has several names")):
+        with pytest.raises(ConfigError, match=why):
+            log.open_for(Config(log_file=str(path)))
+    assert named_twice.stat().st_uid == 0
+
+
+# -- prints
+
+
+class Told:
+    """What a stream tells."""
+
+    def __init__(self) -> None:
+        self.lines: list[str] = []
+        self.calls = 0
+
+    def __call__(self, stream: str, lines: list[str]) -> None:
+        assert stream == "stdout"
+        self.lines += lines
+        self.calls += 1
+
+
+@contextmanager
+def printing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Told]:
+    """The streams that fork servers and workers have, for this process."""
+    with ExitStack() as stack:
+        for name in ("stdout", "stderr", "__stdout__", "__stderr__"):
+            stack.callback(setattr, sys, name, getattr(sys, name))
+        monkeypatch.setattr(prints, "_installed", [])
+        told = Told()
+        prints.install(told)
+        yield told
+
+
+def test_each_whole_line_is_told_once_and_the_rest_at_the_end(monkeypatch: pytest.MonkeyPatch) -> None:
+    with printing(monkeypatch) as told:
+        print("one", 2)
+        print("begun", end="", flush=True)
+        assert told.lines == ["one 2"]
+        print(" and ended\r\ntwo\n\nthree", end="")
+        assert told.lines == ["one 2", "begun and ended", "two", ""]
+        prints.finish()
+        prints.finish()
+        assert told.lines[4:] == ["three"]
+
+
+def test_the_streams_are_what_programs_expect_of_streams(monkeypatch: pytest.MonkeyPatch) -> None:
+    with printing(monkeypatch) as told:
+        sys.stdout.buffer.write(b"by\xff")
+        sys.stdout.buffer.write(memoryview(b"tes\n"))
+        sys.stdout.write("\udc80 \u2028 \U0001f600\n")
+        sys.stdout.writelines(["a\n", "b\n"])
+        assert told.lines == ["by\\xfftes", "\\udc80 \u2028 \U0001f600", "a", "b"]
+        assert (sys.stdout.fileno(), sys.stderr.fileno(), sys.stdout.isatty()) == (1, 2, False)
+        assert (sys.stdout.encoding, sys.stdout.writable(), sys.stdout.readable()) == ("utf-8", True, False)
+        sys.stdout.close()
+        with pytest.raises(ValueError, match="closed file"):
+            print("closed")
+        prints.finish()
+
+
+def test_lines_that_are_printed_together_are_told_together(monkeypatch: pytest.MonkeyPatch) -> None:
+    with printing(monkeypatch) as told:
+        sys.stdout.write("one\ntwo\nthree\n")
+        assert (told.lines, told.calls) == (["one", "two", "three"], 1)
+
+
+@pytest.mark.parametrize("character", ["x", "é", "日", "😀"])
+def test_a_line_without_end_is_told_in_pieces_that_cut_no_character(monkeypatch: pytest.MonkeyPatch, character: str) -> None:
+    text = "." + character * 50_000
+    with printing(monkeypatch) as told:
+        for at in range(0, len(text), 1000):
+            sys.stdout.write(text[at : at + 1000])
+        sys.stdout.write(text)
+        prints.finish()
+        assert "".join(told.lines) == text * 2
+        assert all(len(line.encode()) <= prints.LONGEST for line in told.lines)
+
+
+def test_a_fork_does_not_tell_again_what_its_parent_has_begun(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    with printing(monkeypatch) as told:
+        print("begun", end="")
+        pid = os.fork()
+        if pid == 0:
+            try:
+                print("child")
+                prints.finish()
+                (tmp_path / "told").write_text(repr(told.lines))
+            finally:
+                os._exit(0)
+        os.waitpid(pid, 0)
+        assert (tmp_path / "told").read_text() == "['child']"
+        prints.finish()
+        assert told.lines == ["begun"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("character", ["x", "\x00", "é", "\u202e", "😀", "\U000e0001"])
+def test_a_long_print_is_in_pieces_that_a_pipe_takes_whole(log_format: str, character: str) -> None:
+    with captured() as stderr:
+        use(log_format=log_format)
+        log.configure(role=f"gen {1 << 31} worker {1 << 20}")
+        log._output.printed("stdout", [character * 5000, "short"])
+        written = "".join(stderr.writes())
+        lines = written.splitlines() if log_format == "text" else [json.dumps(entry) for entry in log_schema.read(written)]
+        assert all(len(line.encode()) < sink.PIPE_BUF for line in lines)
+        shown = "".join(line.partition("stdout: ")[2] for line in lines) if log_format == "text" else ""
+        told = "".join(json.loads(line)["message"] for line in lines) if log_format == "json" else ""
+        assert shown + told == ((character if character.isprintable() or told else repr(character)[1:-1]) * 5000) + "short"
+
+
+def test_pieces_are_as_long_as_may_be() -> None:
+    assert list(formats.cut("", 10)) == [""]
+    assert list(formats.cut("x" * 20, 10)) == ["x" * 8, "x" * 8, "x" * 4]
+    assert "".join(formats.cut("\x00" * 7, 8)) == "\x00" * 7
+    assert list(formats.cut("x" * 8, 10)) == ["x" * 8]

@@ -1,16 +1,10 @@
-"""The log: events are named once, here, with their level and their sentence; this is the one place that turns them into lines.
+"""The events: each is named once, here, with its level and its sentence. Nothing else in prefork words a log line.
 
-Code says ``log.event("worker_died", slot=3, ...)``. A line is written with one ``write(2)`` to standard error, so lines of
-many processes do not mix (POSIX: up to PIPE_BUF on a pipe). A line that can't be written is counted, and the count is told
-with the next one that can: the log never stops the daemon.
+A sentence names its fields, which are the keyword arguments of `prefork.log.event`; in JSON they stand beside the sentence under
+their own names, so a name, once published, stays. RESERVED are the names that every line has.
 """
 
-import os
-import signal
-import stat
-import time
 from enum import IntEnum
-from typing import Any
 
 
 class Level(IntEnum):
@@ -21,6 +15,11 @@ class Level(IntEnum):
     WARNING = 30
     ERROR = 40
 
+
+# What a line says besides its event's own fields.
+RESERVED = frozenset({"time", "level", "event", "role", "process", "message", "text", "part", "parts"})
+# Written whatever log_level says: somebody's code, or somebody's configuration, has asked for them.
+ALWAYS = frozenset({"access", "output"})
 
 # name: level, sentence. Fields are the keyword arguments of `event`; `text` (a traceback) follows the line, indented.
 EVENTS: dict[str, tuple[Level, str]] = {
@@ -34,6 +33,9 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "stopped": (Level.INFO, "stopped: {accepted} connections accepted, {killed} cut"),
     "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
     "log_may_wait": (Level.WARNING, "standard error can't be opened anew ({reason}): a reader that stops stops the daemon"),
+    "dropped": (Level.WARNING, "{count} log lines could not be written"),
+    "reopened": (Level.INFO, "log files opened again: {paths}"),
+    "log_kept": (Level.WARNING, "{path} can't be opened again ({reason}): the file that is open is written on"),
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
@@ -86,85 +88,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
     "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
+    # lines of connections and of handlers
+    "access": (Level.INFO, "{peer} {outcome} after {duration:.6f} s, worker {slot} of generation {generation} on {listener}"),
+    "output": (Level.INFO, "{stream}: {line}"),
 }
-
-_level = Level.INFO
-_role = "master"
-_fd = 2
-_shielded = False
-_dropped = 0
-# Taken before anybody wraps it.
-_mask = signal.pthread_sigmask
-# What write(2) puts into a pipe in one piece (pipe(7)).
-_PIPE_BUF = 4096
-
-
-def configure(*, level: str | None = None, role: str | None = None) -> None:
-    """Set the least level that is written, and what this process is called in its lines."""
-    global _level, _role
-    _level = Level[level.upper()] if level is not None else _level
-    _role = role if role is not None else _role
-
-
-def never_wait() -> None:
-    """Make writing to a pipe that nobody empties fail instead of waiting. Once, by the master; its children inherit it.
-
-    O_NONBLOCK belongs to the open file, which others share: so the pipe is opened anew.
-    """
-    global _fd, _shielded
-    # From the background of a terminal with TOSTOP a write raises SIGTTOU, which the master handles: the write would be
-    # interrupted and tried again for ever. With the signal blocked it goes through (tcsetattr(3), tty_ioctl(4)).
-    _shielded = os.isatty(2)
-    if _fd == 2 and stat.S_ISFIFO(os.fstat(2).st_mode):
-        try:
-            _fd = os.open("/proc/self/fd/2", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
-        except OSError as error:
-            event("log_may_wait", reason=error.strerror)
-
-
-def descriptors() -> set[int]:
-    """What a process must keep open to be heard."""
-    return {1, 2, _fd}
-
-
-def event(name: str, /, *, text: str = "", **fields: Any) -> None:
-    """Log the event ``name``. Raises KeyError when it, or one of its fields, is unknown: that is a bug of ours."""
-    level, sentence = EVENTS[name]
-    if level >= _level:
-        _write(level, sentence.format_map(fields), text)
-
-
-def _write(level: Level, message: str, text: str) -> None:
-    global _dropped
-    now = time.time()
-    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(now)) + f".{int(now % 1 * 1000):03d}"
-    head = f"{stamp} {level.name} {_role}[{os.getpid()}]: "
-    lines = [head + _printable(message), *("    " + _printable(line) for line in text.splitlines())]
-    if _dropped:
-        lines.insert(0, f"{head}{_dropped} log lines could not be written")
-    for piece in _pieces([(line + "\n").encode("utf-8", "backslashreplace") for line in lines]):
-        blocked = _mask(signal.SIG_BLOCK, {signal.SIGTTOU}) if _shielded else None
-        try:
-            os.write(_fd, piece)
-        except OSError:
-            _dropped += 1
-            return
-        finally:
-            if blocked is not None:
-                _mask(signal.SIG_SETMASK, blocked)
-    _dropped = 0
-
-
-def _pieces(lines: list[bytes]) -> list[bytes]:
-    """Whole lines, joined as long as the pieces are written in one go."""
-    pieces = [b""]
-    for line in lines:
-        if pieces[-1] and len(pieces[-1]) + len(line) > _PIPE_BUF:
-            pieces.append(b"")
-        pieces[-1] += line
-    return pieces
-
-
-def _printable(line: str) -> str:
-    """What comes from users' code or clients must not forge lines or steer a terminal."""
-    return line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)

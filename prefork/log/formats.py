@@ -1,0 +1,103 @@
+"""An entry of the log as lines: text for people, text for the journal (sd-daemon(3)), JSON for machines.
+
+Pure. What comes from users' code or clients must not forge lines or steer a terminal: whatever can't be printed is escaped.
+"""
+
+import json
+import math
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Any
+
+from prefork.log.events import Level
+
+# Kept free in a line of limited length for everything that is not a user's text.
+OVERHEAD = 320
+_COLOURS = {Level.DEBUG: "2", Level.INFO: "32", Level.WARNING: "33", Level.ERROR: "1;31"}
+# syslog(3)'s, which the journal reads from the beginning of a line.
+_PRIORITIES = {Level.DEBUG: 7, Level.INFO: 6, Level.WARNING: 4, Level.ERROR: 3}
+# In JSON the message of this event is this field alone: the rest is told by the others, and a text is not written twice.
+_OWN_WORDS = {"output": "line"}
+
+
+@dataclass(frozen=True, slots=True)
+class Entry:
+    """One event that has happened. ``text`` is a traceback or the like, of many lines."""
+
+    event: str
+    level: Level
+    message: str
+    text: str
+    fields: Mapping[str, Any]
+    role: str
+    process: int
+    at: float
+
+
+def as_text(entry: Entry, *, coloured: bool = False) -> list[str]:
+    """Lines for people: when, how bad, who, what; ``text`` indented below."""
+    stamp = time.strftime("%Y-%m-%d %H:%M:%S", time.localtime(entry.at)) + f".{int(entry.at % 1 * 1000):03d}"
+    level = f"\x1b[{_COLOURS[entry.level]}m{entry.level.name}\x1b[0m" if coloured else entry.level.name
+    return _lines(f"{stamp} {level} {entry.role}[{entry.process}]: ", entry)
+
+
+def as_journal(entry: Entry) -> list[str]:
+    """The same without what the journal knows by itself, each line with its priority."""
+    priority = f"<{_PRIORITIES[entry.level]}>"
+    return [priority + line for line in _lines(f"{entry.role}[{entry.process}]: ", entry)]
+
+
+def _lines(head: str, entry: Entry) -> list[str]:
+    return [head + _printable(entry.message), *("    " + _printable(line) for line in entry.text.splitlines())]
+
+
+def as_json(entry: Entry, room: int | None) -> list[str]:
+    """One object a line. A text that is too long for ``room`` bytes (None: never) is told in several, ``part`` by part."""
+    own = _OWN_WORDS.get(entry.event)
+    document = {
+        "time": datetime.fromtimestamp(entry.at).astimezone().isoformat(timespec="milliseconds"),
+        "level": entry.level.name.lower(),
+        "event": entry.event,
+        "role": entry.role,
+        "process": entry.process,
+        "message": _plain(entry.message if own is None else entry.fields[own]),
+        **{key: _plain(value) for key, value in entry.fields.items() if key != own},
+    }
+    if not entry.text:
+        return [json.dumps(document)]
+    text = _plain(entry.text.rstrip("\n"))
+    whole = json.dumps({**document, "text": text})
+    if room is None or len(whole) < room:
+        return [whole]
+    parts = list(cut(text, max(room // 4, room - len(json.dumps(document)) - len(', "text": , "part": 9999, "parts": 9999\n'))))
+    return [json.dumps({**document, "text": part, "part": at, "parts": len(parts)}) for at, part in enumerate(parts, 1)]
+
+
+def as_journal_json(entry: Entry, room: int) -> list[str]:
+    """JSON whose priority the journal understands too."""
+    return [f"<{_PRIORITIES[entry.level]}>{line}" for line in as_json(entry, room - len("<0>"))]
+
+
+def _plain(value: Any) -> Any:
+    """Numbers stay what they are; what JSON has no word for becomes text."""
+    if value is None or isinstance(value, bool | int) or (isinstance(value, float) and math.isfinite(value)):
+        return value
+    return str(value).encode("utf-8", "backslashreplace").decode()  # a lone surrogate is no Unicode text
+
+
+def cut(text: str, room: int) -> Iterator[str]:
+    """Pieces that take at most ``room`` bytes in any format; JSON escapes the most."""
+    while True:
+        size = min(len(text), room)
+        while size > 1 and (needed := len(json.dumps(text[:size]))) > room:
+            size = max(1, size * room // needed)
+        yield text[:size]
+        text = text[size:]
+        if not text:
+            return
+
+
+def _printable(line: str) -> str:
+    return line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)

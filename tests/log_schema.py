@@ -1,0 +1,64 @@
+"""What a line of a JSON log is, as the README promises it: https://json-schema.org, draft 2020-12."""
+
+import json
+from collections.abc import Iterator
+from typing import Any
+
+from jsonschema import Draft202012Validator
+
+WHOLE = {"type": "integer", "minimum": 0}
+TEXT = {"type": "string"}
+SECONDS = {"type": "number", "minimum": 0}
+
+ALWAYS = {
+    # RFC 3339, with milliseconds and offset
+    "time": {"type": "string", "pattern": r"^\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}[+-]\d\d:\d\d$"},
+    "level": {"enum": ["debug", "info", "warning", "error"]},
+    "event": {"type": "string", "pattern": r"^[a-z_]+$"},
+    "role": {"type": "string", "pattern": r"^(master|gen \d+( worker \d+)?)$"},
+    "process": {"type": "integer", "minimum": 1},
+    "message": TEXT,
+}
+SOMETIMES = {
+    "text": {"type": "string", "minLength": 1},
+    "part": {"type": "integer", "minimum": 1},
+    "parts": {"type": "integer", "minimum": 2},
+}
+# Fields of events whose type people rely on, wherever they stand.
+FIELDS = {
+    **dict.fromkeys(["slot", "generation", "pid", "count", "failures", "acceptors", "workers", "busy", "max_workers"], WHOLE),
+    **dict.fromkeys(["accepted", "killed", "backlog", "limit"], WHOLE),
+    **dict.fromkeys(["seconds", "duration"], SECONDS),
+    **dict.fromkeys(
+        ["peer", "listener", "address", "addresses", "cause", "why", "what", "name", "module", "version", "paths"], TEXT
+    ),
+    "outcome": {"enum": ["ok", "error", "killed", "rejected"]},
+    "stream": {"enum": ["stdout", "stderr"]},
+}
+REQUIRED = {
+    "access": ["peer", "duration", "outcome", "slot", "generation", "listener"],
+    "output": ["stream"],
+    "handler_error": ["peer", "text"],
+    "worker_died": ["slot", "generation", "pid", "cause", "peer"],
+    "dropped": ["count"],
+}
+SCHEMA: dict[str, Any] = {
+    "$schema": "https://json-schema.org/draft/2020-12/schema",
+    "type": "object",
+    "required": list(ALWAYS),
+    "properties": {**ALWAYS, **SOMETIMES, **FIELDS},
+    "propertyNames": {"pattern": "^[a-z_]+$"},
+    "additionalProperties": {"type": ["string", "number", "boolean", "null"]},
+    "dependentRequired": {"part": ["parts", "text"], "parts": ["part"]},
+    "allOf": [{"if": {"properties": {"event": {"const": name}}}, "then": {"required": keys}} for name, keys in REQUIRED.items()],
+}
+Draft202012Validator.check_schema(SCHEMA)
+_validator = Draft202012Validator(SCHEMA)
+
+
+def read(log: str) -> Iterator[dict[str, Any]]:
+    """The lines of a JSON log, each of which has to be what the schema says."""
+    for line in log.split("\n")[:-1]:
+        entry = json.loads(line)
+        _validator.validate(entry)
+        yield entry
