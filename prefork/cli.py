@@ -1,6 +1,11 @@
-"""The commands: each parses, calls one function, prints. Options of `serve` are made from `prefork.config.Config`."""
+"""The commands: each parses, calls one function, prints. Options of `serve` are made from `prefork.config.Config`.
+
+Help is the one text about the commands: the man page (`prefork.manual`) is made of it. In it a block that begins with ``\\b``
+and a title (Examples:) is a list, a term and what it means with three spaces or more between them.
+"""
 
 import contextlib
+import functools
 import json
 import os
 import select
@@ -11,14 +16,16 @@ from typing import Any
 
 import click
 
-from prefork import __version__
-from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, variable
+from prefork import __version__, values
+from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError
-from prefork.ops.control import ask, find
+from prefork.ops.instances import ask, find, instances, nearest
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.
 PROMPT = 10.0
+# Completed by shells, and otherwise text: whether it can be used is for those to say who use it.
+_PATH = click.Path(readable=False)
 
 
 @contextlib.contextmanager
@@ -27,11 +34,54 @@ def _errors() -> Iterator[None]:
     try:
         yield
     except PreforkError as error:
-        click.echo(f"prefork: {error}", err=True)
+        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True)
         sys.exit(error.exit_code)
 
 
-@click.group(context_settings=_CONTEXT)
+class _Commands(click.Group):
+    """Suggests the nearest command for a mistyped one."""
+
+    def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
+        name = args[0]
+        if name not in self.commands and name.isidentifier() and not ctx.resilient_parsing:
+            ctx.fail(f"No such command {name!r}. {nearest(name, self.commands).capitalize()}".rstrip())
+        return super().resolve_command(ctx, args)
+
+
+def _duration(_context: click.Context, _parameter: click.Parameter, value: str | None) -> float | None:
+    """Seconds, as everywhere in the configuration."""
+    try:
+        return None if value is None else values.seconds(value)
+    except ValueError as error:
+        raise click.BadParameter(f"{value!r} {error}") from None
+
+
+_EPILOG = """
+\b
+Exit codes:
+  0    stopped as asked, or the command has succeeded
+  1    the command was refused, or failed
+  2    usage
+  69   an address can't be bound; the message names who has it
+  70   an internal error, a bug in prefork
+  77   not permitted: a low port, a user
+  78   the configuration or the handler is unusable
+
+\b
+Environment:
+  PREFORK_MAX_WORKERS, ...   an option of serve (--max-workers); PREFORK_CONFIG: --config
+  RUNTIME_DIRECTORY          where control sockets are; systemd sets it
+  NO_COLOR                   set and not empty: no colours; TERM=dumb: the same
+
+\b
+Files:
+  $XDG_RUNTIME_DIR/prefork/NAME.sock   the control socket of the instance NAME
+  /run/prefork/NAME.sock               the same, of root's, without that variable
+  /tmp/prefork-UID/NAME.sock           the same, of anybody else's
+"""
+
+
+@click.group(cls=_Commands, context_settings=_CONTEXT, epilog=_EPILOG)
 @click.version_option(__version__, prog_name="prefork", message="%(prog)s %(version)s")
 def main() -> None:
     """Run a blocking Python network handler in production.
@@ -40,12 +90,14 @@ def main() -> None:
 
     \b
     Examples:
-      prefork serve --module echo:loop                    the bundled echo server on 127.0.0.1:7000
-      prefork serve --module mymodule:loop -b :7000 -w 16       your own, on every address
-      prefork status                                      one look at it
-      prefork reload                                      new code, no lost connection
-      prefork stop                                        let connections finish, then end
+      prefork serve --module echo:loop   the bundled echo server, on 127.0.0.1:7000
+      prefork serve --module mymodule:loop -b :7000 -w 16   your own, on every address
+      prefork status                     one look at it
+      prefork reload                     new code, no lost connection
+      prefork stop                       let connections finish, then end
     """
+    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
+        click.get_current_context().color = False  # None, else: colours on a terminal only
 
 
 def _default_text(key: str) -> str:
@@ -57,19 +109,34 @@ def _default_text(key: str) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
+def _configured(command: Callable[[Sources], None]) -> Callable[..., Any]:
+    """A command with --config and every option, called with where the configuration comes from."""
+
+    @functools.wraps(command)
+    def call(file: str | None, **given: Any) -> None:
+        command_line = {
+            key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())
+        }
+        command(Sources(command_line, environment(), file))
+
+    text = "A flat TOML file with the options below."
+    named = click.option("--config", "file", metavar="FILE", envvar=variable("config"), help=text, type=_PATH)
+    return named(_with_options(call))
+
+
 def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
     for key, option in reversed(OPTIONS.items()):
         default = _default_text(key)
         names = [flag(key), key, *([option.short] if option.short else [])]
         text = option.help + (f"  [default: {default}]" if default else "") + ("" if option.reloadable else "  [restart]")
-        command = click.option(*names, metavar=option.metavar, help=text, multiple=option.multiple)(command)
+        kind = _PATH if option.metavar in ("PATH", "DIR") else None  # what a shell completes
+        command = click.option(*names, metavar=option.metavar, help=text, multiple=option.multiple, type=kind)(command)
     return command
 
 
 @main.command()
-@click.option("--config", "file", metavar="FILE", envvar=variable("config"), help="A flat TOML file with the options below.")
-@_with_options
-def serve(file: str | None, **given: Any) -> None:
+@_configured
+def serve(sources: Sources) -> None:
     """Run the daemon in the foreground.
 
     Every option can stand in the --config file (max_workers = 64) or in the environment (PREFORK_MAX_WORKERS=64); the command
@@ -77,10 +144,12 @@ def serve(file: str | None, **given: Any) -> None:
     values, but for those marked [restart].
 
     \b
-    Signals: TERM, INT  stop, connections may finish (INT twice, QUIT: at once)
-             HUP        read configuration and code again, without losing a connection
-             USR1       open log files again
-             TTIN, TTOU one acceptor more, one fewer
+    Signals:
+      TERM, INT    stop; connections may finish
+      INT twice, QUIT   stop at once
+      HUP          read configuration and code again, without losing a connection
+      USR1         open the log files again
+      TTIN, TTOU   one acceptor more, one fewer
 
     \b
     Examples:
@@ -93,16 +162,43 @@ def serve(file: str | None, **given: Any) -> None:
     process.open_standard_descriptors()
     from prefork.master import Master
 
-    command_line = {
-        key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())
-    }
     with _errors():
-        sys.exit(Master(Sources(command_line, environment(), file)).run())
+        sys.exit(Master(sources).run())
+
+
+@main.command()
+@_configured
+def check(sources: Sources) -> None:
+    """Validate the configuration, import the handler, print what holds.
+
+    Takes what serve takes, and binds nothing. What it prints is a configuration file: every option with the value that it has,
+    and where that comes from. The import happens in a process of its own; what it prints goes to standard error.
+
+    \b
+    Examples:
+      prefork check --config /etc/prefork/echo.toml
+      prefork check --module mymodule:loop > prefork.toml
+    """
+    from prefork.check import check as checked
+    from prefork.system import process
+
+    process.open_standard_descriptors()
+    with _errors():
+        text = checked(sources)
+    for name, remedy in unknown_variables(sources.environment):
+        click.echo(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
+    click.echo(text, nl=False)
+
+
+def _running(_context: click.Context, _parameter: click.Parameter, incomplete: str) -> list[str]:
+    return [name for name in sorted(instances()) if name.startswith(incomplete)]
+
+
+_control = click.option("--control", metavar="PATH", type=_PATH, help="Pick the instance by its control socket.")
 
 
 def _instance(command: Callable[..., Any]) -> Callable[..., Any]:
-    command = click.option("--control", metavar="PATH", help="Pick the instance by its control socket.")(command)
-    return click.argument("name", required=False)(command)
+    return click.argument("name", required=False, shell_complete=_running)(_control(command))
 
 
 def _answer(
@@ -121,6 +217,11 @@ def status(name: str | None, control: str | None, *, as_json: bool) -> None:
     """Show one look at a running daemon: listeners, workers, totals.
 
     NAME is the instance's name; with one instance running it can be left out.
+
+    \b
+    Examples:
+      prefork status               of the only instance
+      prefork status echo --json   of the instance echo, for programs
     """
     from prefork.ops import status as status_page
 
@@ -136,6 +237,10 @@ def reload(name: str | None, control: str | None) -> None:
     """Read configuration and code again; wait until the new code serves.
 
     Exits with 1, and the reason (the handler's traceback included), when it is refused: the old code then keeps serving.
+
+    \b
+    Examples:
+      prefork reload echo   the instance echo takes its new code
     """
     with _errors():
         answer, _ = _answer(name, control, "reload", None)
@@ -143,8 +248,8 @@ def reload(name: str | None, control: str | None) -> None:
 
 
 @main.command(context_settings={"ignore_unknown_options": True})
-@click.argument("arguments", nargs=-1, metavar="[NAME] N|+K|-K")
-@click.option("--control", metavar="PATH", help="Pick the instance by its control socket.")
+@click.argument("arguments", nargs=-1, metavar="[NAME] N|+K|-K", shell_complete=_running)
+@_control
 def scale(arguments: tuple[str, ...], control: str | None) -> None:
     """Change the number of acceptors now, until the next reload; wait until it is so.
 
@@ -164,9 +269,17 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
 @main.command()
 @_instance
 @click.option("--quick", is_flag=True, help="Cut connections instead of letting them finish.")
-@click.option("--timeout", type=click.FloatRange(min=0), metavar="SECONDS", help="How long they may finish; else graceful_timeout.")
+@click.option(
+    "--timeout", callback=_duration, metavar="SECONDS", help="How long they may finish (5, 30s, 5m); else graceful_timeout."
+)
 def stop(name: str | None, control: str | None, *, quick: bool, timeout: float | None) -> None:
-    """Stop the daemon; wait until it has gone."""
+    """Stop the daemon; wait until it has gone.
+
+    \b
+    Examples:
+      prefork stop echo --timeout 5m   connections have five minutes to finish
+      prefork stop echo --quick        they are cut
+    """
     with _errors():
         path = find(name, control)
         facts, descriptors = _answer(None, path, "status", PROMPT)
@@ -178,6 +291,58 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
         select.select([process], [], [])
         os.close(process)
     click.echo(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
+
+
+@main.command()
+@click.argument("folder", metavar="[DIR]", default=".", type=_PATH)
+def init(folder: str) -> None:
+    """Write a configuration and a handler to begin with into DIR, by default the working directory.
+
+    Nothing is overwritten.
+
+    \b
+    Examples:
+      prefork init myserver   makes myserver/prefork.toml and myserver/mine.py
+    """
+    from prefork import starter
+
+    with _errors():
+        click.echo(starter.start(folder))
+
+
+@main.command()
+@click.argument("shell", metavar="[bash|zsh|fish]", type=click.Choice(["bash", "zsh", "fish"]), required=False)
+def completion(shell: str | None) -> None:
+    """Print a script that teaches a shell to complete prefork's commands, options and instances.
+
+    By default that of $SHELL. bash and zsh take it in ~/.bashrc or ~/.zshrc by: eval "$(prefork completion bash)"
+
+    \b
+    Examples:
+      prefork completion fish > ~/.config/fish/completions/prefork.fish
+      prefork completion bash > /etc/bash_completion.d/prefork
+    """
+    from click.shell_completion import get_completion_class
+
+    shell = shell or os.path.basename(os.environ.get("SHELL", ""))
+    kind = get_completion_class(shell) if shell in ("bash", "zsh", "fish") else None
+    if kind is None:
+        raise click.UsageError(f"which shell? there are bash, zsh and fish, and SHELL is {os.environ.get('SHELL', '')!r}")
+    click.echo(kind(main, {}, "prefork", "_PREFORK_COMPLETE").source(), nl=False)
+
+
+@main.command()
+def man() -> None:
+    """Print the manual page prefork(1), made from these helps.
+
+    \b
+    Examples:
+      prefork man | man -l -
+      prefork man > /usr/local/share/man/man1/prefork.1
+    """
+    from prefork import manual
+
+    click.echo(manual.page(main, serve), nl=False)
 
 
 def entry() -> None:

@@ -12,6 +12,7 @@ import difflib
 import json
 import os
 import stat
+import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
@@ -304,10 +305,20 @@ def document(config: Config, notes: Mapping[str, str]) -> str:
     """
     lines: list[str] = []
     for key, option in OPTIONS.items():
-        plain = option.plain(getattr(config, key))
-        unset = plain in ("", [], None)
-        lines += [f"# {notes[key]}", f'#{key} = "{option.metavar}"' if unset else f"{key} = {_toml(plain)}", ""]
+        value = option.plain(getattr(config, key))
+        line = f'#{key} = "{option.metavar}"' if is_unset(config, key) else f"{key} = {_toml(value)}"
+        lines += [f"# {_one_line(notes[key])}", line, ""]
     return "\n".join(lines)
+
+
+def is_unset(config: Config, key: str) -> bool:
+    """Whether an option was not given and has no default."""
+    return OPTIONS[key].plain(getattr(config, key)) in ("", [], None)
+
+
+def _one_line(note: str) -> str:
+    # A file's name may hold anything, a line break too.
+    return note if note.isprintable() else repr(note)[1:-1]
 
 
 def _toml(plain: Any) -> str:
@@ -315,8 +326,8 @@ def _toml(plain: Any) -> str:
         return f"[{', '.join(map(_toml, plain))}]"
     if isinstance(plain, float):
         return values.seconds_text(plain)
-    # A JSON string is a TOML string, and so are its numbers, true and false.
-    return json.dumps(plain, ensure_ascii=False)
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped; numbers, true and false are the same.
+    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")
 
 
 def needs_restart(old: Config, new: Config) -> str | None:
@@ -339,3 +350,16 @@ def unknown_variables(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]
 def environment() -> dict[str, str]:
     """The part of this process's environment that is configuration."""
     return {key: value for key, value in os.environ.items() if key.startswith("PREFORK_")}
+
+
+def reference() -> str:
+    """Every option with its default, as the file conf/prefork.toml has it: ``python -m prefork.config > conf/prefork.toml``."""
+    notes = {key: option.help + ("" if option.reloadable else " Needs a restart.") for key, option in OPTIONS.items()}
+    head = (
+        "# Every option of prefork with its default; one that has none stands in a comment. `prefork check` shows what holds.\n\n"
+    )
+    return head + document(Config(module="echo:loop"), notes)
+
+
+if __name__ == "__main__":
+    sys.stdout.write(reference())

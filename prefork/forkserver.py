@@ -74,6 +74,36 @@ def main(brief: Brief) -> NoReturn:
         os._exit(status)
 
 
+def settle(conf: Config, who: Credentials | None, folder: str) -> None:
+    """Take on what the configuration says of this process and its workers. Raises PreforkError; user code comes after.
+
+    ``folder`` is the working directory unless the configuration names one.
+    """
+    if conf.umask is not None:
+        os.umask(conf.umask)
+    try:
+        os.nice(conf.nice)
+    except PermissionError:
+        raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
+    for name, value in conf.rlimit:
+        try:
+            process.allow_limit(RLIMITS[name], value)
+        except PermissionError as error:
+            raise ConfigError(f"rlimit {name}: {error}: ask for less, or have it raised before prefork starts") from None
+    if who is not None:
+        try:
+            credentials.become(who)
+        except OSError as error:
+            raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
+    folder = conf.chdir or folder
+    try:
+        os.chdir(folder)
+    except OSError as error:
+        asking = f" as user {who.name or who.uid}" if who is not None else ""
+        raise HandlerError(f"can't enter the working directory {folder}{asking}: {error.strerror}") from None
+    handler.prepare_path(folder)
+
+
 class ForkServer:
     """One fork server process."""
 
@@ -134,34 +164,6 @@ class ForkServer:
         process.watch_folder(signals.mark)
         signals.unblock()
 
-    def _settle(self) -> None:
-        """Take on what the configuration says of this process and its workers. Raises PreforkError; user code comes after."""
-        conf, who = self.brief.config, self.brief.credentials
-        if conf.umask is not None:
-            os.umask(conf.umask)
-        try:
-            os.nice(conf.nice)
-        except PermissionError:
-            raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
-        for name, value in conf.rlimit:
-            try:
-                process.allow_limit(RLIMITS[name], value)
-            except PermissionError as error:
-                raise ConfigError(f"rlimit {name}: {error}: ask for less, or have it raised before prefork starts") from None
-        if who is not None:
-            try:
-                credentials.become(who)
-            except OSError as error:
-                raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
-            self._tie_to_master()
-        folder = conf.chdir or self.brief.folder
-        try:
-            os.chdir(folder)
-        except OSError as error:
-            asking = f" as user {who.name or who.uid}" if who is not None else ""
-            raise HandlerError(f"can't enter the working directory {folder}{asking}: {error.strerror}") from None
-        handler.prepare_path(folder)
-
     def _tie_to_master(self) -> None:
         # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
         process.signal_when_orphaned(signals.PARENT_DIED)
@@ -169,7 +171,8 @@ class ForkServer:
             os._exit(0)
 
     def _boot(self) -> handler.Handler:
-        self._settle()
+        settle(self.brief.config, self.brief.credentials, self.brief.folder)
+        self._tie_to_master()  # the kernel has forgotten it if credentials have changed
         try:
             loaded = handler.load(self.brief.config)
         finally:

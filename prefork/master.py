@@ -24,7 +24,7 @@ from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.listeners import DRAIN_LOOK, Listeners, Plan
 from prefork.net.listener import Listener
-from prefork.ops import control
+from prefork.ops import control, instances
 from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool import wire
 from prefork.pool.scoreboard import BUSY
@@ -149,7 +149,7 @@ class Master:
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.wiring = Wiring(self.name, _working_directory(), doorbell_read, doorbell_write, devnull, who)
+        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self.inbox = signals.Inbox(HANDLED)
         self._open_control()
@@ -671,7 +671,7 @@ class Master:
         if self.config.control == "off":
             return
         try:
-            path = self.config.control or control.default_path(self.name)
+            path = self.config.control or instances.default_path(self.name)
             self.control = control.serve(path, self.selector, self._obey)
         except AddressError as error:
             raise AddressError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
@@ -765,7 +765,7 @@ class Master:
     def _report_status(self, client: Client) -> None:
         """What only the master knows, and the boards; `prefork.ops.status` makes the rest of it."""
         generations = self._generations()
-        most = control.DESCRIPTORS_LIMIT // 2
+        most = instances.DESCRIPTORS_LIMIT // 2
         ended = self.tally.counts
         for generation in generations[most:]:  # more than an answer can carry: their totals only
             ended += generation.accepted()
@@ -816,16 +816,3 @@ def _fields(value: Any) -> dict[str, Any]:
 def _listener_facts(listener: Listener) -> dict[str, Any]:
     queue, limit = listener.queue() or (None, None)
     return {"address": str(listener.address), "queue": queue, "queue_limit": limit}
-
-
-def _working_directory() -> str:
-    """Where we are, by the name it was entered by: a deploy may switch what the name stands for, and a reload must follow."""
-    try:
-        real = os.getcwd()
-    except FileNotFoundError:
-        raise ConfigError("the working directory was removed: start prefork in one that exists") from None
-    name = os.environ.get("PWD", "")
-    try:
-        return name if os.path.samefile(name, real) else real
-    except OSError:
-        return real

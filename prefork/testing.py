@@ -27,7 +27,7 @@ from typing import Any
 from prefork.config import flag
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops import status as status_page
-from prefork.ops.control import ask
+from prefork.ops.instances import ask
 
 START_TIMEOUT = 30.0
 STOP_TIMEOUT = 30.0

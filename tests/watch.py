@@ -2,14 +2,16 @@
 
 import os
 import random
+import shutil
 import socket
 import time
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any, TypeVar
 
 import psutil
+import pytest
 
 from prefork.testing import Server
 
@@ -66,6 +68,15 @@ def logged(server: Server, text: str, times: int = 1) -> str:
     return server.log()
 
 
+def needs(program: str) -> None:
+    """Skip a test where a program is missing that it is about; in CI that is a failure."""
+    if shutil.which(program) is None:
+        reason = f"{program} is not installed"
+        if os.environ.get("CI") == "true":
+            pytest.fail(reason)
+        pytest.skip(reason)
+
+
 def family(pid: int) -> list[psutil.Process]:
     """All descendants."""
     try:
@@ -78,9 +89,10 @@ def fork_server(server: Server, generation: int | None = None) -> int:
     """The pid of a generation's fork server: the master's child with that title."""
     number = server.status()["generation"] if generation is None else generation
     for child in psutil.Process(server.pid).children():
-        if child.cmdline() and child.cmdline()[0].endswith(f" gen {number}"):
-            return child.pid
-    raise AssertionError(f"no fork server of generation {number}: {[c.cmdline() for c in family(server.pid)]}")
+        with suppress(psutil.NoSuchProcess):  # a zombie has no title any more
+            if child.cmdline() and child.cmdline()[0].endswith(f" gen {number}"):
+                return child.pid
+    raise AssertionError(f"no fork server of generation {number}: {family(server.pid)}")
 
 
 def descriptors(pid: int) -> dict[int, str]:

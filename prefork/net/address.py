@@ -78,6 +78,8 @@ def parse(text: str) -> Address:
     port = int(port_text)
     if host == "":
         return Address(socket.AF_INET6, "", port)
+    if host == "*":
+        raise ValueError(f"every address of this machine is written :{port}, without the *")
     if host == "localhost":
         return Address(socket.AF_INET, "127.0.0.1", port)
     if host.startswith("[") and host.endswith("]"):

@@ -1,9 +1,9 @@
-"""The control socket: one JSON line in, one JSON line out, over a Unix stream socket. Both ends of it.
+"""The control socket: one JSON line in, one JSON line out, over a Unix stream socket. The daemon's end of it.
 
-The server is one more descriptor in the master's selector: no thread, no waiting. Requests are bounded, callers are checked
-(SO_PEERCRED, unix(7): root or the daemon's own user), and a client that is slow or has gone is dropped. An answer may carry
-descriptors (SCM_RIGHTS): `prefork status` gets the scoreboards and does its own sums, so that a look at 10,000 workers costs
-the master nothing.
+The commands' end is `prefork.ops.instances`. The server is one more descriptor in the master's selector: no thread, no
+waiting. Requests are bounded, callers are checked (SO_PEERCRED, unix(7): root or the daemon's own user), and a client that is
+slow or has gone is dropped. An answer may carry descriptors (SCM_RIGHTS): `prefork status` gets the scoreboards and does its
+own sums, so that a look at 10,000 workers costs the master nothing.
 """
 
 import json
@@ -11,16 +11,13 @@ import os
 import re
 import selectors
 import socket
-import stat
-import struct
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from pathlib import Path
 from typing import Any
 
 from prefork import log
-from prefork.errors import RefusedError
 from prefork.net.listener import inode_of, open_unix, remove
+from prefork.system import process
 
 REQUEST_LIMIT = 4096
 CLIENTS = 64
@@ -30,12 +27,7 @@ WAITING = 48
 NEVER_REFUSED = ("status", "stop")
 # A request is a line from a command on this machine: whoever needs longer for it, or for taking the answer, is not one.
 PATIENCE = 10.0
-# SCM_RIGHTS takes 253 descriptors (unix(7)).
-DESCRIPTORS_LIMIT = 250
 ACCEPT_PAUSE = 0.1
-_UCRED = struct.Struct("3i")
-_TIMEVAL = struct.Struct("@ll")
-_SUFFIX = ".sock"
 
 
 @dataclass(eq=False, slots=True)
@@ -80,7 +72,7 @@ class ControlServer:
             self.resume_at = now + ACCEPT_PAUSE
             return
         sock.setblocking(False)
-        _, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+        uid = process.peer_of(sock).uid
         reason = None
         if uid not in (0, os.geteuid()):
             reason = f"user {uid} is neither root nor this daemon's"
@@ -220,118 +212,6 @@ def serve(path: str, selector: selectors.BaseSelector, obey: Callable[[Client, d
     server = ControlServer(sock, path, inode, selector, obey)
     selector.register(sock, selectors.EVENT_READ, server.accept)
     return server
-
-
-# -- where the sockets are
-
-
-def runtime_directory() -> Path:
-    """The directory for control sockets, made if need be. Raises OSError when there is none that is safely ours."""
-    if given := os.environ.get("RUNTIME_DIRECTORY"):
-        return Path(given.split(":")[0])
-    # After su or sudo it may name the directory of somebody who has not logged in.
-    if (xdg := os.environ.get("XDG_RUNTIME_DIR")) and os.path.isdir(xdg):
-        return _private(Path(xdg) / "prefork")
-    if os.geteuid() == 0:
-        return _private(Path("/run/prefork"))
-    return _private(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - checked to be ours, or refused
-
-
-def _private(path: Path) -> Path:
-    """The directory, 0700 and ours: in a world-writable place anybody may have made it before us, or made it a link."""
-    try:
-        path.mkdir(mode=0o700)
-    except FileExistsError:
-        pass  # checked below, like one that we made
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & 0o022:
-        raise PermissionError(f"{path} must be a directory of user {os.geteuid()} that nobody else can write to")
-    return path
-
-
-def instances() -> dict[str, str]:
-    """Control sockets that exist, by instance name: in our runtime directory, and in those of systemd units and users."""
-    places = [Path("/run/prefork"), *Path("/run/prefork").glob("*/"), *Path("/run/user").glob("*/prefork")]
-    places.append(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - only looked at
-    for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
-        if given := os.environ.get(variable):
-            places = [Path(given.split(":")[0]), Path(given) / "prefork", *places]
-    found: dict[str, str] = {}
-    for place in places:
-        try:
-            for path in sorted(place.glob("*" + _SUFFIX)):
-                if _is_live(str(path)):
-                    found.setdefault(path.name.removesuffix(_SUFFIX), str(path))
-        except PermissionError:
-            continue  # another user's
-    return found
-
-
-def _is_live(path: str) -> bool:
-    """Whether somebody listens there; a daemon that was killed leaves its socket behind."""
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except BlockingIOError:
-            return True  # its queue is full
-        except OSError:
-            return False
-    return True
-
-
-def default_path(name: str) -> str:
-    """The control socket of the instance ``name``. Raises OSError when there is no place for it."""
-    return str(runtime_directory() / (name + _SUFFIX))
-
-
-# -- the commands' end
-
-
-def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
-    """Send a command and wait for its outcome, ``patience`` seconds at most: the answer, and the descriptors with it.
-
-    Raises RefusedError when nobody listens there, or the connection ends without an answer.
-    """
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
-            if patience is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), int(patience % 1 * 1e6)))
-            sock.connect(path)
-            sock.settimeout(patience)
-            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
-            data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
-            while more := sock.recv(65536):
-                data += more
-        except (TimeoutError, BlockingIOError):
-            raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
-        except OSError as error:
-            raise RefusedError(f"{path}: {error.strerror}; is the daemon running?") from None
-    if not data.endswith(b"\n"):
-        for fd in descriptors:
-            os.close(fd)
-        raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
-    answer: dict[str, Any] = json.loads(data)
-    return answer, descriptors
-
-
-def find(name: str | None, control: str | None) -> str:
-    """The control socket to talk to: by path, by name, or the only one there is. Raises RefusedError naming what there is."""
-    if control is not None:
-        return control
-    known = instances()
-    if name is not None:
-        if name in known:
-            return known[name]
-        raise RefusedError(f"no instance {name!r} is running; {_listed(known)}")
-    if len(known) == 1:
-        return next(iter(known.values()))
-    raise RefusedError(f"which instance? {_listed(known)}" if known else "no instance is running, or its socket is another user's")
-
-
-def _listed(known: dict[str, str]) -> str:
-    return f"running: {', '.join(sorted(known))}" if known else "none is running"
 
 
 VALID_SCALE = re.compile(r"([+-]?)([0-9]{1,7})")

@@ -9,11 +9,19 @@ import time
 from collections.abc import Sequence
 from typing import Any
 
+import click
+
 from prefork.pool import scoreboard
 from prefork.pool.scoreboard import BUSY, FREE, LEAVING, STATES, Access, Counts, Layout, Scoreboard
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+# What is on its way somewhere, and what serves a client; idle is as it should be.
+_COLOURS = {
+    "running": "green",
+    "busy": "green",
+    **dict.fromkeys(("starting", "reloading", "suspended", "stopping", "retiring"), "yellow"),
+}
 _WORKER_STATES = ("starting", "idle", "busy", "retiring")
 
 
@@ -123,46 +131,84 @@ def _percentile(histogram: Sequence[int], share: float) -> float | None:
 
 
 def table(status: dict[str, Any]) -> str:
-    """The status for people."""
-    totals = status["totals"]
+    """The status for people, with the colours of a terminal where something matters."""
+    parts = [_head(status), _listeners(status)]
+    parts += [_workers(status)] if status["workers"] else []
+    parts += [_deaths(status)] if status["deaths"] else []
+    return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _head(status: dict[str, Any]) -> list[str]:
+    totals, duration, reload = status["totals"], status["duration"], status["reload"]
     lines = [
-        f"{status['name']}  {status['state']}  {status['module']}  generation {status['generation']}  pid {status['pid']}  "
+        f"{status['name']}  {_state(status['state'])}  {status['module']}  generation {status['generation']}  pid {status['pid']}  "
         f"prefork {status['version']}  up {_span(status['uptime'])}",
-        f"connections: {totals['accepted']} accepted = {totals['ok']} ok + {totals['error']} error + {totals['killed']} killed + "
-        f"{totals['rejected']} rejected + {totals['serving']} being served",
+        f"connections: {totals['accepted']} accepted = {totals['ok']} ok + {_bad(totals['error'], 'error')} + "
+        f"{_bad(totals['killed'], 'killed')} + {totals['rejected']} rejected + {totals['serving']} being served",
         f"processes: {len(status['workers'])} workers, at most {status['max_workers']}; {totals['forked']} forked, "
         f"{totals['exited']} ended",
     ]
-    duration = status["duration"]
     if duration["p50"] is not None:
         lines.append("duration: " + "  ".join(f"{key} {_span(value)}" for key, value in duration.items()))
     if status["saturated_seconds"]:
         lines.append(f"at the ceiling: {_span(status['saturated_seconds'])}")
     if status["backoff"]:
-        lines.append(f"backing off: {status['backoff']['reason']}".splitlines()[0])
-    if status["reload"] and status["reload"]["result"] != "ok":
-        lines.append(f"last reload {status['reload']['result']}: {status['reload']['reason']}".splitlines()[0])
-    listeners = [["LISTENER", "QUEUE", "TARGET", "STARTING", "IDLE", "BUSY", "RETIRING"]]
+        lines.append(f"{click.style('backing off', fg='red')}: {_first_line(status['backoff']['reason'])}")
+    if reload and reload["result"] != "ok":
+        when = f"{_span(time.time() - reload['at'])} ago"
+        lines.append(f"last reload {click.style(reload['result'], fg='red')} {when}: {_first_line(reload['reason'])}")
+    return lines
+
+
+def _listeners(status: dict[str, Any]) -> list[str]:
+    rows = [["LISTENER", "QUEUE", "TARGET", "STARTING", "IDLE", "BUSY", "RETIRING"]]
     for listener in status["listeners"]:
         queue = "-" if listener["queue"] is None else f"{listener['queue']}/{listener['queue_limit']}"
         counted = listener["workers"]
-        listeners.append([listener["address"], queue, *[str(counted[key]) for key in ("target", *_WORKER_STATES)]])
-    lines += ["", *_columns(listeners)]
-    workers = [["PID", "GEN", "SLOT", "STATE", "SINCE", "CONNECTIONS", "RSS", "CPU", "PEER"]]
+        rows.append([listener["address"], queue, *[str(counted[key]) for key in ("target", *_WORKER_STATES)]])
+    return _columns(rows)
+
+
+def _workers(status: dict[str, Any]) -> list[str]:
+    rows = [["PID", "GEN", "SLOT", "STATE", "SINCE", "CONNECTIONS", "RSS", "CPU", "PEER"]]
     now = time.time()
     for worker in status["workers"]:
         rss = "-" if worker["rss"] is None else f"{worker['rss'] / 1048576:.1f}M"
         cpu = "-" if worker["cpu"] is None else f"{worker['cpu']:.2f}s"
         since = "-" if worker["since"] is None else _span(now - worker["since"])
-        shown = [worker["pid"], worker["generation"], worker["slot"], worker["state"], since, worker["connections"], rss, cpu]
-        workers.append([*map(str, shown), worker["peer"] or ""])
-    lines += ["", *_columns(workers)]
-    return "\n".join(lines)
+        state = _state(worker["state"])
+        shown = [worker["pid"], worker["generation"], worker["slot"], state, since, worker["connections"], rss, cpu]
+        rows.append([*map(str, shown), worker["peer"] or ""])
+    return _columns(rows)
+
+
+def _deaths(status: dict[str, Any]) -> list[str]:
+    rows = [["DIED", "PID", "GEN", "SLOT", "CAUSE", "PEER"]]
+    now = time.time()
+    for death in status["deaths"]:
+        cause = click.style(death["cause"], fg="red")
+        shown = [f"{_span(now - death['at'])} ago", death["pid"], death["generation"], death["slot"], cause, death["peer"] or ""]
+        rows.append([*map(str, shown)])
+    return _columns(rows)
+
+
+def _state(state: str) -> str:
+    return click.style(state, fg=_COLOURS[state]) if state in _COLOURS else state
+
+
+def _bad(count: int, what: str) -> str:
+    return click.style(f"{count} {what}", fg="red") if count else f"{count} {what}"
+
+
+def _first_line(text: str) -> str:
+    return text.partition("\n")[0]
 
 
 def _columns(rows: list[list[str]]) -> list[str]:
-    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
-    return ["  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    # Colours take no place on a terminal.
+    widths = [max(len(click.unstyle(cell)) for cell in column) for column in zip(*rows, strict=True)]
+    padded = [[cell + " " * (width - len(click.unstyle(cell))) for cell, width in zip(row, widths, strict=True)] for row in rows]
+    return ["  ".join(row).rstrip() for row in padded]
 
 
 def _span(seconds: float) -> str:

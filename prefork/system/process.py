@@ -5,16 +5,21 @@ import functools
 import os
 import resource
 import signal
+import socket
+import struct
 from collections.abc import Callable, Collection
 from dataclasses import dataclass
 from typing import Any
 
 from setproctitle import setproctitle
 
+from prefork.errors import ConfigError
+
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
 _PR_SET_CHILD_SUBREAPER = 36
+_UCRED = struct.Struct("3i")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -36,6 +41,14 @@ class Changed:
 
     pid: int
     stopped: bool
+
+
+@dataclass(frozen=True, slots=True)
+class Peer:
+    """Who is at the other end of a Unix socket."""
+
+    pid: int
+    uid: int
 
 
 def prctl(option: int, argument: int) -> None:
@@ -72,6 +85,28 @@ def allow_limit(which: int, value: int) -> None:
             raise PermissionError(f"the hard limit is {hard}, less than {value}") from None
 
 
+def peer_of(sock: socket.socket) -> Peer:
+    """Who connected to us, or for who connects: who listens (SO_PEERCRED, unix(7))."""
+    pid, uid, _ = _UCRED.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
+    return Peer(pid, uid)
+
+
+def working_directory() -> str:
+    """Where we are, by the name it was entered by: a deploy may switch what the name stands for, and a reload must follow.
+
+    Raises ConfigError when it was removed.
+    """
+    try:
+        real = os.getcwd()
+    except FileNotFoundError:
+        raise ConfigError("the working directory was removed: start prefork in one that exists") from None
+    name = os.environ.get("PWD", "")
+    try:
+        return name if os.path.samefile(name, real) else real
+    except OSError:
+        return real
+
+
 def set_title(title: str) -> None:
     """What ps(1) shows."""
     setproctitle(title)
@@ -92,6 +127,14 @@ def reap(*, stops: bool = False) -> list[Ended | Changed]:
             found.append(Changed(pid, os.WIFSTOPPED(status)))
         else:
             found.append(Ended(pid, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
+
+
+def children() -> set[int]:
+    """Our children, also those that have ended and were not reaped."""
+    import psutil  # noqa: PLC0415 - slow to import, and no daemon asks
+
+    # Not /proc/self/task/*/children: it may leave out living ones when others end meanwhile (proc_pid_task(5)).
+    return {child.pid for child in psutil.Process().children()}
 
 
 def is_child(pid: int) -> bool:

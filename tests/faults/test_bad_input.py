@@ -23,7 +23,7 @@ from typing import Any
 import psutil
 import pytest
 
-from prefork.ops import control
+from prefork.ops import control, instances
 from prefork.testing import Server, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
@@ -424,7 +424,7 @@ def test_half_a_line_is_waited_for_and_keeps_nobody(prefork_server: Start) -> No
             assert server.command("scale", workers=2)["ok"]
         # Half a line is none; the other half makes it one.
         sock.sendall(b'tus"}\n')
-        data, descriptors, _, _ = socket.recv_fds(sock, 65536, control.DESCRIPTORS_LIMIT)
+        data, descriptors, _, _ = socket.recv_fds(sock, 65536, instances.DESCRIPTORS_LIMIT)
         for fd in descriptors:
             os.close(fd)
         assert b'"ok": true' in data

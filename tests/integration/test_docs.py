@@ -23,8 +23,8 @@ def commands() -> Iterator[tuple[str, str]]:
     """Every ``prefork ...`` line in the README and in the help texts, and where it stands."""
     texts = {"README": README, **{name: command.help or "" for name, command in main.commands.items()}, "prefork": main.help or ""}
     for where, text in texts.items():
-        for found in re.findall(r"(?:^\s+|bin/|`)prefork ((?:serve|status|reload|scale|stop)(?: [^`\n]*)?)", text, re.MULTILINE):
-            yield where, re.split(r"\s{3,}", found)[0]
+        for found in re.findall(rf"(?:^\s+|bin/|`)prefork ((?:{'|'.join(main.commands)})(?: [^`\n]*)?)", text, re.MULTILINE):
+            yield where, re.split(r"\s{3,}| [|>]", found)[0]
 
 
 @pytest.mark.parametrize(("where", "line"), sorted(set(commands())))

@@ -81,6 +81,7 @@ def test_the_longest_unix_path_can_be_bound_under_its_temporary_name() -> None:
         ("127.0.0.1:٨٠", "port must be a number from 0 to 65535"),
         ("127.0.0.1:8_0", "port must be a number from 0 to 65535"),
         ("127.0.0.1: 80", "port must be a number from 0 to 65535"),
+        ("*:7000", "written :7000, without the \\*"),
         ("example.org:80", "numeric address or localhost, not 'example.org'"),
         ("127.1:80", "numeric address or localhost, not '127.1'"),
         ("127.0.0.01:80", "numeric address or localhost, not '127.0.0.01'"),

@@ -313,6 +313,17 @@ def test_any_value_is_taken_or_refused(key: str, value: Any) -> None:
     assert OPTIONS[key].parse(OPTIONS[key].plain(getattr(config, key))) == getattr(config, key), "what is shown is taken back"
 
 
+@given(
+    st.text(st.characters(exclude_characters="\0?", exclude_categories=["Cs"]), max_size=20),
+    st.text(),
+    st.floats(0, 1e9),
+)
+def test_what_is_documented_is_read_back(path: str, note: str, seconds: float) -> None:
+    config = load(bind=[f"unix:/{path}"], control=f"/{path}", drain_timeout=seconds, rlimit="as=3,cpu=unlimited", umask="007")
+    written = tomllib.loads(document(config, dict.fromkeys(OPTIONS, note)))
+    assert Sources(written).load() == dataclasses.replace(config, drain_timeout=float(f"{seconds:.15g}"))
+
+
 @given(st.text())
 def test_any_text_is_toml_or_refused(tmp_path_factory: pytest.TempPathFactory, text: str) -> None:
     path = tmp_path_factory.getbasetemp() / "any.toml"

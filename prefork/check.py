@@ -1,0 +1,177 @@
+"""`prefork check`: what `prefork serve` would make of a configuration. Validates it, imports the handler, and shows what holds.
+
+The import happens in a child that is made like a fork server, so that it finds what it would find there, and can do here
+whatever it likes: exit, crash, hang, fork. What this must not do: bind, write a file, call a hook, leave a process behind.
+"""
+
+import contextlib
+import faulthandler
+import os
+import select
+import signal
+import sys
+import traceback
+from typing import NoReturn
+
+from prefork import __version__, forkserver, handler
+from prefork.config import OPTIONS, Config, Sources, document, is_unset
+from prefork.errors import HandlerError, PreforkError
+from prefork.system import credentials, process, signals
+from prefork.system.credentials import Credentials
+
+# Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
+LAST_WORDS = 1.0
+_WHERE = signals.PARENT_DIED
+_DONE = b"imported"
+
+
+def check(sources: Sources) -> str:
+    """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError."""
+    config, origins = sources.trace()
+    _try_import(config)
+    notes = {
+        key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
+        for key, option in OPTIONS.items()
+    }
+    return f"# What prefork {__version__} serves with. {config.module} can be imported.\n\n{document(config, notes)}"
+
+
+def _try_import(config: Config) -> None:
+    """Import the handler and its hooks in a child; nobody is left when this returns. Raises HandlerError."""
+    folder = process.working_directory()
+    who = credentials.wanted(config.user, config.group)
+    outcome = os.memfd_create("outcome")
+    # Whoever the import starts becomes our child once its own parent has ended. Children that we have had before the exec of
+    # this program are somebody else's.
+    process.become_subreaper()
+    strangers = process.children()
+    for signo in (signal.SIGTERM, signal.SIGHUP):
+        signal.signal(signo, signal.default_int_handler)  # so that the clean-up below is done
+    with signals.blocked():
+        us = os.getpid()
+        pid = os.fork()
+        if pid == 0:
+            _import_and_exit(config, who, folder, us, outcome)
+    try:
+        status = _wait(pid, config.boot_timeout)
+    finally:
+        _end_all_but(strangers)
+    try:
+        said = os.pread(outcome, os.fstat(outcome).st_size, 0)
+    finally:
+        os.close(outcome)
+    if status is None:
+        late = f"{config.module}: the import has not ended after boot_timeout = {config.boot_timeout:g} s"
+        raise HandlerError(late + _where(said.decode(errors="replace")))
+    if not said:
+        raise HandlerError(f"{config.module}: the import ended its process: {process.describe(status)}")
+    if said != _DONE:
+        raise HandlerError(said.decode(errors="replace"))
+
+
+def _wait(pid: int, seconds: float) -> int | None:
+    """The wait status of our child; None when it has not ended in time, and was asked where it is."""
+    ended = os.pidfd_open(pid)
+    try:
+        if select.select([ended], [], [], seconds)[0]:
+            return os.waitpid(pid, 0)[1]
+        os.kill(pid, _WHERE)
+        select.select([ended], [], [], LAST_WORDS)
+    finally:
+        os.close(ended)
+    return None
+
+
+def _end_all_but(strangers: set[int]) -> None:
+    """Kill and reap our other children, and theirs, who become ours."""
+    while ours := process.children() - strangers:
+        for pid in ours:
+            try:
+                process.signal_child(pid, signal.SIGKILL)
+                os.waitpid(pid, 0)
+            except PermissionError:
+                strangers.add(pid)  # it runs as another user by now
+            except ChildProcessError:
+                continue  # reaped since we looked
+
+
+def _where(text: str) -> str:
+    """The frames of user code in what faulthandler wrote, which begins with the innermost one."""
+    frames = []
+    for line in text.splitlines():
+        if handler.__file__ in line:
+            break
+        if line.startswith("  File ") and "importlib" not in line:
+            frames.append(line)
+    return "; it was here (most recent call first)\n" + "\n".join(frames) if frames else ""
+
+
+# -- in the child
+
+
+def _import_and_exit(config: Config, who: Credentials | None, folder: str, parent: int, outcome: int) -> NoReturn:
+    """Be what `prefork.forkserver` is until its handler is imported. Called with all signals blocked; never returns."""
+    us = os.getpid()
+    status = PreforkError.exit_code
+    try:
+        _become_like_a_fork_server(parent, outcome)
+        try:
+            forkserver.settle(config, who, folder)
+            _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
+            handler.load(config)
+            handler.refuse_threads(config.module)
+            said = _DONE
+        except PreforkError as error:
+            said = str(error).encode(errors="backslashreplace")
+        if os.getpid() == us:  # and no child that the import forked and that has come back here
+            _say(outcome, said, config.module)
+        status = 0
+    except BaseException:
+        traceback.print_exc()
+    finally:
+        os._exit(status)
+
+
+def _become_like_a_fork_server(parent: int, outcome: int) -> None:
+    os.setsid()
+    signals.fresh()
+    _end_with(parent)
+    os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
+    os.dup2(2, 1)  # standard output is for the configuration
+    process.close_all_but({0, 1, 2, outcome})
+    os.register_at_fork(after_in_parent=_count_fork)
+    # The default action follows, which ends the process.
+    faulthandler.register(_WHERE, file=outcome, all_threads=False, chain=True)
+    signals.watch()
+    signals.unblock()
+
+
+def _end_with(parent: int) -> None:
+    process.signal_when_orphaned(signal.SIGKILL)
+    if os.getppid() != parent:
+        os._exit(0)
+
+
+_forks = 0
+
+
+def _count_fork() -> None:
+    global _forks
+    _forks += 1
+
+
+def _say(outcome: int, said: bytes, module: str) -> None:
+    with contextlib.suppress(Exception):  # whatever the import has put in its place
+        sys.stdout.flush()
+    if _forks:
+        _warn(f"{module}: the import forks: a child that returns from it is ended, any other runs on beside the fork server")
+    try:
+        os.write(outcome, said)
+    except OSError:
+        _warn(f"{module}: the import closed descriptors that were not its own")
+        os._exit(PreforkError.exit_code)
+
+
+def _warn(text: str) -> None:
+    with contextlib.suppress(OSError):  # standard error may be what was closed
+        os.write(2, f"prefork: {text}\n".encode())

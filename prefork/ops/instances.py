@@ -1,0 +1,178 @@
+"""Running daemons as the commands see them: where their control sockets are, which one is meant, how to ask it.
+
+A command asks only its own user's daemons (SO_PEERCRED, unix(7)): whatever else listens at a path may have been put there, or
+linked there, to be taken for one. Root asks everybody's, by a path that only root or that user can have made.
+"""
+
+import difflib
+import json
+import os
+import pwd
+import socket
+import stat
+import struct
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+from prefork.errors import RefusedError
+from prefork.system import process
+from prefork.system.process import Peer
+
+# SCM_RIGHTS takes 253 descriptors (unix(7)).
+DESCRIPTORS_LIMIT = 250
+_SUFFIX = ".sock"
+_TIMEVAL = struct.Struct("@ll")
+_WRITABLE_BY_OTHERS = 0o022
+
+
+# -- where the sockets are
+
+
+def runtime_directory() -> Path:
+    """The directory for control sockets, made if need be. Raises OSError when there is none that is safely ours."""
+    if given := os.environ.get("RUNTIME_DIRECTORY"):
+        return Path(given.split(":")[0])
+    # After su or sudo it may name the directory of somebody who has not logged in.
+    if (xdg := os.environ.get("XDG_RUNTIME_DIR")) and os.path.isdir(xdg):
+        return _private(Path(xdg) / "prefork")
+    if os.geteuid() == 0:
+        return _private(Path("/run/prefork"))
+    return _private(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - checked to be ours, or refused
+
+
+def _private(path: Path) -> Path:
+    """The directory, 0700 and ours: in a world-writable place anybody may have made it before us, or made it a link."""
+    try:
+        path.mkdir(mode=0o700)
+    except FileExistsError:
+        pass  # checked below, like one that we made
+    status = path.lstat()
+    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & _WRITABLE_BY_OTHERS:
+        raise PermissionError(f"{path} must be a directory of user {os.geteuid()} that nobody else can write to")
+    return path
+
+
+def default_path(name: str) -> str:
+    """The control socket of the instance ``name``. Raises OSError when there is no place for it."""
+    return str(runtime_directory() / (name + _SUFFIX))
+
+
+def instances() -> dict[str, str]:
+    """Control sockets of daemons, by instance name: in our runtime directory, and in those of systemd units and users."""
+    places = [Path("/run/prefork"), *Path("/run/prefork").glob("*/"), *Path("/run/user").glob("*/prefork")]
+    places.append(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - only looked at
+    for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        if given := os.environ.get(variable):
+            places = [Path(given.split(":")[0]), Path(given) / "prefork", *places]
+    found: dict[str, str] = {}
+    for place in places:
+        try:
+            for path in sorted(place.glob("*" + _SUFFIX)):
+                if _is_live(str(path)):
+                    found.setdefault(path.name.removesuffix(_SUFFIX), str(path))
+        except PermissionError:
+            continue  # another user's
+    return found
+
+
+def _is_live(path: str) -> bool:
+    """Whether a daemon that we would ask listens there; one that was killed leaves its socket behind."""
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+            return _distrust(path, process.peer_of(probe)) is None
+        except BlockingIOError:
+            return True  # its queue is full
+        except OSError:
+            return False
+
+
+# -- asking
+
+
+def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
+    """Send a command and wait for its outcome, ``patience`` seconds at most: the answer, and the descriptors with it.
+
+    Raises RefusedError when nobody listens there, or somebody whom we don't believe, or the connection ends without an answer.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
+            if patience is not None:
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), int(patience % 1 * 1e6)))
+            sock.connect(path)
+            sock.settimeout(patience)
+            if (reason := _distrust(path, process.peer_of(sock))) is not None:
+                raise RefusedError(reason)
+            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
+            while more := sock.recv(65536):
+                data += more
+        except (TimeoutError, BlockingIOError):
+            raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
+        except PermissionError:
+            raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
+        except OSError as error:
+            raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
+    if not data.endswith(b"\n"):
+        for fd in descriptors:
+            os.close(fd)
+        raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
+    answer: dict[str, Any] = json.loads(data)
+    return answer, descriptors
+
+
+def _distrust(path: str, peer: Peer) -> str | None:
+    """Why what listens at ``path`` is not asked; None when it is."""
+    us = os.geteuid()
+    if peer.uid == us:
+        return None
+    who = f"{path}: {_user(peer.uid)} (pid {peer.pid}) listens there"
+    if us != 0:
+        return f"{who}; a daemon hears only its own user and root: not asked"
+    folder = os.stat(os.path.dirname(os.path.realpath(path)))
+    if _links_are_roots(path) and folder.st_uid in (0, peer.uid) and not folder.st_mode & _WRITABLE_BY_OTHERS:
+        return None
+    return f"{who}; others could have put it there (it is a link, or they can write to its folder): not asked"
+
+
+def _links_are_roots(path: str) -> bool:
+    """Whether every symbolic link on the way is root's, like /var/run and what systemd makes for a DynamicUser."""
+    way = Path(os.path.abspath(path))
+    return all(entry.lstat().st_uid == 0 for entry in (way, *way.parents) if entry.is_symlink())
+
+
+def _user(uid: int) -> str:
+    try:
+        return f"user {pwd.getpwuid(uid).pw_name}"
+    except KeyError:
+        return f"user {uid}"
+
+
+# -- which one
+
+
+def find(name: str | None, control: str | None) -> str:
+    """The control socket to talk to: by path, by name, or the only one there is. Raises RefusedError naming what there is."""
+    if control is not None:
+        return control
+    known = instances()
+    if name is not None:
+        if name in known:
+            return known[name]
+        raise RefusedError(f"no instance {name!r} is running; {nearest(name, known)}{_listed(known)}")
+    if len(known) == 1:
+        return next(iter(known.values()))
+    raise RefusedError(f"which instance? {_listed(known)}" if known else "no instance is running, or its socket is another user's")
+
+
+def nearest(word: str, known: Iterable[str]) -> str:
+    """What may have been meant, as a question; empty when nothing is like it."""
+    near = difflib.get_close_matches(word, list(known), 1)
+    return f"did you mean {near[0]!r}? " if near else ""
+
+
+def _listed(known: dict[str, str]) -> str:
+    return f"running: {', '.join(sorted(known))}" if known else "none is running"
