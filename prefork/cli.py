@@ -160,10 +160,11 @@ def serve(sources: Sources) -> None:
     from prefork.system import process
 
     process.open_standard_descriptors()
+    from prefork.commands import obey
     from prefork.master import Master
 
     with _errors():
-        sys.exit(Master(sources).run())
+        sys.exit(Master(sources, obey).run())
 
 
 @main.command()
@@ -264,6 +265,37 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
         answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
     click.echo(f"scaled: {answer['workers']} acceptors for each address{later}")
+
+
+@main.command()
+@_instance
+def suspend(name: str | None, control: str | None) -> None:
+    """Stop accepting; wait until nobody accepts.
+
+    The addresses stay bound: new clients wait in the kernel's queue, as many as `backlog` says, and are served after `prefork
+    resume`. Connections that are being served go on. A reload leaves the daemon suspended; a stop serves those who wait.
+
+    \b
+    Examples:
+      prefork suspend echo   before its database goes away for a moment
+    """
+    with _errors():
+        answer, _ = _answer(name, control, "suspend", None)
+    click.echo(f"suspended: nobody accepts, {answer['busy']} connections go on")
+
+
+@main.command()
+@_instance
+def resume(name: str | None, control: str | None) -> None:
+    """Accept again after `prefork suspend`; wait until it is so.
+
+    \b
+    Examples:
+      prefork resume echo
+    """
+    with _errors():
+        answer, _ = _answer(name, control, "resume", None)
+    click.echo(f"resumed: {answer['workers']} acceptors for each address")
 
 
 @main.command()

@@ -15,6 +15,7 @@ import time
 import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from prefork import __version__, config, log
@@ -56,6 +57,9 @@ SAME_INTERRUPT = 0.1
 QUICK_LIMIT = 1.0
 
 
+Obey = Callable[["Master", Client, dict[str, Any]], None]
+
+
 @dataclass(slots=True)
 class Reload:
     """A reload under way, or a fork server's replacement; ``clients`` are told how it ends."""
@@ -79,18 +83,22 @@ class Stop:
 
 
 class Master:
-    """The master process. ``run`` serves until stopped and returns the exit code."""
+    """The master process. ``run`` serves until stopped and returns the exit code.
 
-    def __init__(self, sources: Sources) -> None:
+    ``obey(master, client, request)`` carries out what comes over the control socket (`prefork.commands`).
+    """
+
+    def __init__(self, sources: Sources, obey: Obey) -> None:
         self.sources = sources
+        self.obey = obey
         self.lost = 0.0  # seconds in which this process was stopped or starved
         self.now = time.monotonic()
         self.started = time.time()
         self.listeners = Listeners()
         self.current: Generation | None = None
-        self.reload: Reload | None = None
+        self.reloading: Reload | None = None
         self.draining: list[Generation] = []
-        self.stop: Stop | None = None
+        self.stopping: Stop | None = None
         self.tally = Tally()
         self.trouble = Trouble()  # of fork servers
         self.restart_at: float | None = None
@@ -177,7 +185,7 @@ class Master:
     def _sleep(self) -> None:
         """Wait for the next event or deadline, and pass events on."""
         planned = self._wake_at()
-        for generation in self._generations():
+        for generation in self.generations():
             self._listen_to(generation)
         self.lost += max(0.0, self._clock() - self.now - OVERSLEPT)
         before = self._clock()
@@ -209,8 +217,9 @@ class Master:
 
         return deliver
 
-    def _generations(self) -> list[Generation]:
-        pending = [self.reload.generation] if self.reload is not None else []
+    def generations(self) -> list[Generation]:
+        """Every generation that has processes: the current one, the one that a reload starts, those that drain."""
+        pending = [self.reloading.generation] if self.reloading is not None else []
         return [*([self.current] if self.current is not None else []), *pending, *self.draining]
 
     def _answer_the_door(self, now: float) -> None:
@@ -219,7 +228,7 @@ class Master:
         except BlockingIOError:
             return
         rings, stray = wire.read_doorbells(data)
-        generations = {generation.number: generation for generation in self._generations()}
+        generations = {generation.number: generation for generation in self.generations()}
         for ring in rings:
             if (generation := generations.get(ring.generation)) is not None:
                 generation.rang(ring, now)
@@ -234,7 +243,7 @@ class Master:
         changes = process.reap(stops=True)
         if not changes:
             return
-        generations = self._generations()
+        generations = self.generations()
         for change in changes:
             if isinstance(change, process.Changed):
                 for generation in generations:
@@ -260,7 +269,7 @@ class Master:
     def _fork_server_ended(self, generation: Generation, change: process.Ended) -> None:
         self.selector.unregister(generation.link.channel)
         generation.fork_server_ended(self.now)
-        if generation.left or self.stop is not None or generation in self.draining:
+        if generation.left or self.stopping is not None or generation in self.draining:
             return
         cause = process.describe(change.status)
         if generation.failure is None and generation is not self.current:
@@ -271,27 +280,27 @@ class Master:
 
     def _obey_signals(self, arrived: set[int]) -> None:
         if signal.SIGQUIT in arrived:
-            self._stop_quickly("SIGQUIT")
+            self.stop_quickly("SIGQUIT")
         if signal.SIGTERM in arrived:
-            self._stop("SIGTERM")
+            self.stop("SIGTERM")
         if signal.SIGINT in arrived:
-            if self.stop is None:
-                self._stop("SIGINT")
-            elif self.now >= self.stop.at + SAME_INTERRUPT:
-                self._stop_quickly("a second SIGINT")
+            if self.stopping is None:
+                self.stop("SIGINT")
+            elif self.now >= self.stopping.at + SAME_INTERRUPT:
+                self.stop_quickly("a second SIGINT")
         if signal.SIGHUP in arrived:
-            self._reload("reload (SIGHUP)")
+            self.reload("reload (SIGHUP)")
         if signal.SIGUSR1 in arrived:
             self._reopen_logs()
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and self.current is not None:
-                self._scale(max(1, self.current.targets[0] + step), signals.name(signo))
+                self.scale(max(1, self.current.targets[0] + step), signals.name(signo))
 
     def _tend(self) -> None:
         """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""
         self._tend_restart()
         self._tend_reload()
-        generations = self._generations()
+        generations = self.generations()
         live = sum(generation.live() for generation in generations)
         if self.tally.exited != self.seen_exited:
             self.seen_exited = self.tally.exited
@@ -314,16 +323,16 @@ class Master:
             self.control.tend(self.now)
 
     def _wake_at(self) -> float | None:
-        times = [generation.wake_at() for generation in self._generations()]
+        times = [generation.wake_at() for generation in self.generations()]
         times += [self.restart_at, self.deaf_until]
         if self.control is not None:
             times.append(self.control.wake_at())
-        if self.reload is not None:
-            times.append(self.reload.generation.boot_deadline)
+        if self.reloading is not None:
+            times.append(self.reloading.generation.boot_deadline)
         if self.listeners.farewells:
             times.append(self.now + DRAIN_LOOK)
-        if self.stop is not None:
-            times.append(self.stop.deadline)
+        if self.stopping is not None:
+            times.append(self.stopping.deadline)
         return min((at for at in times if at is not None), default=None)
 
     # -- generations
@@ -345,16 +354,17 @@ class Master:
             generation.close()
             raise
         self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
-        self.reload = Reload(what, self.now, generation, plan, clients)
+        self.reloading = Reload(what, self.now, generation, plan, clients)
 
-    def _reload(self, what: str, client: Client | None = None) -> None:
+    def reload(self, what: str, client: Client | None = None) -> None:
+        """Read configuration and code again; ``client`` is told the outcome. One that is under way is followed by another."""
         clients = [client] if client is not None else []
-        if self.stop is not None or (self.current is None and self.reload is not None):
-            why = "the daemon is stopping" if self.stop is not None else "the daemon is starting"
+        if self.stopping is not None or (self.current is None and self.reloading is not None):
+            why = "the daemon is stopping" if self.stopping is not None else "the daemon is starting"
             log.event("ignored", what=what, why=why)
-            self._tell(clients, {"ok": False, "reason": why})
+            self.tell(clients, {"ok": False, "reason": why})
             return
-        if self.reload is not None:
+        if self.reloading is not None:
             if self.reload_wanted is None:
                 log.event("reload_queued")
             self.reload_wanted = (self.reload_wanted or []) + clients
@@ -380,7 +390,7 @@ class Master:
         if self.restart_at is None or self.restart_at > self.now:
             return
         self.restart_at = None
-        if self.current is None or self.reload is not None or self.stop is not None:
+        if self.current is None or self.reloading is not None or self.stopping is not None:
             return
         try:
             # What was scaled by hand stays so until the next reload.
@@ -390,15 +400,15 @@ class Master:
             self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
 
     def _tend_reload(self) -> None:
-        reload = self.reload
+        reload = self.reloading
         if reload is None:
             if self.reload_wanted is not None:
                 clients, self.reload_wanted = self.reload_wanted, None
-                self._reload("queued reload", None)
-                if self.reload is not None:
-                    self.reload.clients += clients
+                self.reload("queued reload", None)
+                if self.reloading is not None:
+                    self.reloading.clients += clients
                 else:
-                    self._tell(clients, {"ok": False, "reason": (self.last_reload or {}).get("reason")})
+                    self.tell(clients, {"ok": False, "reason": (self.last_reload or {}).get("reason")})
             return
         generation = reload.generation
         if generation.failure is None and generation.boot_deadline <= self.now:
@@ -412,7 +422,7 @@ class Master:
 
     def _commit(self, reload: Reload) -> None:
         old, new = self.current, reload.generation
-        self.reload = None
+        self.reloading = None
         self.current, self.config = new, new.config
         self.trouble = Trouble()
         if self.suspended:
@@ -435,7 +445,7 @@ class Master:
         self._warn_of_limits(self.listeners.current)
         outcome = self._when_settled(old, new)
         for client in reload.clients:
-            self._tell_when(client, self.now + RELOAD_SETTLED, outcome)
+            self.tell_when(client, self.now + RELOAD_SETTLED, outcome)
 
     def _when_settled(self, old: Generation | None, new: Generation) -> Outcome:
         """Who asked for a reload hears of it when nobody accepts with the old code any more."""
@@ -467,13 +477,13 @@ class Master:
         self.notifier.send(READY=1)
 
     def _refuse(self, reload: Reload, reason: str) -> None:
-        self.reload = None
+        self.reloading = None
         self.draining.append(reload.generation)
         reload.generation.abandon(self.now)
         reload.plan.drop()
         if self.current is None:
             self.failure = HandlerError(reason)
-            self._stop_quickly("the start failed")
+            self.stop_quickly("the start failed")
             return
         self._refused(reload.what, reason, reload.clients)
 
@@ -482,8 +492,8 @@ class Master:
         first, _, rest = reason.partition("\n")
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
         self._remember("refused", reason)
-        self._tell(clients, {"ok": False, "reason": reason})
-        if current is not None and current.link.pid is None and self.stop is None:
+        self.tell(clients, {"ok": False, "reason": reason})
+        if current is not None and current.link.pid is None and self.stopping is None:
             seconds = self.trouble.add(self.now, reason)
             self.restart_at = self.now + seconds
             log.event("restarting", seconds=seconds, reason=first)
@@ -491,10 +501,10 @@ class Master:
     def _remember(self, result: str, reason: str | None) -> None:
         self.last_reload = {"at": time.time(), "result": result, "reason": reason}
 
-    def _scale(self, workers: int, why: str) -> str | None:
+    def scale(self, workers: int, why: str) -> str | None:
         """Want this many acceptors for each listener. Returns why not."""
         current = self.current
-        if current is None or self.stop is not None:
+        if current is None or self.stopping is not None:
             return "the daemon is starting or stopping"
         most = self.config.max_workers // len(current.listeners)
         if not 1 <= workers <= most:
@@ -514,11 +524,11 @@ class Master:
         if not log.has_files():
             log.event("ignored", what="SIGUSR1", why="the log goes to standard error, there is no file to be opened again")
         elif log.reopen():
-            for generation in self._generations():
+            for generation in self.generations():
                 generation.reopen_log()
 
     def _close_unused_logs(self) -> None:
-        log.keep_only([self.config, *(generation.config for generation in self._generations())])
+        log.keep_only([self.config, *(generation.config for generation in self.generations())])
 
     # -- listeners
 
@@ -533,32 +543,33 @@ class Master:
             control_clients=control.CLIENTS if self.control is not None else 0,
             user=conf.user or str(os.getuid()),
             rlimit=conf.rlimit,
-            running=sum(generation.live() for generation in self._generations()),
+            running=sum(generation.live() for generation in self.generations()),
             queue_limit=next((queue[1] for listener in listeners if (queue := listener.queue()) is not None), None),
         )
         if demand == self.demand:
             return
         self.demand = demand
         for shortage in limits.shortages(limits.read(os.environ), demand):
-            log.event("limit", **_fields(shortage))
+            log.event("limit", **fields_of(shortage))
 
     def _part_from(self, listener: Listener) -> None:
         """Nobody accepts there any more."""
-        for generation in self._generations():
+        for generation in self.generations():
             if listener in generation.listeners:
-                deadline = None if self.stop is not None else self._drain_deadline(generation)
+                deadline = None if self.stopping is not None else self._drain_deadline(generation)
                 generation.retire(generation.listeners.index(listener), self.now, deadline)
 
     # -- suspending
 
-    def _suspend(self) -> None:
+    def suspend(self) -> None:
         """Nobody accepts any more; the sockets stay bound, and the kernel's queue holds clients."""
         if not self.suspended and self.current is not None:
             self.suspended = True
             self.current.suspend(self.now)
-            log.event("suspended", busy=sum(generation.count(BUSY) for generation in self._generations()))
+            log.event("suspended", busy=sum(generation.count(BUSY) for generation in self.generations()))
 
-    def _resume(self) -> None:
+    def resume(self) -> None:
+        """Accept again."""
         if self.suspended and self.current is not None:
             self.suspended = False
             self.current.resume(self.now)
@@ -566,61 +577,63 @@ class Master:
 
     # -- stopping
 
-    def _stop(self, why: str, client: Client | None = None, timeout: float | None = None) -> None:
+    def stop(self, why: str, client: Client | None = None, timeout: float | None = None) -> None:
+        """Stop gracefully; connections may finish for ``timeout`` seconds (graceful_timeout unless said). Again: hurry."""
         clients = [client] if client is not None else []
-        if self.stop is not None:
-            self.stop.clients += clients
-            if timeout is not None and not self.stop.killed:
+        if self.stopping is not None:
+            self.stopping.clients += clients
+            if timeout is not None and not self.stopping.killed:
                 self._hurry(self.now + timeout)
             return
         seconds = self.config.graceful_timeout if timeout is None else timeout
-        self.stop = Stop(why, self.now, self.now + seconds, clients)
+        self.stopping = Stop(why, self.now, self.now + seconds, clients)
         self.notifier.send(STOPPING=1)
         self._drop_reload("the daemon is stopping")
-        busy = sum(generation.count(BUSY) for generation in self._generations())
+        busy = sum(generation.count(BUSY) for generation in self.generations())
         log.event("stopping", why=why, busy=busy, seconds=seconds)
         # Who waits in the queue has been connected by the kernel: a stop serves them.
-        self._resume()
-        for generation in self._generations():
+        self.resume()
+        for generation in self.generations():
             generation.announce_stop()
         for listener in self.listeners.current:
-            self.listeners.say_farewell(listener, self.stop.deadline)
-        self._hurry(self.stop.deadline)
+            self.listeners.say_farewell(listener, self.stopping.deadline)
+        self._hurry(self.stopping.deadline)
 
     def _hurry(self, deadline: float) -> None:
         """Nothing that ends may take longer than this stop."""
-        if self.stop is not None:
-            self.stop.deadline = min(self.stop.deadline, deadline)
-            self.listeners.hurry(self.stop.deadline)
+        if self.stopping is not None:
+            self.stopping.deadline = min(self.stopping.deadline, deadline)
+            self.listeners.hurry(self.stopping.deadline)
 
-    def _stop_quickly(self, why: str, client: Client | None = None) -> None:
+    def stop_quickly(self, why: str, client: Client | None = None) -> None:
+        """Stop at once: connections are cut."""
         clients = [client] if client is not None else []
-        if self.stop is not None:
-            clients += self.stop.clients
+        if self.stopping is not None:
+            clients += self.stopping.clients
         else:
             self.notifier.send(STOPPING=1)
         if self.failure is None:
             log.event("stopping_quickly", why=why)
-        self.stop = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True)
+        self.stopping = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True)
         self._drop_reload("the daemon is stopping")
         self.listeners.close()
-        for generation in self._generations():
+        for generation in self.generations():
             generation.announce_stop()
             generation.quit()
 
     def _drop_reload(self, reason: str) -> None:
-        if self.reload is not None:
-            reload, self.reload = self.reload, None
+        if self.reloading is not None:
+            reload, self.reloading = self.reloading, None
             reload.generation.abandon(self.now)
             self.draining.append(reload.generation)
-            self._tell(reload.clients, {"ok": False, "reason": reason})
+            self.tell(reload.clients, {"ok": False, "reason": reason})
             reload.plan.drop()
         if self.reload_wanted is not None:
-            self._tell(self.reload_wanted, {"ok": False, "reason": reason})
+            self.tell(self.reload_wanted, {"ok": False, "reason": reason})
             self.reload_wanted = None
 
     def _tend_stop(self) -> None:
-        stop = self.stop
+        stop = self.stopping
         if stop is None or self.listeners.farewells:
             return
         if self.current is not None:
@@ -644,7 +657,7 @@ class Master:
     def _kill_everything(self) -> None:
         if os.getpid() != self.pid:
             return  # a child that has unwound into these frames must not act for the master
-        for generation in self._generations():
+        for generation in self.generations():
             generation.quit()
             generation.link.kill()
 
@@ -656,10 +669,10 @@ class Master:
         signals.block()
         counts = self.tally.counts
         self.listeners.close()
-        if self.stop is not None:
+        if self.stopping is not None:
             if self.failure is None:
                 log.event("stopped", accepted=counts.begun, killed=counts.killed)
-            self._tell(self.stop.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
+            self.tell(self.stopping.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
         if self.control is not None:
             self.control.close()
         if self.pid_file is not None:
@@ -672,147 +685,35 @@ class Master:
             return
         try:
             path = self.config.control or instances.default_path(self.name)
-            self.control = control.serve(path, self.selector, self._obey)
+            self.control = control.serve(path, self.selector, partial(self.obey, self))
         except AddressError as error:
             raise AddressError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
         except OSError as error:
             log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
 
-    def _obey(self, client: Client, request: dict[str, Any]) -> None:
-        match request["command"]:
-            case "status":
-                self._report_status(client)
-            case "reload":
-                self._reload("reload", client)
-            case "scale":
-                self._obey_scale(client, request.get("workers"))
-            case "suspend" | "resume" as wanted:
-                self._obey_suspend(client, wanted)
-            case "stop":
-                self._obey_stop(client, request)
-            case unknown:
-                self._tell([client], {"ok": False, "reason": f"unknown command {str(unknown)[:80]!r}"})
+    @property
+    def state(self) -> str:
+        """In a word, as `prefork status` has it."""
+        if self.stopping is not None:
+            return "stopping"
+        if self.current is None:
+            return "starting"
+        if self.reloading is not None:
+            return "reloading"
+        return "suspended" if self.suspended else "running"
 
-    def _obey_scale(self, client: Client, wanted: object) -> None:
-        current = self.current
-        try:
-            if current is None:
-                raise ValueError("the daemon is starting or stopping")
-            workers = control.scaled(str(wanted), current.targets[0])
-        except ValueError as error:
-            self._tell([client], {"ok": False, "reason": str(error)})
-            return
-        reason = self._scale(workers, "prefork scale")
-        if reason is not None:
-            self._tell([client], {"ok": False, "reason": reason})
-            return
-
-        def outcome(_: float) -> dict[str, Any] | None:
-            if self.current is not current:
-                return {"ok": False, "reason": "a reload came between"}
-            if not current.settled():
-                return None
-            return {"ok": True, "workers": workers, "saturated": current.saturated}
-
-        self._tell_when(client, self.now + self.config.boot_timeout, outcome)
-
-    def _obey_suspend(self, client: Client, wanted: str) -> None:
-        if self.current is None or self.stop is not None:
-            self._tell([client], {"ok": False, "reason": "the daemon is starting or stopping"})
-            return
-        if wanted == "suspend":
-            self._suspend()
-        else:
-            self._resume()
-
-        def outcome(_: float) -> dict[str, Any] | None:
-            current = self.current
-            if current is None or self.suspended != (wanted == "suspend"):
-                return {"ok": False, "reason": "another command came between"}
-            done = not any(generation.accepts for generation in self._generations()) if self.suspended else current.settled()
-            busy = sum(generation.count(BUSY) for generation in self._generations())
-            return {"ok": True, "workers": current.targets[0], "busy": busy} if done else None
-
-        self._tell_when(client, self.now + self.config.boot_timeout, outcome)
-
-    def _obey_stop(self, client: Client, request: dict[str, Any]) -> None:
-        timeout = request.get("timeout")
-        if timeout is not None and (isinstance(timeout, bool) or not isinstance(timeout, int | float) or not 0 <= timeout < 1e9):
-            self._tell([client], {"ok": False, "reason": f"timeout = {str(timeout)[:80]!r}: must be seconds, 0 or more"})
-        elif request.get("quick") is True:
-            self._stop_quickly("prefork stop --quick", client)
-        else:
-            self._stop("prefork stop", client, timeout)
-
-    def _tell(self, clients: list[Client], answer: dict[str, Any]) -> None:
+    def tell(self, clients: list[Client], answer: dict[str, Any]) -> None:
+        """Answer clients of the control socket."""
         if self.control is not None:
             for client in clients:
                 self.control.answer(client, answer, self.now)
 
-    def _tell_when(self, client: Client, deadline: float, outcome: Outcome) -> None:
+    def tell_when(self, client: Client, deadline: float, outcome: Outcome) -> None:
+        """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
 
-    def _state(self) -> str:
-        if self.stop is not None:
-            return "stopping"
-        if self.current is None:
-            return "starting"
-        if self.reload is not None:
-            return "reloading"
-        return "suspended" if self.suspended else "running"
 
-    def _report_status(self, client: Client) -> None:
-        """What only the master knows, and the boards; `prefork.ops.status` makes the rest of it."""
-        generations = self._generations()
-        most = instances.DESCRIPTORS_LIMIT // 2
-        ended = self.tally.counts
-        for generation in generations[most:]:  # more than an answer can carry: their totals only
-            ended += generation.accepted()
-        generations = generations[:most]
-        troubled = [t for t in (self.trouble, self.current.trouble if self.current else None) if t and t.until > self.now]
-        # While it starts, what it is about to listen on.
-        listeners = self.listeners.current or (self.reload.plan.listeners if self.reload is not None else ())
-        facts: dict[str, Any] = {
-            "ok": True,
-            "name": self.name,
-            "module": self.config.module,
-            "version": __version__,
-            "pid": os.getpid(),
-            "state": self._state(),
-            "started_at": self.started,
-            "generation": self.current.number if self.current is not None else 0,
-            "reload": self.last_reload,
-            "backoff": {"until": time.time() + troubled[0].until - self.now, "reason": troubled[0].reason} if troubled else None,
-            "max_workers": self.config.max_workers,
-            "saturated_seconds": self.saturated_before + (self.current.saturated_for(self.now) if self.current else 0.0),
-            "listeners": [_listener_facts(listener) for listener in listeners],
-            "targets": self.current.targets if self.current is not None else [],
-            "ended": _fields(ended),
-            "histogram": self.tally.histogram,
-            "forked": self.tally.forked,
-            "exited": self.tally.exited,
-            "deaths": [_fields(death) for death in self.tally.deaths],
-            "boards": [
-                {
-                    "generation": generation.number,
-                    "layout": [generation.layout.listeners, generation.layout.capacity],
-                    "high": generation.pool.high,
-                    "listeners": [str(listener.address) for listener in generation.listeners],
-                }
-                for generation in generations
-            ],
-        }
-        descriptors = [fd for generation in generations for fd in (generation.link.board_fd, generation.link.orders_fd)]
-        if self.control is not None:
-            self.control.answer(client, facts, self.now, descriptors)
-
-
-def _fields(value: Any) -> dict[str, Any]:
+def fields_of(value: Any) -> dict[str, Any]:
     """The fields of a flat, slotted dataclass."""
     return {name: getattr(value, name) for name in value.__slots__}
-
-
-def _listener_facts(listener: Listener) -> dict[str, Any]:
-    queue, limit = listener.queue() or (None, None)
-    return {"address": str(listener.address), "queue": queue, "queue_limit": limit}

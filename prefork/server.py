@@ -37,7 +37,8 @@ class Server:
         Raises PreforkError when the start fails, RefusedError where a daemon can't live: not in the main thread, beside other
         threads (a fork copies none of them), or in a process that has imported the handler's module already.
         """
-        from prefork.master import Master  # noqa: PLC0415 - a process that only builds a Server needs none of it
+        from prefork.commands import obey  # noqa: PLC0415 - a process that only builds a Server needs none of it
+        from prefork.master import Master  # noqa: PLC0415
 
         if threading.current_thread() is not threading.main_thread() or threading.active_count() > 1:
             raise RefusedError("Server.run() needs a process without other threads: a fork copies none of them")
@@ -50,4 +51,4 @@ class Server:
         process.open_standard_descriptors()
         for stream in (sys.stdout, sys.stderr):
             stream.flush()  # else every fork would write it once more
-        return Master(self._sources).run()
+        return Master(self._sources, obey).run()

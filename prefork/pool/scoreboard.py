@@ -43,6 +43,8 @@ STATES = {
     LEAVING: "retiring",
 }
 
+# A reader that is put off the CPU between two words has to read again; one that is put off so often has other troubles.
+_TRIES = 100
 _WORD = 8
 _PAGE = 4096
 _MAGIC = int.from_bytes(b"prefork\1", "little")
@@ -257,11 +259,11 @@ class Scoreboard:
         return self.words[first : first + BUCKETS].tolist()
 
     def counts(self, slot: int) -> Counts:
-        """The slot's counters, consistent unless the worker ended connections during each of three readings."""
+        """The slot's counters, consistent unless the worker ended connections during each of so many readings."""
         begun_at = self.record(slot) + BEGUN
         killed_at = self.killed_word(slot)
         words = self.words
-        for _ in range(3):
+        for _ in range(_TRIES):
             ok, error, rejected = words[begun_at + 1 : begun_at + 4].tolist()
             killed = self.order_words[killed_at]
             begun = words[begun_at]
