@@ -4,6 +4,8 @@ import os
 import re
 import shlex
 import signal
+import subprocess
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -13,7 +15,7 @@ from click.testing import CliRunner
 
 from prefork.cli import main
 from prefork.config import OPTIONS, Config
-from prefork.testing import serve
+from prefork.testing import connect, serve
 from tests import watch
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -81,6 +83,21 @@ def test_the_tests_of_the_readme_pass(folder: Path) -> None:
     assert ran == ["test_echo"]
 
 
+def test_the_program_of_the_readme_serves_and_stops(folder: Path) -> None:
+    port, control = watch.free_port(), folder / "control"
+    program = (folder / "main.py").read_text()
+    assert 'bind=":7000"' in program
+    (folder / "main.py").write_text(program.replace('":7000"', f'"127.0.0.1:{port}"'))
+    settings = {**os.environ, "PREFORK_CONTROL": str(control)}
+    with subprocess.Popen([sys.executable, "main.py"], env=settings, stderr=subprocess.DEVNULL) as process:
+        watch.until("it listens", control.exists)
+        with connect(("127.0.0.1", port)) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(64) == b"hello"
+        process.terminate()
+        assert process.wait(watch.DEADLINE) == 0
+
+
 def test_the_request_handler_of_the_readme_answers(folder: Path) -> None:
     with serve("shout:Shout") as server, server.connect() as sock:
         sock.sendall(b"hello\n")
@@ -99,9 +116,11 @@ def test_the_database_of_the_readme_survives_a_reload_and_a_killed_worker(folder
         assert [visit(), visit()] == [b"visit 1\n", b"visit 2\n"]
         assert server.command("reload")["ok"]
         assert visit() == b"visit 3\n"
-        for worker in watch.settled(server, 2)["workers"]:
-            os.kill(worker["pid"], signal.SIGKILL)
-        watch.until("others have taken their places", lambda: server.status()["totals"]["exited"] >= 4)
+        killed = [worker["pid"] for worker in watch.settled(server, 2)["workers"]]
+        for pid in killed:
+            os.kill(pid, signal.SIGKILL)
+        watch.until("they are gone", lambda: all(map(watch.is_gone, killed)))
+        watch.until("others have taken their places", lambda: not {w["pid"] for w in watch.workers(server)} & set(killed))
         watch.settled(server, 2)
         assert visit() == b"visit 4\n"
         assert "raised" not in server.log()
