@@ -21,11 +21,9 @@ from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, 
 from prefork.pool.state import Pool, Worker
 from prefork.pool.tally import Death, Tally, Trouble
 from prefork.pool.wire import Kind, Order, Report
+from prefork.retiring import Retiring
 from prefork.system import process
 
-# A worker that was told to leave is looked at after a millisecond, then every 20; one that does not react for a second
-# (stopped by somebody, say) only once a second.
-NAG_FIRST, NAG_AGAIN, NAG_SELDOM, NAG_PATIENCE = 0.001, 0.020, 1.0, 50
 # After asking to be rung the master looks once more before it sleeps: a store can't stay in a CPU's buffer for a millisecond.
 SETTLE = 0.001
 # A fork that was ordered of a fork server which then died: its child, if any, has written its pid long before.
@@ -77,16 +75,13 @@ class Generation:
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
         self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
-        self._nagging: set[int] = set()
-        self._nag_at: float | None = None
-        self._nags = 0
-        self._deadline_at: float | None = None
         self._limbo_at: float | None = None
         self._limbo_until = 0.0
         self._patience_at: float | None = None
         self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
         self._left = False
         self.link = Link(number, self.layout, wiring)
+        self.retiring = Retiring(self.link, self.pool)
 
     @property
     def board(self) -> Scoreboard:
@@ -153,8 +148,8 @@ class Generation:
         self._patience_at = None
         for worker in self.pool.workers.values():
             if worker.killed:
-                self._signal(worker, Order.KILL)
-        self._nag_all(now)
+                self.link.signal(worker, Order.KILL)
+        self.retiring.ask_again(now)
 
     def _clear_limbo(self, now: float) -> None:
         """Workers whose fork was ordered and never confirmed: known by the pid they wrote, or given up."""
@@ -238,18 +233,10 @@ class Generation:
 
     def _forget(self, worker: Worker) -> None:
         self.board.states[worker.slot] = FREE
-        self.board.retire[worker.slot] = 0
+        self.retiring.forget(worker.slot)
         self.board.tired[worker.slot] = 0
         self._absent.discard(worker.slot)
         self._tired.discard(worker.slot)
-        self._nagging.discard(worker.slot)
-
-    def _signal(self, worker: Worker, order: Order) -> None:
-        """Ask whoever is the worker's parent: only a parent may signal it, a pid may be a stranger's."""
-        if self.link.pid is not None:
-            self.link.send(order, worker.slot)
-        elif worker.pid:
-            process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
 
     def _note_absence(self, worker: Worker) -> None:
         if worker.retiring or worker.stopped or worker.slot in self._tired:
@@ -311,10 +298,7 @@ class Generation:
                 self._look_at[place] = None
                 if self.ready and place not in self.retired:
                     self._look(place, now, live_elsewhere)
-        if self._nag_at is not None and self._nag_at <= now:
-            self._nag(now)
-        if self._deadline_at is not None and self._deadline_at <= now:
-            self._cut(now)
+        self.retiring.tend(now)
         self._cut_unready(now)
         if self._hung(now):
             log.event("fork_server_hung", generation=self.number)
@@ -440,7 +424,7 @@ class Generation:
                 return
             del self.pool.unready[slot]
             if not self._was_ready(slot) and not worker.killed:
-                self.kill(worker, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
+                self.retiring.kill(worker, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
 
     def _was_ready(self, slot: int) -> bool:
         return self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
@@ -537,63 +521,9 @@ class Generation:
                 return
 
     def _ask_to_leave(self, worker: Worker, now: float, deadline: float | None) -> None:
-        self.board.retire[worker.slot] = 1
-        worker.retiring = True
         self._absent.add(worker.slot)
         self._tired.discard(worker.slot)
-        worker.deadline = deadline
-        if deadline is not None:
-            self._deadline_at = deadline if self._deadline_at is None else min(self._deadline_at, deadline)
-        self._nagging.add(worker.slot)
-        self._nag_at, self._nags = now + NAG_FIRST, 0
-        if self.board.states[worker.slot] not in (BUSY, LEAVING):
-            self._signal(worker, Order.RETIRE)
-
-    def _nag_all(self, now: float) -> None:
-        for worker in self.pool.workers.values():
-            if worker.retiring:
-                self._nagging.add(worker.slot)
-        if self._nagging:
-            self._nag_at, self._nags = now, 0
-
-    def _nag(self, now: float) -> None:
-        """Signal those again that still wait in accept(): the first signal may have come just before the system call.
-
-        Who serves a connection reads the order before the next accept, and is left alone.
-        """
-        for slot in list(self._nagging):
-            if self.board.states[slot] in (BUSY, LEAVING, FREE):
-                self._nagging.discard(slot)
-            else:
-                self._signal(self.pool.workers[slot], Order.RETIRE)
-        self._nags += 1
-        wait = NAG_AGAIN if self._nags < NAG_PATIENCE else NAG_SELDOM
-        self._nag_at = now + wait if self._nagging else None
-
-    def _cut(self, now: float) -> None:
-        """Kill retiring workers whose deadline has passed; never one that waits in accept(): a client may be with it."""
-        self._deadline_at = None
-        for worker in self.pool.workers.values():
-            if worker.deadline is None or worker.killed:
-                continue
-            if worker.deadline <= now and self.board.states[worker.slot] in (BUSY, LEAVING):
-                self.kill(worker, "its time to finish is over")
-                continue
-            again = worker.deadline if worker.deadline > now else now + NAG_SELDOM
-            self._deadline_at = again if self._deadline_at is None else min(self._deadline_at, again)
-
-    def kill(self, worker: Worker, why: str) -> None:
-        """SIGKILL, and say so."""
-        worker.killed = True
-        peer = self.board.peer(worker.slot) if self.board.states[worker.slot] == BUSY else "nobody"
-        log.event("cut", slot=worker.slot, generation=self.number, pid=worker.pid, peer=peer, why=why)
-        self._signal(worker, Order.KILL)
-
-    def kill_all(self, why: str) -> None:
-        """SIGKILL to every worker that is left."""
-        for worker in self.pool.workers.values():
-            if not worker.killed:
-                self.kill(worker, why)
+        self.retiring.ask(worker, now, deadline)
 
     def quit(self) -> None:
         """Everybody at once, by one order."""
@@ -613,7 +543,7 @@ class Generation:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
         if self.link.pid is None or self._left or not self.ready:
             return
-        if len(self.retired) == len(self.listeners) and not self._nagging and not self.pool.unborn:
+        if len(self.retired) == len(self.listeners) and not self.retiring.waiting and not self.pool.unborn:
             self._left = True
             self.link.send(Order.LEAVE)
             self._patience_at = now + PATIENCE
@@ -621,7 +551,7 @@ class Generation:
     @property
     def accepts(self) -> bool:
         """Whether somebody who was asked to leave may still be in accept()."""
-        return bool(self._nagging)
+        return bool(self.retiring.waiting)
 
     @property
     def left(self) -> bool:
@@ -660,8 +590,8 @@ class Generation:
     def settled(self) -> bool:
         """Whether every listener has as many acceptors as it can have, and nobody surplus by order is left."""
         if self.suspended:
-            return not self._nagging
-        return not self._nagging and all(
+            return not self.retiring.waiting
+        return not self.retiring.waiting and all(
             self._memory[place].saturated or ((view := self._view(place, 0)).idle + view.returning >= target and not view.starting)
             for place, target in enumerate(self.targets)
         )
@@ -682,7 +612,7 @@ class Generation:
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""
         times = [at for at in self._look_at if at is not None] if self.ready else []
-        times += [at for at in (self._nag_at, self._deadline_at, self._limbo_at, self._patience_at) if at is not None]
+        times += [at for at in (self.retiring.wake_at(), self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.link.pid is not None and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

@@ -16,6 +16,7 @@ from prefork.config import Config
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
+from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Order, Report
 from prefork.system import process, signals
 from prefork.system.credentials import Credentials
@@ -106,6 +107,13 @@ class Link:
         """Give an order, after those that still wait."""
         self._outbox.append(wire.pack_command(Command(order, slot)))
         self.flush()
+
+    def signal(self, worker: Worker, order: Order) -> None:
+        """RETIRE or KILL a worker through whoever is its parent: only a parent may signal it, a pid may be a stranger's."""
+        if self.pid is not None:
+            self.send(order, worker.slot)
+        elif worker.pid:
+            process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
 
     def flush(self) -> None:
         """Send what the channel takes; it holds 278 small messages, the rest waits."""

@@ -647,7 +647,7 @@ class Master:
             # The listeners are out of use: nobody can be lost any more by killing one who does not leave.
             stop.killed, stop.deadline = True, self.now + QUICK_LIMIT
             for generation in self.draining:
-                generation.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
+                generation.retiring.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
         elif stop.deadline <= self.now:
             for generation in self.draining:
                 generation.link.kill()

@@ -33,8 +33,8 @@ MUTANTS = [
     ),
     Mutant(
         "no repeat of the signal",
-        "generation.py",
-        "                self._signal(self.pool.workers[slot], Order.RETIRE)\n",
+        "retiring.py",
+        "                self._link.signal(self._pool.workers[slot], Order.RETIRE)\n",
         "                pass\n",
         ("tests/unit/test_generation.py::test_a_worker_that_waits_in_accept_is_signalled_until_it_has_seen_it",),
     ),

@@ -9,13 +9,14 @@ from collections.abc import Iterator
 import pytest
 
 from prefork.config import Sources
-from prefork.generation import NAG_AGAIN, NAG_FIRST, Generation
+from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
+from prefork.retiring import NAG_AGAIN, NAG_FIRST
 
 PID = 4_000_000  # more than this kernel gives
 
