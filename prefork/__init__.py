@@ -14,7 +14,7 @@ __all__ = ["Connection", "Server", "__version__", "current"]
 
 
 def __getattr__(name: str) -> Any:
-    # Imported when asked for: the master imports this package and must not load what belongs to handlers.
+    # Imported when asked for: the commands import this package and have no use for what belongs to handlers.
     if name in ("Connection", "current"):
         from prefork import handler  # noqa: PLC0415
 

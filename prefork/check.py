@@ -86,13 +86,10 @@ def _end_all_but(strangers: set[int]) -> None:
     """Kill and reap our other children, and theirs, who become ours."""
     while ours := process.children() - strangers:
         for pid in ours:
-            try:
-                process.signal_child(pid, signal.SIGKILL)
-                os.waitpid(pid, 0)
-            except PermissionError:
+            if not process.signal_child(pid, signal.SIGKILL):
                 strangers.add(pid)  # it runs as another user by now
-            except ChildProcessError:
-                continue  # reaped since we looked
+                continue
+            os.waitpid(pid, 0)
 
 
 def _where(text: str) -> str:

@@ -312,6 +312,8 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
       prefork stop echo --timeout 5m   connections have five minutes to finish
       prefork stop echo --quick        they are cut
     """
+    if quick and timeout is not None:
+        raise click.UsageError("--quick gives connections no time: leave out --timeout, or --quick")
     with _errors():
         path = find(name, control)
         facts, descriptors = _answer(None, path, "status", PROMPT)

@@ -7,15 +7,15 @@ whose descriptors go with the answer; `prefork.ops.status` does the sums in the 
 
 import os
 import time
+from dataclasses import asdict
 from typing import Any
 
 from prefork import __version__
-from prefork.master import Master, fields_of
+from prefork.master import Master
 from prefork.net.listener import Listener
 from prefork.ops import control
 from prefork.ops.control import Client
 from prefork.ops.instances import DESCRIPTORS_LIMIT
-from prefork.pool.scoreboard import BUSY
 from prefork.values import SECONDS_LIMIT
 
 
@@ -25,7 +25,7 @@ def obey(master: Master, client: Client, request: dict[str, Any]) -> None:
         case "status":
             _status(master, client)
         case "reload":
-            master.reload("reload", client)
+            master.reload("reload", [client])
         case "scale":
             _scale(master, client, request.get("workers"))
         case "suspend" | "resume" as wanted:
@@ -74,8 +74,7 @@ def _suspend(master: Master, client: Client, wanted: str) -> None:
         if current is None or master.suspended != (wanted == "suspend"):
             return {"ok": False, "reason": "another command came between"}
         done = not any(generation.accepts for generation in generations) if master.suspended else current.settled()
-        busy = sum(generation.count(BUSY) for generation in generations)
-        return {"ok": True, "workers": current.targets[0], "busy": busy} if done else None
+        return {"ok": True, "workers": current.targets[0], "busy": master.busy()} if done else None
 
     master.tell_when(client, master.now + master.config.boot_timeout, outcome)
 
@@ -116,11 +115,11 @@ def _status(master: Master, client: Client) -> None:
         "saturated_seconds": master.saturated_before + (master.current.saturated_for(master.now) if master.current else 0.0),
         "listeners": [_listener_facts(listener) for listener in listeners],
         "targets": master.current.targets if master.current is not None else [],
-        "ended": fields_of(ended),
+        "ended": asdict(ended),
         "histogram": master.tally.histogram,
         "forked": master.tally.forked,
         "exited": master.tally.exited,
-        "deaths": [fields_of(death) for death in master.tally.deaths],
+        "deaths": [asdict(death) for death in master.tally.deaths],
         "boards": [
             {
                 "generation": generation.number,

@@ -23,6 +23,10 @@ class AddressError(PreforkError):
     exit_code = 69
 
 
+class InUseError(AddressError):
+    """A live process has it."""
+
+
 class NotPermittedError(PreforkError):
     """The operating system does not allow it to this user."""
 

@@ -1,8 +1,8 @@
 """A fork server: one process for each generation. It imports the handler once, calls on_boot, then forks, signals, reaps.
 
 It is forked from the master, never exec'ed: a ``pip install -U`` under a running daemon must not mix versions. It runs user
-code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor that it does not
-need, run user code after READY, or wait for anybody.
+code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor of the master's that
+it does not need, call user code after READY, or wait for anybody.
 
 It answers to three: the master (commands on a SOCK_SEQPACKET pair), the kernel (SIGCHLD), and its own conscience: when the
 master dies it lets go of the listeners without losing anybody who waits there, and leaves after its last worker.
@@ -100,7 +100,9 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
         os.chdir(folder)
     except OSError as error:
         asking = f" as user {who.name or who.uid}" if who is not None else ""
-        raise HandlerError(f"can't enter the working directory {folder}{asking}: {error.strerror}") from None
+        raise HandlerError(
+            f"can't enter the working directory {folder}{asking}: {error.strerror}: give them access to it, or another one (chdir)"
+        ) from None
     handler.prepare_path(folder)
 
 
@@ -234,7 +236,7 @@ class ForkServer:
                     log.follow_master()
                 case Order.QUIT:
                     for pid in self.children:
-                        os.kill(pid, signal.SIGKILL)
+                        process.signal_child(pid, signal.SIGKILL)
                     self.leaving = True
         return True
 
@@ -248,19 +250,21 @@ class ForkServer:
                 return
             if pid == 0:
                 listener = brief.listeners[brief.layout.listener(slot)]
+                ours = {brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in brief.listeners)}
                 worker.main(
                     worker.Brief(
-                        brief.generation,
-                        brief.config,
-                        brief.name,
-                        brief.master_pid,
-                        self.pid,
-                        self.board,
-                        listener,
-                        slot,
-                        brief.doorbell,
-                        brief.gate,
-                        brief.devnull,
+                        generation=brief.generation,
+                        config=brief.config,
+                        name=brief.name,
+                        master_pid=brief.master_pid,
+                        fork_server_pid=self.pid,
+                        scoreboard=self.board,
+                        listener=listener,
+                        slot=slot,
+                        doorbell=brief.doorbell,
+                        gate=brief.gate,
+                        devnull=brief.devnull,
+                        private=frozenset(ours - {listener.fileno()}),
                     ),
                     loaded,
                 )
@@ -269,9 +273,8 @@ class ForkServer:
         self._send(Report(Kind.FORKED, slot, pid))
 
     def _signal(self, slot: int, signo: int) -> None:
-        # A child that was not reaped keeps its pid, so this can't reach a stranger.
         if (pid := self.by_slot.get(slot)) is not None:
-            os.kill(pid, signo)
+            process.signal_child(pid, signo)
 
     # -- what the kernel tells
 
@@ -334,11 +337,11 @@ class ForkServer:
             if waiting and time.monotonic() - since < FAREWELL:
                 return
             for pid in self.children:
-                os.kill(pid, signal.SIGTERM)
+                process.signal_child(pid, signal.SIGTERM)
             for listener in self.brief.listeners:
                 listener.close()
             self.parted = True
             return
         for pid, slot in self.children.items():
             if self.board.states[slot] not in (scoreboard.BUSY, scoreboard.LEAVING):
-                os.kill(pid, signal.SIGTERM)  # again: the first may have come just before the system call
+                process.signal_child(pid, signal.SIGTERM)  # again: the first may have come just before the system call

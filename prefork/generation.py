@@ -579,6 +579,10 @@ class Generation:
 
     # -- what the master asks
 
+    def pids(self) -> list[int]:
+        """Its processes, as far as they are known."""
+        return [pid for pid in (self.link.pid, *(worker.pid for worker in self.pool.workers.values())) if pid]
+
     def live(self) -> int:
         """Worker processes, ordered forks included."""
         return sum(self.pool.live)

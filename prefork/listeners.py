@@ -10,9 +10,10 @@ from dataclasses import dataclass, field
 
 from prefork import log
 from prefork.config import Config
-from prefork.errors import AddressError, ConfigError
+from prefork.errors import AddressError
 from prefork.net.address import INHERITED, Address
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
+from prefork.net.unix import UNCHANGED
 from prefork.system import credentials
 
 # While a queue is being emptied it is looked at this often.
@@ -33,6 +34,7 @@ class Plan:
 
     listeners: tuple[Listener, ...]
     opened: tuple[Listener, ...] = ()
+    owners: tuple[tuple[int, int], ...] = ()  # of each, where they are to change
 
     def drop(self) -> None:
         """It is not to be: close what was opened for it."""
@@ -53,22 +55,25 @@ class Listeners:
         settings = _settings(conf)
         opened: list[Listener] = []
         places: list[Listener] = []
+        owners: list[tuple[int, int]] = []
         try:
             for address, kept in self._match(conf.bind):
+                # A look-up may ask the network: only for what has changed.
+                owners.append(UNCHANGED if kept is not None and kept.configured == address else _owner(address))
                 if kept is None:
-                    opened.append(self._open(address, settings))
+                    opened.append(self._open(address, settings, owners[-1]))
                 places.append(kept or opened[-1])
         except BaseException:
             Plan((), tuple(opened)).drop()
             raise
-        return Plan(tuple(places), tuple(opened))
+        return Plan(tuple(places), tuple(opened), tuple(owners))
 
-    def _open(self, address: Address, settings: Settings) -> Listener:
+    def _open(self, address: Address, settings: Settings, owner: tuple[int, int]) -> Listener:
         if address.family == INHERITED:
             if address.port not in self.inherited:
                 raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
             return adopt_inherited(address, settings)
-        return open_listener(address, settings, _owner(address))
+        return open_listener(address, settings, owner)
 
     def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:
         """With each address the listener that is open for it already, each listener once: two free ports are two."""
@@ -86,10 +91,10 @@ class Listeners:
         removed = [listener for listener in self.current if listener not in plan.listeners]
         first = not self.current
         self.current = list(plan.listeners)
-        for listener, address in zip(plan.listeners, conf.bind, strict=True):
+        for place, (listener, address) in enumerate(zip(plan.listeners, conf.bind, strict=True)):
             try:
-                listener.adopt(address, _settings(conf), _owner(address))
-            except (OSError, ConfigError) as error:
+                listener.adopt(address, _settings(conf), plan.owners[place] if plan.owners else UNCHANGED)
+            except OSError as error:
                 log.event("address_kept", address=listener.address, reason=error)
         for listener in plan.opened if not first else ():
             log.event("listening", address=listener.address)
@@ -117,9 +122,9 @@ class Listeners:
 
     def close(self) -> None:
         """Close everything now."""
-        self.farewells.clear()
-        for listener in self.current:
+        for listener in (*self.current, *(farewell.listener for farewell in self.farewells)):
             listener.close()
+        self.farewells.clear()
 
 
 def _owner(address: Address) -> tuple[int, int]:

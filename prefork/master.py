@@ -14,13 +14,13 @@ import signal
 import time
 import traceback
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from functools import partial
 from typing import Any
 
 from prefork import __version__, config, log
 from prefork.config import Config, Sources
-from prefork.errors import AddressError, ConfigError, HandlerError, PreforkError
+from prefork.errors import ConfigError, HandlerError, InUseError, PreforkError, RefusedError
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.listeners import DRAIN_LOOK, Listeners, Plan
@@ -53,8 +53,8 @@ OVERSLEPT = 0.05
 RELOAD_SETTLED = 1.0
 # A wrapper that forwards Ctrl-C makes two SIGINT of one: they are a millisecond apart.
 SAME_INTERRUPT = 0.1
-# A stop's last word: who is still there after SIGKILL and this long is not waited for.
-QUICK_LIMIT = 1.0
+# A stop's last word: who is still there after SIGKILL, so often and each time for so long, is not waited for.
+QUICK_LIMIT, QUICK_TRIES = 1.0, 2
 
 
 Obey = Callable[["Master", Client, dict[str, Any]], None]
@@ -69,6 +69,7 @@ class Reload:
     generation: Generation
     plan: Plan
     clients: list[Client]
+    is_restart: bool  # of a fork server that has died, with what is in force
 
 
 @dataclass(slots=True)
@@ -80,6 +81,7 @@ class Stop:
     deadline: float
     clients: list[Client]
     killed: bool = False
+    tries: int = 0  # at ending those whom SIGKILL has not ended
 
 
 class Master:
@@ -131,8 +133,8 @@ class Master:
                 self._tend()
         except Exception:
             log.event("bug", where="master", text=traceback.format_exc())
-            self._kill_everything()
-            self._close()
+            # The fork servers know what to do when their master has gone: nobody who is connected is lost.
+            self._remove_traces()
             return PreforkError.exit_code
         self._close()
         if self.failure is not None:
@@ -342,7 +344,7 @@ class Master:
         what: str,
         conf: Config,
         plan: Plan,
-        clients: list[Client],
+        clients: Sequence[Client],
         *,
         targets: Sequence[int] | None = None,
     ) -> None:
@@ -350,15 +352,16 @@ class Master:
         self.next_number += 1
         try:
             generation.link.start(conf, plan.listeners)
-        except OSError:
+        except OSError as error:
             generation.close()
-            raise
+            raise RefusedError(
+                f"can't start a fork server: {error.strerror}: see RLIMIT_NPROC (ulimit -u), pids.max and memory"
+            ) from None
         self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
-        self.reloading = Reload(what, self.now, generation, plan, clients)
+        self.reloading = Reload(what, self.now, generation, plan, list(clients), targets is not None)
 
-    def reload(self, what: str, client: Client | None = None) -> None:
-        """Read configuration and code again; ``client`` is told the outcome. One that is under way is followed by another."""
-        clients = [client] if client is not None else []
+    def reload(self, what: str, clients: Sequence[Client] = ()) -> None:
+        """Read configuration and code again; ``clients`` are told the outcome. One that is under way is followed by another."""
         if self.stopping is not None or (self.current is None and self.reloading is not None):
             why = "the daemon is stopping" if self.stopping is not None else "the daemon is starting"
             log.event("ignored", what=what, why=why)
@@ -367,7 +370,7 @@ class Master:
         if self.reloading is not None:
             if self.reload_wanted is None:
                 log.event("reload_queued")
-            self.reload_wanted = (self.reload_wanted or []) + clients
+            self.reload_wanted = [*(self.reload_wanted or []), *clients]
             return
         plan = Plan(())
         self.restart_at = None
@@ -380,7 +383,7 @@ class Master:
             log.open_for(conf)
             plan = self.listeners.prepare(conf)
             self._boot(what, conf, plan, clients)
-        except (PreforkError, OSError) as error:
+        except PreforkError as error:
             plan.drop()
             self._close_unused_logs()
             self._refused(what, str(error), clients)
@@ -396,19 +399,15 @@ class Master:
             # What was scaled by hand stays so until the next reload.
             plan = Plan(self.current.listeners)
             self._boot("restart of the fork server", self.current.config, plan, [], targets=self.current.targets)
-        except OSError as error:
-            self._refused("restart of the fork server", f"fork failed: {error.strerror}", [])
+        except PreforkError as error:
+            self._refused("restart of the fork server", str(error), [])
 
     def _tend_reload(self) -> None:
         reload = self.reloading
         if reload is None:
             if self.reload_wanted is not None:
                 clients, self.reload_wanted = self.reload_wanted, None
-                self.reload("queued reload", None)
-                if self.reloading is not None:
-                    self.reloading.clients += clients
-                else:
-                    self.tell(clients, {"ok": False, "reason": (self.last_reload or {}).get("reason")})
+                self.reload("queued reload", clients)
             return
         generation = reload.generation
         if generation.failure is None and generation.boot_deadline <= self.now:
@@ -435,6 +434,8 @@ class Master:
             for place, listener in enumerate(old.listeners):
                 if listener not in removed:
                     old.retire(place, self.now, self._drain_deadline(old))
+            if removed and self.suspended:
+                old.resume(self.now)  # for those who wait where nobody will accept any more: they are served before it closes
             log.event("committed", generation=new.number, module=new.config.module, seconds=self.now - reload.at)
             self._remember("ok", None)
         else:
@@ -487,7 +488,7 @@ class Master:
             return
         self._refused(reload.what, reason, reload.clients)
 
-    def _refused(self, what: str, reason: str, clients: list[Client]) -> None:
+    def _refused(self, what: str, reason: str, clients: Sequence[Client]) -> None:
         current = self.current
         first, _, rest = reason.partition("\n")
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
@@ -514,6 +515,8 @@ class Master:
             return reason
         if workers != current.targets[0]:
             current.retarget(workers, self.now)
+            if self.reloading is not None and self.reloading.is_restart:
+                self.reloading.generation.retarget(workers, self.now)
             log.event("scaled", workers=workers, why=why)
         return None
 
@@ -550,7 +553,7 @@ class Master:
             return
         self.demand = demand
         for shortage in limits.shortages(limits.read(os.environ), demand):
-            log.event("limit", **fields_of(shortage))
+            log.event("limit", **asdict(shortage))
 
     def _part_from(self, listener: Listener) -> None:
         """Nobody accepts there any more."""
@@ -559,6 +562,10 @@ class Master:
                 deadline = None if self.stopping is not None else self._drain_deadline(generation)
                 generation.retire(generation.listeners.index(listener), self.now, deadline)
 
+    def busy(self) -> int:
+        """Connections that are being served."""
+        return sum(generation.count(BUSY) for generation in self.generations())
+
     # -- suspending
 
     def suspend(self) -> None:
@@ -566,7 +573,7 @@ class Master:
         if not self.suspended and self.current is not None:
             self.suspended = True
             self.current.suspend(self.now)
-            log.event("suspended", busy=sum(generation.count(BUSY) for generation in self.generations()))
+            log.event("suspended", busy=self.busy())
 
     def resume(self) -> None:
         """Accept again."""
@@ -589,8 +596,7 @@ class Master:
         self.stopping = Stop(why, self.now, self.now + seconds, clients)
         self.notifier.send(STOPPING=1)
         self._drop_reload("the daemon is stopping")
-        busy = sum(generation.count(BUSY) for generation in self.generations())
-        log.event("stopping", why=why, busy=busy, seconds=seconds)
+        log.event("stopping", why=why, busy=self.busy(), seconds=seconds)
         # Who waits in the queue has been connected by the kernel: a stop serves them.
         self.resume()
         for generation in self.generations():
@@ -648,18 +654,16 @@ class Master:
             stop.killed, stop.deadline = True, self.now + QUICK_LIMIT
             for generation in self.draining:
                 generation.retiring.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
-        elif stop.deadline <= self.now:
-            for generation in self.draining:
-                generation.link.kill()
-                generation.quit()
+        elif stop.deadline <= self.now and stop.tries < QUICK_TRIES:
+            stop.tries += 1
             stop.deadline = self.now + QUICK_LIMIT
-
-    def _kill_everything(self) -> None:
-        if os.getpid() != self.pid:
-            return  # a child that has unwound into these frames must not act for the master
-        for generation in self.generations():
-            generation.quit()
-            generation.link.kill()
+            for generation in self.draining:
+                generation.quit()
+                if stop.tries == QUICK_TRIES:
+                    generation.link.kill()  # its workers are ours then, and are killed by us
+        elif stop.deadline <= self.now:
+            log.event("left_behind", pids=", ".join(str(pid) for generation in self.draining for pid in generation.pids()))
+            self.finished = True
 
     def _close(self) -> None:
         """Leave nothing behind, and tell those who wait for it."""
@@ -673,6 +677,12 @@ class Master:
             if self.failure is None:
                 log.event("stopped", accepted=counts.begun, killed=counts.killed)
             self.tell(self.stopping.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
+        self._remove_traces()
+
+    def _remove_traces(self) -> None:
+        """What says that we are here."""
+        if os.getpid() != self.pid:
+            os._exit(PreforkError.exit_code)  # a child that has unwound into these frames must not act for the master
         if self.control is not None:
             self.control.close()
         if self.pid_file is not None:
@@ -686,8 +696,8 @@ class Master:
         try:
             path = self.config.control or instances.default_path(self.name)
             self.control = control.serve(path, self.selector, partial(self.obey, self))
-        except AddressError as error:
-            raise AddressError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
+        except InUseError as error:
+            raise InUseError(f"{error}: an instance named {self.name} is running, give this one another --name") from None
         except OSError as error:
             log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
 
@@ -702,7 +712,7 @@ class Master:
             return "reloading"
         return "suspended" if self.suspended else "running"
 
-    def tell(self, clients: list[Client], answer: dict[str, Any]) -> None:
+    def tell(self, clients: Sequence[Client], answer: dict[str, Any]) -> None:
         """Answer clients of the control socket."""
         if self.control is not None:
             for client in clients:
@@ -712,8 +722,3 @@ class Master:
         """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
-
-
-def fields_of(value: Any) -> dict[str, Any]:
-    """The fields of a flat, slotted dataclass."""
-    return {name: getattr(value, name) for name in value.__slots__}

@@ -12,9 +12,9 @@ import sys
 import threading
 from typing import Any
 
-from prefork.config import Sources, environment
+from prefork.config import Sources, environment, variable
 from prefork.errors import ConfigError, RefusedError
-from prefork.system import process
+from prefork.system import process, signals
 
 
 class Server:
@@ -22,23 +22,25 @@ class Server:
 
     ``module`` is MODULE:ATTR. Options are those of the configuration, under the same names and of the same types (a number, text
     as on the command line, a list of addresses for ``bind``); they beat the environment (``PREFORK_*``), which beats the file
-    that ``config`` names. Raises ConfigError, at once, for an option or a value that can't be.
+    that ``config`` (or ``PREFORK_CONFIG``) names. Raises ConfigError, at once, for an option or a value that can't be.
     """
 
     def __init__(self, module: str | None = None, *, config: str | None = None, **options: Any) -> None:
         if module is not None:
             options["module"] = module
-        self._sources = Sources(environment=environment(), file=config, keywords=options)
+        given = environment()
+        self._sources = Sources(environment=given, file=config or given.get(variable("config")), keywords=options)
         self._sources.load()
 
     def run(self) -> int:
         """Serve until stopped, and return 0; 70 after an error of prefork's own.
 
         Raises PreforkError when the start fails, RefusedError where a daemon can't live: not in the main thread, beside other
-        threads (a fork copies none of them), or in a process that has imported the handler's module already.
+        threads (a fork copies none of them); ConfigError in a process that has imported the handler's module already. Signal
+        handlers and mask are afterwards what they were before.
         """
         from prefork.commands import obey  # noqa: PLC0415 - a process that only builds a Server needs none of it
-        from prefork.master import Master  # noqa: PLC0415
+        from prefork.master import HANDLED, Master  # noqa: PLC0415
 
         if threading.current_thread() is not threading.main_thread() or threading.active_count() > 1:
             raise RefusedError("Server.run() needs a process without other threads: a fork copies none of them")
@@ -50,5 +52,7 @@ class Server:
             )
         process.open_standard_descriptors()
         for stream in (sys.stdout, sys.stderr):
-            stream.flush()  # else every fork would write it once more
-        return Master(self._sources, obey).run()
+            if stream is not None:
+                stream.flush()  # else every fork would write it once more
+        with signals.kept(HANDLED):
+            return Master(self._sources, obey).run()

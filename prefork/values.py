@@ -20,8 +20,6 @@ _UNITS = {"": 1.0, "s": 1.0, "m": 60.0, "h": 3600.0}
 _SIZES = {"": 1, "K": 1 << 10, "M": 1 << 20, "G": 1 << 30, "T": 1 << 40}
 _SWITCH = {"on": True, "true": True, "yes": True, "1": True, "off": False, "false": False, "no": False, "0": False}
 _NAME = re.compile(r"[A-Za-z0-9_][A-Za-z0-9._-]{0,63}")
-# useradd(8): what Debian allows, and numbers.
-_ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?|[0-9]{1,10}")
 # setrlimit(2), by the names that Python has for them: nofile, as, cpu, ...
 RLIMITS = {name.removeprefix("RLIMIT_").lower(): getattr(resource, name) for name in dir(resource) if name.startswith("RLIMIT_")}
 # A worker needs its standard descriptors, listener, doorbell, connection, and the files that an import opens one by one.
@@ -131,9 +129,10 @@ def account(value: Any) -> str:
     """A user or group, by name or number; whether it exists is asked at the start."""
     if isinstance(value, int) and not isinstance(value, bool):
         value = str(value)
-    if not _ACCOUNT.fullmatch(text(value)):
-        raise ValueError("must be a name or a number, like www-data or 33")
-    return str(value)
+    try:
+        return address.account(text(value))
+    except ValueError:
+        raise ValueError("must be a name or a number, like www-data or 33") from None
 
 
 def path(*words: str) -> Callable[[Any], str]:

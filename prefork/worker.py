@@ -16,6 +16,7 @@ import atexit
 import gc
 import os
 import resource
+import secrets
 import signal
 import socket
 import sys
@@ -63,6 +64,7 @@ class Brief:
     doorbell: int
     gate: int
     devnull: int
+    private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
 def main(brief: Brief, handler: Handler) -> NoReturn:
@@ -108,7 +110,8 @@ class Worker:
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
             os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal
-        process.close_all_but({*log.descriptors(), 0, brief.listener.fileno(), brief.doorbell, brief.gate, brief.devnull})
+        for fd in brief.private:
+            os.close(fd)
         process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
         log.configure(role=f"gen {brief.generation} worker {self.slot}")
         for name, limit in brief.config.rlimit:
@@ -148,7 +151,7 @@ class Worker:
             self._run_hook("on_worker_exit")
         except HandlerError as error:
             what, _, text = str(error).partition("\n")
-            log.event("exit_failed", what=what.removesuffix(" raised"), text=text)
+            log.event("exit_failed", what=what, text=text)
         self._clean_up()
         return status
 
@@ -262,9 +265,8 @@ class Worker:
         conf = self.brief.config
         if not conf.max_connections:
             return -1
-        # Not `random`, whose state is the fork server's and the same in all workers.
-        jitter = int.from_bytes(os.urandom(4), "little") % (conf.max_connections_jitter + 1)
-        return begun + conf.max_connections + jitter
+        # Not `random`: user code may have seeded it, and then all workers would go at once.
+        return begun + conf.max_connections + secrets.randbelow(conf.max_connections_jitter + 1)
 
     def _worn_out(self) -> Callable[[], bool] | None:
         """What tells, after a connection, whether this process has become too old or too large; None without limits."""
@@ -426,7 +428,7 @@ class Worker:
             try:
                 os.close(fd)
             except OSError as error:
-                log.event("exit_failed", what=f"closing descriptor {fd} in a handler's child ({error})")
+                log.event("child_keeps", descriptor=fd, reason=error.strerror)
 
     # -- leaving
 
@@ -466,7 +468,7 @@ class Worker:
             try:
                 step()
             except BaseException:
-                log.event("exit_failed", what=what, text=traceback.format_exc())
+                log.event("exit_failed", what=f"{what} raised", text=traceback.format_exc())
 
 
 def _flush() -> None:

@@ -152,6 +152,7 @@ def fewer_than(seconds: float, what: str) -> Iterator[None]:
 def is_free(port: int) -> bool:
     """Whether nobody has this port of 127.0.0.1."""
     with socket.socket() as sock:
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)  # connections that have ended do not count
         try:
             sock.bind(("127.0.0.1", port))
         except OSError:

@@ -31,6 +31,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "stopping": (Level.INFO, "stopping ({why}): {busy} connections have {seconds:g} s to finish"),
     "stopping_quickly": (Level.INFO, "stopping at once ({why})"),
     "stopped": (Level.INFO, "stopped: {accepted} connections accepted, {killed} cut"),
+    "left_behind": (Level.ERROR, "these processes can't be ended by us, and are left behind: {pids}"),
     "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
     "log_may_wait": (Level.WARNING, "standard error can't be opened anew ({reason}): a reader that stops stops the daemon"),
     "dropped": (Level.WARNING, "{count} log lines could not be written"),
@@ -87,7 +88,8 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
     "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
-    "exit_failed": (Level.ERROR, "ending this worker: {what} raised"),
+    "child_keeps": (Level.WARNING, "descriptor {descriptor} can't be closed in a handler's child: {reason}"),
+    "exit_failed": (Level.ERROR, "ending this worker: {what}"),
     # lines of connections and of handlers
     "access": (Level.INFO, "{peer} {outcome} after {duration:.6f} s, worker {slot} of generation {generation} on {listener}"),
     "output": (Level.INFO, "{stream}: {line}"),

@@ -18,6 +18,10 @@ TEMPORARY_NAME = 5
 DEFAULT_MODE = 0o600
 INHERITED = int(socket.AF_UNSPEC)
 UNRESOLVED = -1
+# useradd(8): what Debian allows, and numbers.
+_ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?|[0-9]{1,10}")
+# The number after it means "leave it as it is" (setresuid(2), chown(2)), which must never be taken for somebody.
+ID_LIMIT = (1 << 32) - 2
 _MAPPED = "::ffff:"
 
 
@@ -106,9 +110,7 @@ def _parse_unix(text: str) -> Address:
     owners = {"user": "", "group": ""}
     for key, value in parse_qsl(query, keep_blank_values=True):
         if key in owners:
-            if not re.fullmatch(r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,31}", value):
-                raise ValueError(f"{key} is a name or a number, not {value[:80]!r}")
-            owners[key] = value
+            owners[key] = account(value)
             continue
         if key != "mode":
             raise ValueError(f"unknown parameter {key[:80]!r}; there are mode, user and group: unix:/path?mode=0660&group=www-data")
@@ -119,6 +121,13 @@ def _parse_unix(text: str) -> Address:
         if not 0 <= mode <= 0o777:
             raise ValueError(f"mode is octal, 0 to 0777, not {value[:80]!r}")
     return Address(socket.AF_UNIX, path, mode=mode, user=owners["user"], group=owners["group"])
+
+
+def account(value: str) -> str:
+    """A user or group, by name or number; whether it exists is asked where it is used. Raises ValueError."""
+    if not _ACCOUNT.fullmatch(value) or (value.isdigit() and int(value) > ID_LIMIT):
+        raise ValueError(f"a user or group is a name or a number, like www-data or 33, not {value[:80]!r}")
+    return value
 
 
 def _parse_inherited(text: str) -> Address:

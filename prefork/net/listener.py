@@ -17,20 +17,16 @@ import array
 import errno
 import fcntl
 import os
-import secrets
 import select
 import socket
-import stat
 import struct
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
 from prefork.errors import AddressError, NotPermittedError
-from prefork.net.address import TEMPORARY_NAME, Address
+from prefork.net.address import Address
+from prefork.net.unix import UNCHANGED, held_by, inode_of, open_unix, remove
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
@@ -42,11 +38,6 @@ _NOWHERE = (1 << 31) - 1
 _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
 # How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
 EMPTY_LOOKS = 3
-# chown(2): neither user nor group is changed.
-NOBODY = (-1, -1)
-# SO_PEERCRED: pid, uid and gid of whoever called listen(), on the side that has connected (unix(7)).
-_UCRED = struct.Struct("3i")
-_CLAIM_TRIES, _CLAIM_PAUSE = 20, 0.005
 
 
 class Verdict(Enum):
@@ -135,7 +126,7 @@ class Listener:
         address, _ = program.buffer_info()
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, _SO_ATTACH_FILTER, struct.pack("@HP", len(_DROP_SYN), address))
-        except PermissionError:
+        except OSError:  # no right to it, no room for it (optmem_max), or a sandbox without it
             self._hear_nobody()
 
     def _hear_nobody(self) -> None:
@@ -175,7 +166,7 @@ class Listener:
             self._unlink()
         self.sock.close()
 
-    def adopt(self, wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> None:
+    def adopt(self, wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> None:
         """Take over what a reload may change of an address that stays: TCP options, the queue's limit, a path's mode and owner.
 
         Raises OSError when the machine does not let us; the socket serves on as it was.
@@ -200,7 +191,7 @@ def _set_options(sock: socket.socket, settings: Settings) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, settings.keepalive)
 
 
-def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = NOBODY) -> Listener:
+def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> Listener:
     """Bind and listen. ``owner``: uid and gid of a Unix socket's path, -1 to leave it.
 
     Raises AddressError or NotPermittedError, naming the address and what would help.
@@ -258,97 +249,6 @@ def _name_of(sock: socket.socket) -> Address:
     return Address(int(sock.family), name[0], name[1])
 
 
-def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = NOBODY) -> tuple[socket.socket, tuple[int, int]]:
-    """A listening Unix socket at ``path`` with these permission bits and owners, and the inode that it has there.
-
-    It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
-    one step. Raises AddressError when a live process listens there, OSError for the rest: FileExistsError when something that
-    is not a socket is in the way.
-    """
-    folder, name = os.path.split(path)
-    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
-    try:
-        with _claimed(folder):
-            _make_way(path)
-            temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
-            sock.bind(temporary)
-            try:
-                os.chown(temporary, *owner)
-                os.chmod(temporary, mode)
-                sock.listen(backlog)
-                os.rename(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
-        inode = inode_of(path)
-        if inode is None:
-            raise FileNotFoundError(errno.ENOENT, "it was removed as soon as it was made", path)
-    except BaseException:
-        sock.close()
-        raise
-    return sock, inode
-
-
-@contextmanager
-def _claimed(folder: str) -> Iterator[None]:
-    """Two daemons that start at once must not both find the stale socket and replace each other's.
-
-    The lock is held for microseconds, but anybody who can read the directory may take it: nobody waits for it for long.
-    """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
-    try:
-        for tries_left in reversed(range(_CLAIM_TRIES)):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not tries_left:
-                    raise AddressError(f"{folder}: another process holds a lock on this directory; try again") from None
-                time.sleep(_CLAIM_PAUSE)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _make_way(path: str) -> None:
-    try:
-        kind = os.lstat(path).st_mode
-    except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(kind):
-        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path", path)
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
-        probe.setblocking(False)
-        try:
-            probe.connect(path)
-        except (ConnectionRefusedError, FileNotFoundError):
-            return  # nobody listens there: the rename replaces it
-        except PermissionError:
-            raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
-        except BlockingIOError:
-            raise AddressError(f"unix:{path} is in use: somebody listens there, and the queue is full") from None
-        pid, _, _ = _UCRED.unpack(probe.getsockopt(socket.SOL_SOCKET, socket.SO_PEERCRED, _UCRED.size))
-    raise AddressError(f"unix:{path} is in use{_by(pid)}")
-
-
-def inode_of(path: str) -> tuple[int, int] | None:
-    """Device and inode at a path; None when there is nothing, or no way to it."""
-    try:
-        status = os.lstat(path)
-    except OSError:  # gone, or the way to it: then nothing of ours is there
-        return None
-    return status.st_dev, status.st_ino
-
-
-def remove(path: str) -> bool:
-    """Remove a socket's path. False when it is not to be removed by us any more (a read-only or vanished directory)."""
-    try:
-        os.unlink(path)
-    except OSError:
-        return False
-    return True
-
-
 def _explain(wanted: Address, error: OSError) -> Exception:
     match error.errno:
         case errno.EADDRINUSE:
@@ -370,16 +270,6 @@ def _explain(wanted: Address, error: OSError) -> Exception:
             return AddressError(f"{wanted}: {error.strerror}")
 
 
-def _by(pid: int) -> str:
-    """Who that is, as far as /proc lets us see."""
-    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
-
-    try:
-        return f" by {psutil.Process(pid).name()} (pid {pid})"
-    except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace
-        return ""
-
-
 def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
     import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
@@ -395,6 +285,6 @@ def _holder(wanted: Address) -> str:
         # Children inherit it: name the oldest of the family, whom somebody can stop.
         while (parent := holder.parent()) is not None and listens(parent.net_connections("tcp")):
             holder = parent
-        return _by(holder.pid)
+        return held_by(holder.pid)
     except (OSError, psutil.Error):
         return ""

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefork import log
-from prefork.net.listener import inode_of, open_unix, remove
+from prefork.net.unix import inode_of, open_unix, remove
 from prefork.system import process
 
 REQUEST_LIMIT = 4096

@@ -95,7 +95,7 @@ class Report:
 
 
 def pack_doorbell(why: Ring, generation: int, slot: int, pid: int) -> bytes:
-    """The record that a worker writes; a worker packs its own once and writes it many times."""
+    """The record that a worker writes."""
     return _DOORBELL.pack(DOORBELL_MAGIC, why, generation & 0xFFFFFFFF, slot, pid)
 
 

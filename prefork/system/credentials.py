@@ -5,6 +5,7 @@ the saved id, or the process could come back; then no_new_privs, so that no set-
 clears the parent-death signal and "dumpable" when credentials change, so both are set after.
 """
 
+import errno
 import grp
 import os
 import pwd
@@ -83,6 +84,8 @@ def become(who: Credentials) -> None:
     os.setgroups(who.groups)
     os.setresgid(who.gid, who.gid, who.gid)
     os.setresuid(who.uid, who.uid, who.uid)
+    if (os.getresuid(), os.getresgid()) != ((who.uid,) * 3, (who.gid,) * 3):
+        raise PermissionError(errno.EPERM, "the kernel has not done it")
     process.prctl(_PR_SET_NO_NEW_PRIVS, 1)
     # As any process of that user has it: else its own /proc files are root's, it can't be debugged and leaves no core.
     process.prctl(_PR_SET_DUMPABLE, 1)

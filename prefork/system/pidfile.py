@@ -8,7 +8,9 @@ only if it is still the file that was written.
 import errno
 import fcntl
 import os
+import re
 import secrets
+import stat
 from dataclasses import dataclass
 
 from prefork.errors import AddressError, ConfigError, NotPermittedError
@@ -48,7 +50,7 @@ def write(path: str) -> PidFile:
             for _ in range(_TRIES):
                 if _put(beside, path):
                     return PidFile(path, fd)
-            raise AddressError(f"pid_file = {path!r}: other daemons fight for it")
+            raise AddressError(f"pid_file = {path!r}: other daemons take it again and again: name another path")
         except BaseException:
             os.close(fd)
             if os.path.exists(beside):
@@ -62,9 +64,11 @@ def write(path: str) -> PidFile:
                     f"pid_file = {path!r}: the directory {folder} does not exist: create it, or name another"
                 ) from None
             case errno.EACCES | errno.EPERM:
-                raise NotPermittedError(f"pid_file = {path!r}: no permission to write in {folder}") from None
+                raise NotPermittedError(
+                    f"pid_file = {path!r}: no permission to write in {folder}: make one for it, or name another path"
+                ) from None
             case _:
-                raise ConfigError(f"pid_file = {path!r}: {error.strerror}") from None
+                raise ConfigError(f"pid_file = {path!r}: {error.strerror}: name another path") from None
 
 
 def _put(beside: str, path: str) -> bool:
@@ -85,11 +89,18 @@ def _put(beside: str, path: str) -> bool:
             raise ConfigError(f"pid_file = {path!r}: a symbolic link is in the way; remove it or name another path") from None
         raise
     try:
+        if not stat.S_ISREG(os.fstat(stale).st_mode):
+            raise ConfigError(f"pid_file = {path!r}: something that is no file is in the way; remove it or name another path")
         try:
             fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            held = os.read(stale, 32).split(b"\n")[0].decode("ascii", "replace")
-            raise AddressError(f"pid_file = {path!r}: the daemon with pid {held} is running and holds it") from None
+            pid = os.read(stale, 32).split(b"\n")[0].decode("ascii", "replace")
+            raise AddressError(
+                f"pid_file = {path!r}: the daemon with pid {pid} is running and holds it: stop it, or name another path"
+            ) from None
+        held = os.read(stale, 32)
+        if not re.fullmatch(rb"[0-9]{1,10}\n?", held):
+            raise ConfigError(f"pid_file = {path!r}: a file that is no pid file is in the way; remove it or name another path")
         # Whoever replaces a stale file holds its lock meanwhile: of two, one finds another file here, and looks again.
         if not os.path.samestat(os.fstat(stale), os.lstat(path)):
             return False

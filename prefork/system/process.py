@@ -155,7 +155,10 @@ def signal_child(pid: int, signo: int) -> bool:
     """
     if not is_child(pid):
         return False
-    os.kill(pid, signo)
+    try:
+        os.kill(pid, signo)
+    except PermissionError:
+        return False  # it runs as another user by now: a set-user-ID program
     return True
 
 

@@ -58,6 +58,22 @@ def blocked() -> Iterator[None]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
 
+@contextmanager
+def kept(handled: Iterable[int]) -> Iterator[None]:
+    """Put the handlers of these signals, the wakeup descriptor and the mask back at the end of the block."""
+    before = {signo: signal.getsignal(signo) for signo in handled}
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    wakeup = signal.set_wakeup_fd(-1)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(wakeup)
+        for signo, action in before.items():
+            if action is not None:  # None is C code's own
+                signal.signal(signo, action)
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
 def fresh() -> None:
     """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
     signal.set_wakeup_fd(-1)

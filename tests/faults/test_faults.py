@@ -10,7 +10,6 @@ from pathlib import Path
 
 import pytest
 
-from prefork.pool import scoreboard
 from prefork.testing import Server, serve
 from tests import watch
 from tests.conftest import HANDLERS
@@ -103,6 +102,75 @@ def test_a_master_that_is_stopped_for_a_while_punishes_nobody(prefork_server: St
     assert (totals["killed"], totals["ok"]) == (0, load.connections)
 
 
+def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server: Start) -> None:
+    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+    os.kill(watch.fork_server(server), signal.SIGKILL)
+    watch.until("it is being replaced", lambda: server.status()["state"] == "reloading")
+    server.command("scale", workers="3")
+    watch.logged(server, "generation 2 serves")
+    assert watch.settled(server, 3)["listeners"][0]["workers"]["target"] == 3
+
+
+BUGGY = """
+import errno, os, sys
+from prefork import Server
+from prefork.master import Master
+
+def bug(*_):
+    raise ZeroDivisionError("a bug")
+
+def no_more_forks(*_):
+    def fork():
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+    os.fork = fork
+
+Master.scale = {"bug": bug, "no more forks": no_more_forks}[sys.argv[1]]
+sys.exit(Server("tiny:obey", bind=sys.argv[2], control=sys.argv[3], pid_file=sys.argv[4], workers=2).run())
+"""
+
+
+def with_a_fault(tmp_path: Path, fault: str) -> Server:
+    """A daemon whose master has this fault from the first SIGTTIN on."""
+    control, port = tmp_path / "control", watch.free_port()
+    command = [sys.executable, "-c", BUGGY, fault, f"127.0.0.1:{port}", str(control), str(tmp_path / "pid")]
+    with (tmp_path / "log").open("wb") as log:
+        process = subprocess.Popen(command, cwd=HANDLERS, stderr=log)
+    server = Server(("127.0.0.1", port), process.pid, str(control), tmp_path / "log", process)
+    watch.until("it listens", control.exists)
+    watch.settled(server, 2)
+    return server
+
+
+def test_a_fork_server_that_can_not_be_forked_refuses_the_reload_with_the_limits_to_look_at(tmp_path: Path) -> None:
+    server = with_a_fault(tmp_path, "no more forks")
+    os.kill(server.pid, signal.SIGTTIN)
+    for _ in range(2):
+        answer = server.command("reload")
+        assert answer["reason"].startswith("can't start a fork server: Resource temporarily unavailable: see RLIMIT_NPROC")
+    fds = len(watch.descriptors(server.pid))
+    assert not server.command("reload")["ok"]
+    assert len(watch.descriptors(server.pid)) == fds
+    with server.connect() as sock:
+        sock.sendall(b"hello\n")
+        assert sock.recv(64).endswith(b"hello\n")
+    assert server.stop() == 0
+
+
+def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> None:
+    server = with_a_fault(tmp_path, "bug")
+    family = watch.family(server.pid)
+    with server.connect() as held:
+        os.kill(server.pid, signal.SIGTTIN)
+        assert server.process.wait(watch.DEADLINE) == 70
+        held.sendall(b"still here\n")
+        assert held.recv(64).endswith(b"still here\n")
+    watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
+    assert "internal error in the master" in server.log()
+    assert "ZeroDivisionError: a bug" in server.log()
+    assert "accept failed" not in server.log()
+    assert (os.path.exists(server.control), (tmp_path / "pid").exists(), watch.is_free(server.address[1])) == (False, False, True)
+
+
 def test_a_fork_server_that_is_stopped_is_replaced(prefork_server: Start) -> None:
     server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=2)
     watch.settled(server, 1)
@@ -164,7 +232,6 @@ def test_garbage_from_a_worker_changes_nothing_for_others(prefork_server: Start,
 
 
 def test_the_orders_of_the_master_can_not_be_overwritten_by_a_worker(prefork_server: Start, module: Callable[[str], Path]) -> None:
-    assert scoreboard.Access.WORKER.value == (True, False)
     folder = module(
         "import ctypes, gc\n"
         "from prefork.worker import Worker\n"

@@ -227,6 +227,9 @@ def test_a_unix_socket_has_the_owners_that_were_asked_for_and_a_reload_changes_t
     assert not answer["ok"]
     assert "user 'nosuchuser' does not exist on this machine" in answer["reason"]
     assert not os.path.exists(path + "2")
+    file.write_text(f"bind = ['unix:{path}?mode=0666&user=nosuchuser']")
+    answer = server.command("reload")
+    assert (answer["ok"], owner(path)) == (False, ("daemon", "daemon", 0o640)), "one that stays is looked up before the commit, too"
 
 
 def test_an_owner_that_does_not_exist_is_told_at_the_start(tmp_path: Path) -> None:
@@ -249,6 +252,9 @@ def test_a_locked_directory_does_not_stop_the_daemon(tmp_path: Path) -> None:
         ):
             pass
         assert caught.value.exit_status == 69
+        with pytest.raises(StartError, match="holds a lock") as caught, serve("echo:loop", control=str(tmp_path / "control")):
+            pass
+        assert "--name" not in str(caught.value), "nobody has that name"
     finally:
         os.close(fd)
 

@@ -241,6 +241,34 @@ def test_without_root_what_takes_it_is_refused_with_the_remedy(public: Path, opt
         assert message in server.log()
 
 
+BECOMES_ROOT = """
+import os
+def loop(sock):
+    sock.sendall(b"%d" % os.getpid())
+    os.execv("./rootly", ["./rootly", "-I", "-c", "import os, time; os.setresuid(0, 0, 0); time.sleep(60)"])
+"""
+
+
+def test_a_worker_that_has_become_root_is_left_behind_by_a_stop_and_named(public: Path) -> None:
+    shutil.copy(PYTHON, public / "rootly")
+    (public / "rootly").chmod(0o4755)
+    if subprocess.run([*AS_NOBODY, public / "rootly", "-c", "import os; os.setuid(0)"], check=False).returncode != 0:
+        pytest.skip("set-user-ID programs are nobody but root's here (nosuid)")
+    (public / "run" / "mine.py").write_text(BECOMES_ROOT)
+    (public / "run" / "rootly").symlink_to(public / "rootly")
+    options = ("--bind=127.0.0.1:0", f"--chdir={public}/run", "--graceful-timeout=0.1")
+    with running(public, *options, prefix=AS_NOBODY) as server:
+        with connect(server.address) as sock:
+            pid = int(sock.recv(64))
+            watch.until("it is root", lambda: psutil.Process(pid).uids().real == 0)
+            assert server.stop() == 0
+        assert f"these processes can't be ended by us, and are left behind: {pid}" in server.log()
+        assert "internal error" not in server.log()
+        os.kill(pid, signal.SIGKILL)
+    for name in ("mine.py", "rootly"):
+        (public / "run" / name).unlink()
+
+
 def test_without_root_everything_else_works(public: Path) -> None:
     options = (
         "--bind=127.0.0.1:0",

@@ -14,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from prefork.errors import RefusedError
-from prefork.net.listener import open_unix
+from prefork.net.unix import open_unix
 from prefork.ops import instances
 from prefork.testing import Server
 from tests import watch

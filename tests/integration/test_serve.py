@@ -159,10 +159,11 @@ def test_process_titles_name_role_generation_and_slot(prefork_server: Start) -> 
     ]
 
 
-def test_the_master_has_one_thread_and_no_user_code(prefork_server: Start) -> None:
-    server = prefork_server("tiny:who", folder=HANDLERS)
+def test_the_master_has_one_thread_and_runs_no_user_code(prefork_server: Start, module: Callable[[str], Path]) -> None:
+    folder = module("import os\nopen('ran', 'a').write(f'{os.getpid()}\\n')\ndef loop(sock): pass\n")
+    server = prefork_server("mine:loop", folder=folder)
     assert psutil.Process(server.pid).num_threads() == 1
-    assert "tiny" not in Path(f"/proc/{server.pid}/maps").read_text()
+    assert (folder / "ran").read_text() == f"{watch.fork_server(server)}\n"
 
 
 def test_a_toml_file_gives_the_options_and_the_command_line_beats_it(prefork_server: Start, tmp_path: Path) -> None:

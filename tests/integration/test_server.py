@@ -22,6 +22,8 @@ print("begins")
 options = dict(bind=["127.0.0.1:{port}"], workers=2, control="{control}", drain_timeout=5.0, nodelay=False)
 status = prefork.Server("mine:loop", **options).run()
 print("ends with", status)
+import signal
+print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
 
 
@@ -41,7 +43,7 @@ def test_every_option_is_a_keyword_and_a_reload_sees_new_code(module: Module) ->
             assert sock.recv(3) == b"new"
         assert server.command("stop")["ok"]
         output, _ = process.communicate(timeout=watch.DEADLINE)
-    assert output == "begins\nends with 0\n", "nothing that was buffered is written by a fork, too"
+    assert output == "begins\nends with 0\nTrue set()\n", "nothing that was buffered is written by a fork, too"
 
 
 def test_a_wrong_option_is_told_at_once_with_its_place() -> None:
@@ -58,6 +60,13 @@ def test_keywords_beat_the_environment_which_beats_the_file(tmp_path: Path, monk
     monkeypatch.setenv("PREFORK_BACKLOG", "2")
     conf = prefork.Server(config=str(file), workers=3)._sources.load()
     assert (conf.workers, conf.backlog, conf.nice) == (3, 2, 1)
+
+
+def test_the_file_may_be_named_by_the_environment(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    file = tmp_path / "prefork.toml"
+    file.write_text("module = 'echo:loop'\nworkers = 3\n")
+    monkeypatch.setenv("PREFORK_CONFIG", str(file))
+    assert prefork.Server()._sources.load().workers == 3
 
 
 def test_where_a_daemon_can_not_live_it_says_why() -> None:

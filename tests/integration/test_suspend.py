@@ -5,10 +5,11 @@ import signal
 import socket
 from collections.abc import Callable
 from contextlib import ExitStack
+from pathlib import Path
 
 import pytest
 
-from prefork.testing import Server
+from prefork.testing import Server, connect
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.load import Load
@@ -101,3 +102,21 @@ def test_suspending_and_resuming_under_load_loses_nobody(prefork_server: Start, 
     watch.settled(server, 4)
     totals = watch.quiet(server)
     assert totals["accepted"] == totals["ok"] == load.connections
+
+
+def test_clients_of_an_address_that_is_removed_meanwhile_are_served(prefork_server: Start, tmp_path: Path) -> None:
+    stays, goes, file = watch.free_port(), watch.free_port(), tmp_path / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']")
+    server = prefork_server("tiny:obey", folder=HANDLERS, bind=[], workers=1, arguments=("--config", str(file)))
+    assert server.command("suspend")["ok"]
+    with connect(("127.0.0.1", stays)) as waits, connect(("127.0.0.1", goes)) as last:
+        last.sendall(b"hello\n")
+        waits.sendall(b"hello\n")
+        file.write_text(f"bind = ['127.0.0.1:{stays}']")
+        assert server.command("reload")["ok"]
+        assert last.recv(64).endswith(b"hello\n")
+        watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
+        assert server.status()["state"] == "suspended"
+        assert waiting(server, waits)
+        assert server.command("resume")["ok"]
+        assert waits.recv(64).endswith(b"hello\n")

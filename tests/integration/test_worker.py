@@ -6,6 +6,7 @@ import signal
 import socket
 import time
 from collections.abc import Callable
+from pathlib import Path
 
 import psutil
 import pytest
@@ -180,3 +181,36 @@ def test_retiring_a_worker_signalled_from_outside_loses_nobody(prefork_server: S
     watch.until("it has left", lambda: watch.is_gone(busy))
     watch.settled(server, 2)
     assert server.status()["deaths"] == []
+
+
+def test_what_the_import_has_opened_stays_open_in_workers_and_goes_to_no_client(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    source = (
+        "import logging, sqlite3\n"
+        "logger = logging.getLogger('mine')\n"
+        "logger.addHandler(logging.FileHandler('app.log'))\n"
+        "def start():\n"
+        "    global db\n"
+        "    db = sqlite3.connect('app.db')\n"
+        "    db.execute('CREATE TABLE IF NOT EXISTS t (x)')\n"
+        "def loop(sock):\n"
+        "    logger.warning('client served')\n"
+        "    sock.sendall(b'done')\n"
+    )
+    folder = module(source)
+    server = prefork_server("mine:loop", folder=folder, workers=2, on_worker_start="mine:start")
+    for _ in range(4):
+        with server.connect() as sock:
+            assert sock.makefile("rb").read() == b"done"
+    assert (folder / "app.log").read_text() == "client served\n" * 4
+
+
+def test_a_worker_holds_none_of_the_fork_servers_descriptors(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1, bind=["127.0.0.1:0", "127.0.0.1:0"])
+    worker = watch.settled(server, 1)["workers"][0]["pid"]
+    ours = set(watch.descriptors(watch.fork_server(server)).values())
+    # Standard descriptors, listener, doorbell, /dev/null; and its own copy of the log, when that is a pipe.
+    assert len(watch.descriptors(worker)) <= 6
+    shared = ours & {what for what in watch.descriptors(worker).values() if what.startswith("socket:")}
+    assert len(shared) == 1, "one listener, and not the channel to the master"

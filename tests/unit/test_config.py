@@ -174,6 +174,14 @@ def test_a_ceiling_below_the_acceptors_is_refused_with_the_least_that_will_do() 
     assert load(workers=5, max_workers=10, bind=two).max_workers == 10
 
 
+@pytest.mark.parametrize("number", ["4294967295", "9999999999", "-1"])
+@pytest.mark.parametrize("key", ["user", "group"])
+def test_a_number_that_means_nobody_is_no_user(key: str, number: str) -> None:
+    # setresuid(2) takes (uid_t)-1 for "leave it", and the handler would be root.
+    assert "must be a name or a number" in refusal(Sources({"module": "echo:loop", key: number}))
+    assert getattr(load(**{key: "4294967294"}), key) == "4294967294"
+
+
 def test_an_address_named_twice_is_refused() -> None:
     assert "'localhost:80' is named twice" in refusal(Sources({"bind": ["127.0.0.1:80", "localhost:80"]}))
     assert len(load(bind=["127.0.0.1:0", "127.0.0.1:0"]).bind) == 2, "two free ports are two addresses"

@@ -50,12 +50,13 @@ def test_one_that_is_not_ours_any_more_is_left_alone(tmp_path: Path) -> None:
     path.write_text("somebody else's")
     written.remove()
     assert path.read_text() == "somebody else's"
+    path.unlink()
     written = pidfile.write(str(path))
     path.unlink()
     written.remove()
 
 
-@pytest.mark.parametrize("kind", ["missing", "link", "directory"])
+@pytest.mark.parametrize("kind", ["missing", "link", "directory", "file", "fifo"])
 def test_where_it_can_not_be_is_told_with_the_path(tmp_path: Path, kind: str) -> None:
     path = tmp_path / "pid"
     victim = tmp_path / "victim"
@@ -63,12 +64,18 @@ def test_where_it_can_not_be_is_told_with_the_path(tmp_path: Path, kind: str) ->
     wanted = {
         "missing": "the directory .*/no does not exist",
         "link": "a symbolic link is in the way",
-        "directory": "Is a directory",
+        "directory": "something that is no file is in the way",
+        "file": "a file that is no pid file is in the way",
+        "fifo": "something that is no file is in the way",
     }
     if kind == "missing":
         path = tmp_path / "no" / "pid"
     elif kind == "link":
         path.symlink_to(victim)
+    elif kind == "file":
+        path.write_text("127.0.0.1 localhost\n")
+    elif kind == "fifo":
+        os.mkfifo(path)
     else:
         path.mkdir()
     before = sorted(tmp_path.iterdir())

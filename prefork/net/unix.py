@@ -1,0 +1,125 @@
+"""Unix sockets in the file system: made under another name and renamed, in place of a stale one and never of a live one.
+
+So nobody ever sees one without its mode and owner, and two daemons that start at once do not replace each other's (unix(7),
+rename(2)).
+"""
+
+import errno
+import fcntl
+import os
+import secrets
+import socket
+import stat
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from prefork.errors import AddressError, InUseError
+from prefork.net.address import TEMPORARY_NAME
+from prefork.system import process
+
+# chown(2): neither user nor group is changed.
+UNCHANGED = (-1, -1)
+_CLAIM_TRIES, _CLAIM_PAUSE = 20, 0.005
+
+
+def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHANGED) -> tuple[socket.socket, tuple[int, int]]:
+    """A listening Unix socket at ``path`` with these permission bits and owners, and the inode that it has there.
+
+    It is bound under another name and renamed, so that nobody ever sees it without its mode, and a stale one is replaced in
+    one step. Raises AddressError when a live process listens there, OSError for the rest: FileExistsError when something that
+    is not a socket is in the way.
+    """
+    folder, name = os.path.split(path)
+    sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    try:
+        with _claimed(folder):
+            _make_way(path)
+            temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
+            sock.bind(temporary)
+            try:
+                os.chown(temporary, *owner)
+                os.chmod(temporary, mode)
+                sock.listen(backlog)
+                os.rename(temporary, path)
+            except BaseException:
+                os.unlink(temporary)
+                raise
+        inode = inode_of(path)
+        if inode is None:
+            raise FileNotFoundError(errno.ENOENT, "it was removed as soon as it was made", path)
+    except BaseException:
+        sock.close()
+        raise
+    return sock, inode
+
+
+@contextmanager
+def _claimed(folder: str) -> Iterator[None]:
+    """Two daemons that start at once must not both find the stale socket and replace each other's.
+
+    The lock is held for microseconds, but anybody who can read the directory may take it: nobody waits for it for long.
+    """
+    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+    try:
+        for tries_left in reversed(range(_CLAIM_TRIES)):
+            try:
+                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                break
+            except BlockingIOError:
+                if not tries_left:
+                    raise AddressError(f"{folder}: another process holds a lock on this directory; try again") from None
+                time.sleep(_CLAIM_PAUSE)
+        yield
+    finally:
+        os.close(fd)
+
+
+def _make_way(path: str) -> None:
+    try:
+        kind = os.lstat(path).st_mode
+    except FileNotFoundError:
+        return
+    if not stat.S_ISSOCK(kind):
+        raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path", path)
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        probe.setblocking(False)
+        try:
+            probe.connect(path)
+        except (ConnectionRefusedError, FileNotFoundError):
+            return  # nobody listens there: the rename replaces it
+        except PermissionError:
+            raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
+        except BlockingIOError:
+            raise InUseError(f"unix:{path} is in use: somebody listens there, and the queue is full") from None
+        # On the side that has connected: whoever called listen().
+        pid = process.peer_of(probe).pid
+    raise InUseError(f"unix:{path} is in use{held_by(pid)}")
+
+
+def inode_of(path: str) -> tuple[int, int] | None:
+    """Device and inode at a path; None when there is nothing, or no way to it."""
+    try:
+        status = os.lstat(path)
+    except OSError:  # gone, or the way to it: then nothing of ours is there
+        return None
+    return status.st_dev, status.st_ino
+
+
+def remove(path: str) -> bool:
+    """Remove a socket's path. False when it is not to be removed by us any more (a read-only or vanished directory)."""
+    try:
+        os.unlink(path)
+    except OSError:
+        return False
+    return True
+
+
+def held_by(pid: int) -> str:
+    """Who that is, for a message, as far as /proc lets us see."""
+    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+
+    try:
+        return f" by {psutil.Process(pid).name()} (pid {pid})"
+    except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace
+        return ""
