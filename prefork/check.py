@@ -28,6 +28,11 @@ _DONE = b"imported"
 def check(sources: Sources) -> str:
     """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError."""
     config, origins = sources.trace()
+    for address in config.bind:
+        if address.user:
+            credentials.uid_of(address.user)
+        if address.group:
+            credentials.gid_of(address.group)
     _try_import(config)
     notes = {
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")

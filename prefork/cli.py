@@ -19,7 +19,7 @@ import click
 from prefork import __version__, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError
-from prefork.ops.instances import ask, find, instances, nearest
+from prefork.ops.instances import ask, closest, find, instances, nearest
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.
@@ -38,8 +38,21 @@ def _errors() -> Iterator[None]:
         sys.exit(error.exit_code)
 
 
+class _Command(click.Command):
+    """Suggests the nearest option for a mistyped one."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        try:
+            return super().parse_args(ctx, args)
+        except click.NoSuchOption as error:
+            known = [name for parameter in self.params for name in parameter.opts]
+            raise click.NoSuchOption(error.option_name, possibilities=closest(error.option_name, known), ctx=ctx) from None
+
+
 class _Commands(click.Group):
     """Suggests the nearest command for a mistyped one."""
+
+    command_class = _Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
@@ -207,7 +220,8 @@ def _answer(
 ) -> tuple[dict[str, Any], list[int]]:
     answer, descriptors = ask(find(name, path), command, patience, **arguments)
     if not answer.get("ok"):
-        raise RefusedError(f"{command} refused: {answer.get('reason')}")
+        kept = ", the old code keeps serving" if command == "reload" else ""
+        raise RefusedError(f"{command} refused{kept}: {answer.get('reason')}")
     return answer, descriptors
 
 
@@ -245,7 +259,7 @@ def reload(name: str | None, control: str | None) -> None:
     """
     with _errors():
         answer, _ = _answer(name, control, "reload", None)
-    click.echo(f"reloaded: generation {answer['generation']} serves")
+    click.echo(f"reloaded: generation {answer['generation']} {'is suspended' if answer.get('suspended') else 'serves'}")
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

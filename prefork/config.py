@@ -16,6 +16,7 @@ import sys
 import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
+from socket import AF_UNIX
 from typing import Any
 
 from prefork import values
@@ -86,7 +87,9 @@ class Config:
     max_workers: int = _option(
         256, values.whole(1, WORKERS_LIMIT), "Ceiling on worker processes of this daemon; at it, clients wait in the queue.", "N"
     )
-    spare_timeout: float = _seconds(10.0, "How long surplus acceptors are kept.", values.positive_seconds)
+    spare_timeout: float = _seconds(
+        10.0, "Surplus acceptors that nobody has needed for so long are retired.", values.positive_seconds
+    )
     backlog: int = _option(
         2048, values.whole(1, (1 << 31) - 1), "The listen queue (the kernel cuts it to net.core.somaxconn).", "N"
     )
@@ -99,7 +102,7 @@ class Config:
     max_memory: int = _option(
         0,
         values.size,
-        "A worker with a larger resident set is recycled after its connection; 0 is no limit.",
+        "A worker with a larger resident set (256M) is recycled after its connection; 0 is no limit.",
         "SIZE",
         plain=lambda value: values.size_text(value) if value else 0,
     )
@@ -192,13 +195,14 @@ class Sources:
         for key, raw, place in self._given():
             parsed[key], origins[key] = _parse(key, raw, place), place
         config = Config(**parsed)
-        check(config)
+        check(config, origins)
         return config, origins
 
     def _given(self) -> Iterator[tuple[str, Any, str]]:
         """Everything that was given, the weakest first: key, value as it stands there, and where."""
         if self.file is not None:
-            for key, raw in _read_file(self.file).items():
+            named = f" (named by {variable('config')})" if self.environment.get(variable("config")) == self.file else ""
+            for key, raw in _read_file(self.file, named).items():
                 yield key, raw, f"in {self.file}"
         for key in OPTIONS:
             if (raw := self.environment.get(variable(key))) is not None:
@@ -209,7 +213,7 @@ class Sources:
             yield key, raw, "of prefork.Server"
 
 
-def _read_file(path: str) -> dict[str, Any]:
+def _read_file(path: str, named: str) -> dict[str, Any]:
     try:
         # O_NONBLOCK: opening a FIFO must not wait for a writer.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
@@ -223,7 +227,7 @@ def _read_file(path: str) -> dict[str, Any]:
             raise ConfigError(f"{path}: larger than {FILE_LIMIT} bytes; a configuration is a few lines of TOML")
         return tomllib.loads(data.decode())
     except OSError as error:
-        raise ConfigError(f"{path}: can't read the configuration: {error.strerror}") from None
+        raise ConfigError(f"{path}{named}: can't read the configuration: {error.strerror}") from None
     except UnicodeDecodeError as error:
         raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); TOML is UTF-8 text") from None
     except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits is another
@@ -256,21 +260,37 @@ def _shown(raw: Any) -> str:
     return text if len(text) <= 200 else text[:200] + "..."
 
 
-def check(config: Config) -> None:
-    """Raise ConfigError for values that are right by themselves and impossible together."""
+def check(config: Config, origins: Mapping[str, str]) -> None:
+    """Raise ConfigError for values that are right by themselves and impossible together. ``origins``: as from `Sources.trace`."""
+
+    def given(key: str, text: object) -> str:
+        return f"{key} = {text} ({origins.get(key, 'default')})"
+
     if not config.module:
         raise ConfigError("no handler: give --module MODULE:ATTR, like --module echo:loop, or module in the configuration file")
     least = config.workers * len(config.bind)
     if config.max_workers < least:
         raise ConfigError(
-            f"max_workers = {config.max_workers} is less than workers x listeners = {config.workers} x {len(config.bind)} = "
-            f"{least}: raise max_workers to at least {least}, or lower workers"
+            f"{given('max_workers', config.max_workers)} is less than {given('workers', config.workers)} x {len(config.bind)} "
+            f"listeners: raise max_workers to at least {least}, or lower workers"
         )
     if config.max_connections_jitter and not config.max_connections:
         raise ConfigError(
-            f"max_connections_jitter = {config.max_connections_jitter} adds to max_connections, which is not set: set it, or drop "
-            "the jitter"
+            f"{given('max_connections_jitter', config.max_connections_jitter)} adds to max_connections, which is not set: set it, "
+            "or drop the jitter"
         )
+    taken: dict[str, str] = {}
+    for key, path in _paths(config):
+        if path in taken and {key, taken[path]} != {"log_file", "access_log"}:
+            raise ConfigError(f"{given(key, path)} is the path of {taken[path]}, too: give it another one")
+        taken[path] = key
+
+
+def _paths(config: Config) -> Iterator[tuple[str, str]]:
+    """The files and sockets that the daemon makes."""
+    yield from (("bind", address.host) for address in config.bind if address.family == AF_UNIX)
+    made = ("control", "pid_file", "log_file", "access_log")
+    yield from ((key, path) for key in made if (path := getattr(config, key)).startswith("/"))
 
 
 def with_activated(config: Config, origins: Mapping[str, str], sockets: Sequence[tuple[str, int]]) -> Config:
@@ -294,7 +314,7 @@ def with_activated(config: Config, origins: Mapping[str, str], sockets: Sequence
     if "bind" not in origins:
         found = [address for same in passed.values() for address in same]
     config = replace(config, bind=tuple(found))
-    check(config)
+    check(config, origins)
     return config
 
 
@@ -331,10 +351,11 @@ def _toml(plain: Any) -> str:
 
 
 def needs_restart(old: Config, new: Config) -> str | None:
-    """The first option that a reload can't change and that differs; None when a reload will do."""
+    """What a reload can't change and that differs, in a sentence; None when a reload will do."""
     for key, option in OPTIONS.items():
-        if not option.reloadable and getattr(old, key) != getattr(new, key):
-            return key
+        before, after = getattr(old, key), getattr(new, key)
+        if not option.reloadable and before != after:
+            return f"{key} = {after!r} was {before!r} at the start: that needs a restart"
     return None
 
 

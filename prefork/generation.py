@@ -110,7 +110,7 @@ class Generation:
             case Kind.FAILED if not self.ready:
                 self.failure = report.text
             case Kind.FORKED:
-                if report.pid > process.PID_LIMIT or self.pool.forked(report.slot, report.pid) is None:
+                if not self._may_be_a_worker(report.pid) or self.pool.forked(report.slot, report.pid) is None:
                     return False
                 self.tally.forked += 1
             case Kind.FORK_FAILED:
@@ -151,11 +151,15 @@ class Generation:
                 self.link.signal(worker, Order.KILL)
         self.retiring.ask_again(now)
 
+    def _may_be_a_worker(self, pid: int) -> bool:
+        """Not a process that was our child before we became prefork: no fork server has forked it."""
+        return 0 < pid <= process.PID_LIMIT and pid not in self.link.wiring.strangers
+
     def _clear_limbo(self, now: float) -> None:
         """Workers whose fork was ordered and never confirmed: known by the pid they wrote, or given up."""
         for worker in list(self.pool.unborn.values()):
             pid = self.board.words[self.board.record(worker.slot) + scoreboard.PID]
-            if pid and process.is_child(pid) and self.pool.forked(worker.slot, pid) is not None:
+            if self._may_be_a_worker(pid) and process.is_child(pid) and self.pool.forked(worker.slot, pid) is not None:
                 self.tally.forked += 1
             elif now >= self._limbo_until:
                 self.pool.fork_failed(worker.slot)
@@ -345,9 +349,11 @@ class Generation:
     def _release_tired(self, place: int, view: View, now: float) -> None:
         tired = [slot for slot in self._tired if self.layout.listener(slot) == place]
         busy = [slot for slot in tired if self.board.states[slot] == BUSY]
-        count, busy_too = policy.released(view, len(tired) - len(busy), len(tired))
+        workers = self.pool.workers.values()
+        leaving = sum(w.retiring and w.listener == place and self.board.states[w.slot] != BUSY for w in workers)
+        idle_may, busy_may = policy.released(view, len(busy), leaving)
         idle = [slot for slot in tired if slot not in busy]
-        for slot in idle[:count] + (busy if busy_too else []):
+        for slot in idle[:idle_may] + busy[:busy_may]:
             worker = self.pool.workers[slot]
             log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self.board.counts(slot).begun)
             self._ask_to_leave(worker, now, self._drain_deadline(now))
@@ -360,6 +366,7 @@ class Generation:
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
         idle, busy = row.count(IDLE), row.count(BUSY)
+        tired = sum(row[slot - first] == IDLE for slot in self._tired if 0 <= slot - first < len(row))
         starting = row.count(STARTING) + row.count(PARKED) + row.count(PAUSED)
         for slot in self._absent:
             if 0 <= slot - first < len(row):
@@ -369,7 +376,7 @@ class Generation:
                 starting -= state in (STARTING, PARKED, PAUSED)
         missing = self.targets[place] - idle - starting
         returning = self._returning(place, row, missing) if missing > 0 else 0
-        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place])
+        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place], tired)
 
     def _returning(self, place: int, row: bytes, missing: int) -> int:
         """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""
@@ -398,6 +405,7 @@ class Generation:
         record = board.record(slot)
         board.words[record + scoreboard.PID] = 0
         board.words[record + scoreboard.STARTED] = 0
+        board.restore(slot, self._counted.get(slot, NOTHING))  # a stray write may have been here
         board.states[slot] = STARTING
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
         self.link.send(Order.FORK, slot)

@@ -4,6 +4,7 @@ Nothing the import or a hook does may end this process or slip through: whatever
 HandlerError with the traceback that its author needs, without our own frames.
 """
 
+import difflib
 import functools
 import importlib
 import inspect
@@ -14,6 +15,7 @@ import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
+from types import ModuleType
 from typing import Any
 
 import prefork.examples
@@ -136,19 +138,32 @@ def _find(label: str, target: str) -> Any:
     try:
         found = importlib.import_module(module_name)
         for name in attribute.split("."):
-            found = getattr(found, name)
+            owner, found = found, getattr(found, name)
+            if isinstance(owner, type) and inspect.isfunction(found) and not isinstance(vars(owner).get(name), staticmethod):
+                raise HandlerError(f"{label}: {name} is a method of {owner.__name__}, and there is no object to call it on")
+    except HandlerError:
+        raise
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise HandlerError(f"{label}: no module {error.name!r} in {os.getcwd()} or on the Python path") from None
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
-            where = getattr(found, "__file__", None) or "a built-in module"
-            raise HandlerError(f"{label}: {where} has no {error.name!r}") from None
+            raise HandlerError(f"{label}: {_lacks(found, str(error.name))}") from None
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except BaseException as error:
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     return found
+
+
+def _lacks(module: ModuleType, name: str) -> str:
+    where = getattr(module, "__file__", None) or "a built-in module"
+    near = difflib.get_close_matches(name, vars(module), 1)
+    meant = f"; did you mean {near[0]!r}?" if near else ""
+    file = os.path.join(os.getcwd(), *module.__name__.split(".")) + ".py"
+    if os.path.exists(file) and not (os.path.exists(where) and os.path.samefile(file, where)):
+        meant += f"; {file} is hidden by it, which prefork has loaded before: rename yours"
+    return f"{where} has no {name!r}{meant}"
 
 
 def _load_hook(label: str, target: str) -> Hook:

@@ -34,6 +34,7 @@ class Wiring:
     doorbell_read: int
     doorbell_write: int
     devnull: int
+    strangers: frozenset[int] = frozenset()  # children that we had before we became prefork
     credentials: Credentials | None = None  # who the fork servers become; None: they stay who we are
 
 

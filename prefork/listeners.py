@@ -69,6 +69,8 @@ class Listeners:
         return Plan(tuple(places), tuple(opened), tuple(owners))
 
     def _open(self, address: Address, settings: Settings, owner: tuple[int, int]) -> Listener:
+        if any(farewell.listener.configured.place == address.place for farewell in self.farewells):
+            raise AddressError(f"{address} is still being closed: it serves those who wait in its queue; reload again in a moment")
         if address.family == INHERITED:
             if address.port not in self.inherited:
                 raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
@@ -92,6 +94,8 @@ class Listeners:
         first = not self.current
         self.current = list(plan.listeners)
         for place, (listener, address) in enumerate(zip(plan.listeners, conf.bind, strict=True)):
+            if listener.fileno() == -1:
+                continue  # a stop has closed it meanwhile
             try:
                 listener.adopt(address, _settings(conf), plan.owners[place] if plan.owners else UNCHANGED)
             except OSError as error:

@@ -81,6 +81,7 @@ class Stop:
     deadline: float
     clients: list[Client]
     killed: bool = False
+    killed_before: int = 0  # connections that had been killed when it began
     tries: int = 0  # at ending those whom SIGKILL has not ended
 
 
@@ -142,6 +143,7 @@ class Master:
         return 0
 
     def _start(self) -> None:
+        self.strangers = process.inherited_children()
         self.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
         self.activated = activated(os.environ)
         conf = self.config = self._load()
@@ -159,7 +161,7 @@ class Master:
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, who)
+        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, self.strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self.inbox = signals.Inbox(HANDLED)
         self._open_control()
@@ -271,11 +273,13 @@ class Master:
     def _fork_server_ended(self, generation: Generation, change: process.Ended) -> None:
         self.selector.unregister(generation.link.channel)
         generation.fork_server_ended(self.now)
-        if generation.left or self.stopping is not None or generation in self.draining:
+        if generation.left or generation in self.draining or (self.stopping is not None and not self.listeners.farewells):
             return
         cause = process.describe(change.status)
         if generation.failure is None and generation is not self.current:
-            generation.failure = f"the fork server died while it booted: {cause}"
+            generation.failure = (
+                f"{generation.config.module}: the fork server died while it booted: {cause}; does the import end it?"
+            )
         if generation is self.current:
             log.event("fork_server_died", generation=generation.number, cause=cause)
             self.restart_at = self.now
@@ -379,7 +383,7 @@ class Master:
             self._warn_of_unused(conf)
             changed = config.needs_restart(self.config, conf)
             if changed is not None:
-                raise ConfigError(f"{changed} has changed, which needs a restart")
+                raise ConfigError(changed)
             log.open_for(conf)
             plan = self.listeners.prepare(conf)
             self._boot(what, conf, plan, clients)
@@ -393,7 +397,7 @@ class Master:
         if self.restart_at is None or self.restart_at > self.now:
             return
         self.restart_at = None
-        if self.current is None or self.reloading is not None or self.stopping is not None:
+        if self.current is None or self.reloading is not None or (self.stopping is not None and not self.listeners.farewells):
             return
         try:
             # What was scaled by hand stays so until the next reload.
@@ -411,9 +415,7 @@ class Master:
             return
         generation = reload.generation
         if generation.failure is None and generation.boot_deadline <= self.now:
-            import_ = "the import or on_boot" if generation.config.on_boot else "the import"
-            doing = "its workers are not ready" if generation.ready else f"{import_} has not ended"
-            generation.failure = f"{doing} after boot_timeout = {generation.config.boot_timeout:g} s"
+            generation.failure = _what_hangs(generation)
         if generation.failure is not None:
             self._refuse(reload, generation.failure)
         elif generation.parked:
@@ -426,6 +428,11 @@ class Master:
         self.trouble = Trouble()
         if self.suspended:
             new.suspend(self.now)
+        if self.stopping is not None:
+            new.announce_stop()
+            for place, listener in enumerate(new.listeners):
+                if listener.fileno() == -1:  # its queue was empty, and it is closed
+                    new.retire(place, self.now, None)
         new.commit(self.now)
         removed = self.listeners.commit(reload.plan, new.config)
         if old is not None:
@@ -454,7 +461,7 @@ class Master:
 
         def outcome(now: float) -> dict[str, Any] | None:
             left = old is None or not old.accepts
-            return {"ok": True, "generation": new.number} if left or now >= late else None
+            return {"ok": True, "generation": new.number, "suspended": self.suspended} if left or now >= late else None
 
         return outcome
 
@@ -566,6 +573,9 @@ class Master:
         """Connections that are being served."""
         return sum(generation.count(BUSY) for generation in self.generations())
 
+    def _killed(self) -> int:
+        return self.tally.counts.killed + sum(generation.accepted().killed for generation in self.generations())
+
     # -- suspending
 
     def suspend(self) -> None:
@@ -593,9 +603,10 @@ class Master:
                 self._hurry(self.now + timeout)
             return
         seconds = self.config.graceful_timeout if timeout is None else timeout
-        self.stopping = Stop(why, self.now, self.now + seconds, clients)
+        self.stopping = Stop(why, self.now, self.now + seconds, clients, killed_before=self._killed())
         self.notifier.send(STOPPING=1)
-        self._drop_reload("the daemon is stopping")
+        if self.reloading is None or not self.reloading.is_restart:
+            self._drop_reload("the daemon is stopping")
         log.event("stopping", why=why, busy=self.busy(), seconds=seconds)
         # Who waits in the queue has been connected by the kernel: a stop serves them.
         self.resume()
@@ -616,11 +627,13 @@ class Master:
         clients = [client] if client is not None else []
         if self.stopping is not None:
             clients += self.stopping.clients
+            before = self.stopping.killed_before
         else:
             self.notifier.send(STOPPING=1)
+            before = self._killed()
         if self.failure is None:
             log.event("stopping_quickly", why=why)
-        self.stopping = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True)
+        self.stopping = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True, killed_before=before)
         self._drop_reload("the daemon is stopping")
         self.listeners.close()
         for generation in self.generations():
@@ -642,6 +655,7 @@ class Master:
         stop = self.stopping
         if stop is None or self.listeners.farewells:
             return
+        self._drop_reload("the daemon is stopping")
         if self.current is not None:
             self.draining.append(self.current)
             self.current = None
@@ -674,9 +688,10 @@ class Master:
         counts = self.tally.counts
         self.listeners.close()
         if self.stopping is not None:
+            cut = counts.killed - self.stopping.killed_before
             if self.failure is None:
-                log.event("stopped", accepted=counts.begun, killed=counts.killed)
-            self.tell(self.stopping.clients, {"ok": True, "accepted": counts.begun, "killed": counts.killed})
+                log.event("stopped", accepted=counts.begun, killed=cut)
+            self.tell(self.stopping.clients, {"ok": True, "accepted": counts.begun, "killed": cut})
         self._remove_traces()
 
     def _remove_traces(self) -> None:
@@ -722,3 +737,14 @@ class Master:
         """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
+
+
+def _what_hangs(generation: Generation) -> str:
+    conf = generation.config
+    if generation.ready:
+        started = f"on_worker_start = {conf.on_worker_start} has not ended" if conf.on_worker_start else "its workers are not ready"
+        return f"{conf.module}: {started} after boot_timeout = {conf.boot_timeout:g} s"
+    imported = "the import or on_boot" if conf.on_boot else "the import"
+    return (
+        f"{conf.module}: {imported} has not ended after boot_timeout = {conf.boot_timeout:g} s; prefork check tells where it hangs"
+    )

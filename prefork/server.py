@@ -8,6 +8,8 @@ The process that calls `run` becomes the master: it handles signals and waits in
 elsewhere, in the fork server, and from its module's file, so that a reload sees new code.
 """
 
+import gc
+import itertools
 import sys
 import threading
 from typing import Any
@@ -45,14 +47,15 @@ class Server:
         if threading.current_thread() is not threading.main_thread() or threading.active_count() > 1:
             raise RefusedError("Server.run() needs a process without other threads: a fork copies none of them")
         module = self._sources.load().module.partition(":")[0]
-        if module in sys.modules:
+        if not sys.modules.keys().isdisjoint(itertools.accumulate(module.split("."), "{}.{}".format)):
             raise ConfigError(
-                f"module = {module!r} is imported in this process already, and a reload would never see new code: call "
-                "Server.run() from a file that does not import the handler"
+                f"module = {module!r}, or its package, is imported in this process already; a reload would not see new code: call "
+                'Server.run() from a file that does not import the handler, or below `if __name__ == "__main__":`'
             )
         process.open_standard_descriptors()
         for stream in (sys.stdout, sys.stderr):
             if stream is not None:
                 stream.flush()  # else every fork would write it once more
+        gc.collect()  # what is garbage here would close, in the forks, descriptors that are others by then
         with signals.kept(HANDLED):
             return Master(self._sources, obey).run()

@@ -29,7 +29,7 @@ NOFILE_LEAST = 16
 def text(value: Any) -> str:
     """Any text that is not empty."""
     if not isinstance(value, str) or not value:
-        raise ValueError("must be text")
+        raise ValueError("must not be empty" if value == "" else "must be text")
     return value
 
 
@@ -112,8 +112,10 @@ def addresses(value: Any) -> tuple[Address, ...]:
             parsed = address.parse(written)
         except ValueError as error:
             raise ValueError(f"{written!r}: {error}") from None
-        if any(parsed.same_place(other) for other in found):
-            raise ValueError(f"{written!r} is named twice")
+        for other in found:
+            if parsed.collides(other):
+                clash = "is named twice" if parsed.place == other.place else f"needs the port of {str(other)!r}"
+                raise ValueError(f"{written!r} {clash}")
         found.append(parsed)
     return tuple(found)
 

@@ -107,6 +107,7 @@ class Worker:
         """Become a process of its own: parent, descriptors, signals, in this order, and only then let signals in."""
         brief = self.brief
         signals.fresh()
+        os.setpgid(0, 0)  # so that a handler that kills its process group ends itself and nobody else
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
             os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal
@@ -223,7 +224,7 @@ class Worker:
                     if signals.touched():
                         self._put_back()
             except ConnectionError as error:
-                log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
+                log.event("peer_gone", peer=peer[:-1].decode(), reason=_in_words(error))
             except BaseException as error:
                 failed = not self.forked
                 self._put_back()
@@ -277,7 +278,10 @@ class Worker:
         def worn() -> bool:
             if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
                 return True
-            return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+            try:
+                return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+            except OSError:
+                return True  # a handler has left no descriptor to look with
 
         return worn
 
@@ -471,10 +475,18 @@ class Worker:
                 log.event("exit_failed", what=f"{what} raised", text=traceback.format_exc())
 
 
+def _in_words(error: Exception) -> str:
+    """What it says; user code's may fail at saying it."""
+    try:
+        return str(error)
+    except BaseException:
+        return type(error).__name__
+
+
 def _flush() -> None:
     try:
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None:
+            if stream is not None and not stream.closed:
                 stream.flush()
     finally:
         log.finish_prints()

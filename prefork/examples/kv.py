@@ -1,37 +1,22 @@
-"""A key-value server for redis-cli and its like: each command is an SQL statement, and the workers share the database.
+"""A key-value server for redis-cli and its like, over RESP2: a command is an SQL statement, and the workers share the database.
 
 prefork serve --module kv:loop --bind 127.0.0.1:6379 --on-worker-start kv:connect
 """
 
 import os
+import socket
 import sqlite3
-import time
-from typing import Any
+from typing import BinaryIO
 
-from prefork.examples import resp
-
-ADD = """INSERT INTO kv VALUES (?1, CAST({0} AS BLOB), NULL) ON CONFLICT DO UPDATE SET value = CAST(value{0} AS BLOB)
-         WHERE CAST(value+0 AS BLOB) = value RETURNING value+0"""
+SIZE, WORDS = 1 << 20, 8  # of a word in bytes, and of a command, at most
 SQL = {
     b"PING": "SELECT 'PONG'",
-    b"ECHO": "SELECT ?",
     b"GET": "SELECT value FROM kv WHERE key = ?",
-    b"MGET": "SELECT value FROM kv WHERE key = ?",
-    b"SET": "REPLACE INTO kv VALUES (?, ?, NULL) RETURNING 'OK'",
-    b"SET EX": "REPLACE INTO kv VALUES (?, ?, now() + ?) RETURNING 'OK'",
-    b"SET NX": "INSERT OR IGNORE INTO kv VALUES (?, ?, NULL) RETURNING 'OK'",
+    b"SET": "REPLACE INTO kv VALUES (?, ?) RETURNING 'OK'",
     b"DEL": "DELETE FROM kv WHERE key = ? RETURNING 1",
-    b"EXISTS": "SELECT count(*) FROM kv WHERE key = ?",
-    b"INCR": ADD.format("+1"),
-    b"DECR": ADD.format("-1"),
-    b"INCRBY": ADD.format("+?2"),
-    b"EXPIRE": "UPDATE kv SET expires = now() + ?2 WHERE key = ?1 RETURNING 1",
-    b"TTL": "SELECT ifnull(CAST(round(expires - now()) AS INTEGER), -1) FROM kv WHERE key = ?",
-    b"DBSIZE": "SELECT count(*) FROM kv",
-    b"FLUSHALL": "DELETE FROM kv",
+    b"INCR": """INSERT INTO kv VALUES (?, CAST(1 AS BLOB)) ON CONFLICT DO UPDATE SET value = CAST(value + 1 AS BLOB)
+                WHERE CAST(value + 0 AS BLOB) = value RETURNING value + 0""",
 }
-ABSENT = {b"DEL": 0, b"EXPIRE": 0, b"TTL": -2, b"FLUSHALL": "OK"}  # the reply where there is no row
-MANY: dict[bytes, Any] = {b"DEL": sum, b"EXISTS": sum, b"MGET": list}  # takes several keys; what is made of the replies for each
 db: sqlite3.Connection
 
 
@@ -39,21 +24,36 @@ def connect() -> None:
     """In each worker: a connection of its own, which no fork has copied."""
     global db
     db = sqlite3.connect(os.environ.get("KV_FILE", "kv.db"), timeout=30, isolation_level=None)
-    db.create_function("now", 0, time.time)
-    db.executescript("""PRAGMA synchronous = OFF; CREATE TABLE IF NOT EXISTS kv (key BLOB PRIMARY KEY, value BLOB, expires REAL);
-                        CREATE INDEX IF NOT EXISTS kv_expires ON kv (expires)""")
+    db.executescript("PRAGMA synchronous = OFF; CREATE TABLE IF NOT EXISTS kv (key BLOB PRIMARY KEY, value BLOB)")
 
 
-@resp.handler
-def loop(name: bytes, *arguments: bytes) -> Any:
-    """What a command replies; an exception is an error."""
-    if name == b"SET" and len(arguments) > 2:
-        name, arguments = b"SET " + arguments[2].upper(), arguments[:2] + arguments[3:]
+def loop(sock: socket.socket) -> None:
+    """Answer each command, in order. What is no command ends the connection."""
+    with sock.makefile("rb") as file:
+        try:
+            while command := _read(file):
+                sock.sendall(_answer(command[0].upper(), command[1:]))
+        except ValueError as error:
+            sock.sendall(f"-ERR {error}\r\n".encode())
+
+
+def _read(file: BinaryIO) -> list[bytes]:
+    line = file.readline(SIZE)
+    if not line.startswith(b"*"):
+        return line.split() if line.endswith(b"\n") else []
+    command: list[bytes] = []
+    for _ in range(int(line[1:])):
+        size = int(file.readline(32)[1:])
+        if not 0 <= size <= SIZE or len(command) == WORDS or len(data := file.read(size + 2)) < size + 2:
+            raise ValueError(f"Protocol error: a command has at most {WORDS} words of {SIZE} bytes")
+        command.append(data[:-2])
+    return command
+
+
+def _answer(name: bytes, arguments: list[bytes]) -> bytes:
     try:
-        if db.execute("SELECT min(expires) < now() FROM kv").fetchone()[0]:
-            db.execute("DELETE FROM kv WHERE expires < now()")
-        parts = zip(arguments, strict=False) if name in MANY else [arguments]
-        replies = [(db.execute(SQL[name], part).fetchone() or [ABSENT.get(name)])[0] for part in parts]
+        [reply] = db.execute(SQL[name], arguments).fetchone() or [0 if name == b"DEL" else None]
     except (KeyError, sqlite3.Error) as error:
-        return error
-    return MANY[name](replies) if name in MANY else replies[0]
+        return f"-ERR {type(error).__name__}: {error}\r\n".encode()
+    text = "$-1" if reply is None else f":{reply}" if isinstance(reply, int) else f"+{reply}"
+    return b"$%d\r\n%b\r\n" % (len(reply), reply) if isinstance(reply, bytes) else f"{text}\r\n".encode()

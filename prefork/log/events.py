@@ -38,7 +38,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "reopened": (Level.INFO, "log files opened again: {paths}"),
     "log_kept": (Level.WARNING, "{path} can't be opened again ({reason}): the file that is open is written on"),
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
-    "control_failed": (Level.WARNING, "no control socket, serving on without: {reason}"),
+    "control_failed": (
+        Level.WARNING,
+        "no control socket, serving on without status, reload and stop: {reason}: give another path (control)",
+    ),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
     "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),

@@ -46,9 +46,15 @@ class Address:
         """What makes it another address than others."""
         return self.family, self.host, self.port
 
-    def same_place(self, other: "Address") -> bool:
-        """Whether both can't be listened on at once; two free ports (0) can."""
-        return self.place == other.place and (self.port != 0 or self.family == socket.AF_UNIX)
+    def collides(self, other: "Address") -> bool:
+        """Whether both can't be listened on at once; two free ports (0) can. An address of all hosts takes the port of each."""
+        if INHERITED in (self.family, other.family) or socket.AF_UNIX in (self.family, other.family):
+            return self.place == other.place
+        if self.port != other.port or self.port == 0:
+            return False
+        if "" in (self.host, other.host):
+            return True
+        return self.family == other.family and (self.host == other.host or bool({"0.0.0.0", "::"} & {self.host, other.host}))  # noqa: S104
 
     @property
     def text(self) -> str:

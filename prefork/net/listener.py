@@ -26,7 +26,7 @@ from typing import Any
 
 from prefork.errors import AddressError, NotPermittedError
 from prefork.net.address import Address
-from prefork.net.unix import UNCHANGED, held_by, inode_of, open_unix, remove
+from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
@@ -175,8 +175,7 @@ class Listener:
         if self.ours:
             self.sock.listen(settings.backlog)
         if self.inode is not None and wanted != self.configured and inode_of(wanted.host) == self.inode:
-            os.chown(wanted.host, *owner)
-            os.chmod(wanted.host, wanted.mode)
+            dress(wanted.host, self.inode, wanted.mode, owner)
         self.configured = wanted
 
     def _unlink(self) -> None:
@@ -274,16 +273,19 @@ def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
     import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
 
-    def listens(connections: list[Any]) -> list[Any]:
-        return [c for c in connections if c.status == "LISTEN" and c.laddr[1] == wanted.port]
+    def holding(connections: list[Any]) -> list[Any]:
+        """Listeners first: a connection from that port to somewhere holds it, too."""
+        found = [c for c in connections if c.laddr and c.laddr[1] == wanted.port]
+        return sorted(found, key=lambda c: c.status != psutil.CONN_LISTEN)
 
     try:
-        pid = next((c.pid for c in listens(psutil.net_connections("tcp")) if c.pid), None)
+        found = holding(psutil.net_connections("tcp"))
+        pid = next((c.pid for c in found if c.pid), None)
         if pid is None:
-            return ""
+            return " by another user's process, which root can see" if found and os.geteuid() != 0 else ""
         holder = psutil.Process(pid)
         # Children inherit it: name the oldest of the family, whom somebody can stop.
-        while (parent := holder.parent()) is not None and listens(parent.net_connections("tcp")):
+        while (parent := holder.parent()) is not None and holding(parent.net_connections("tcp")):
             holder = parent
         return held_by(holder.pid)
     except (OSError, psutil.Error):

@@ -38,8 +38,7 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHA
             temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
             sock.bind(temporary)
             try:
-                os.chown(temporary, *owner)
-                os.chmod(temporary, mode)
+                dress(temporary, None, mode, owner)
                 sock.listen(backlog)
                 os.rename(temporary, path)
             except BaseException:
@@ -97,6 +96,24 @@ def _make_way(path: str) -> None:
     raise InUseError(f"unix:{path} is in use{held_by(pid)}")
 
 
+def dress(path: str, inode: tuple[int, int] | None, mode: int, owner: tuple[int, int]) -> None:
+    """Give the socket at ``path``, which has this inode (None: one that was just made), its mode and owners. Raises OSError.
+
+    Whoever owns the folder could put a link to any file there, and root would give that away: so never by name.
+    """
+    fd = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(fd)
+        fresh = found.st_uid == os.geteuid() and found.st_nlink == 1
+        ours = fresh if inode is None else (found.st_dev, found.st_ino) == inode
+        if not stat.S_ISSOCK(found.st_mode) or not ours:
+            raise FileExistsError(errno.EEXIST, "somebody has put something else in its place", path)
+        os.chown(f"/proc/self/fd/{fd}", *owner)
+        os.chmod(f"/proc/self/fd/{fd}", mode)
+    finally:
+        os.close(fd)
+
+
 def inode_of(path: str) -> tuple[int, int] | None:
     """Device and inode at a path; None when there is nothing, or no way to it."""
     try:
@@ -119,6 +136,8 @@ def held_by(pid: int) -> str:
     """Who that is, for a message, as far as /proc lets us see."""
     import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
 
+    if pid == os.getpid():
+        return " by this daemon itself, for something else"
     try:
         return f" by {psutil.Process(pid).name()} (pid {pid})"
     except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace

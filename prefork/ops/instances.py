@@ -24,6 +24,8 @@ DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
 _TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
+# How often a command comes again that was let go unheard.
+_TRIES = 10
 
 
 # -- where the sockets are
@@ -97,6 +99,24 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
 
     Raises RefusedError when nobody listens there, or somebody whom we don't believe, or the connection ends without an answer.
     """
+    line = json.dumps({"command": command, **arguments}).encode() + b"\n"
+    for tries_left in reversed(range(_TRIES)):
+        try:
+            data, descriptors = _converse(path, line, patience)
+            break
+        except BrokenPipeError:
+            # Let go before it could say anything: in a crowd a daemon takes those for idlers who have not spoken yet.
+            if not tries_left:
+                raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
+    if not data.endswith(b"\n"):
+        for fd in descriptors:
+            os.close(fd)
+        raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
+    answer: dict[str, Any] = json.loads(data)
+    return answer, descriptors
+
+
+def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, list[int]]:
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
@@ -106,22 +126,19 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
             sock.settimeout(patience)
             if (reason := _distrust(path, process.peer_of(sock))) is not None:
                 raise RefusedError(reason)
-            sock.sendall(json.dumps({"command": command, **arguments}).encode() + b"\n")
+            sock.sendall(line)
             data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
             while more := sock.recv(65536):
                 data += more
+        except BrokenPipeError:
+            raise
         except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
         except PermissionError:
             raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
         except OSError as error:
             raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
-    if not data.endswith(b"\n"):
-        for fd in descriptors:
-            os.close(fd)
-        raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
-    answer: dict[str, Any] = json.loads(data)
-    return answer, descriptors
+    return data, descriptors
 
 
 def _distrust(path: str, peer: Peer) -> str | None:
@@ -170,8 +187,14 @@ def find(name: str | None, control: str | None) -> str:
 
 def nearest(word: str, known: Iterable[str]) -> str:
     """What may have been meant, as a question; empty when nothing is like it."""
-    near = difflib.get_close_matches(word, list(known), 1)
+    near = closest(word, known)
     return f"did you mean {near[0]!r}? " if near else ""
+
+
+def closest(word: str, known: Iterable[str]) -> list[str]:
+    """The one that is most like it, if any is."""
+    # Of two letters one may be wrong.
+    return difflib.get_close_matches(word, list(known), 1, cutoff=0.5)
 
 
 def _listed(known: dict[str, str]) -> str:

@@ -40,6 +40,7 @@ class View:
     busy: int  # serving, not asked to leave; the returning ones included
     room: int  # how many more processes the ceiling leaves to this listener
     vacated: int = 0
+    tired: int = 0  # idle, and to be recycled: no acceptors, but clients do not wait for one meanwhile
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,7 +86,7 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
     wanted = max(settled, min(shortage, view.vacated))
     fork = min(wanted, max(0, view.room))
     if view.room <= 0:
-        return Memory(saturated=shortage > 0), Decision(0, 0, now + SATURATED_LOOK, 0)
+        return Memory(saturated=shortage > view.tired), Decision(0, 0, now + SATURATED_LOOK, 0)
     if fork:
         # What was forked is `starting` from now on: the next pair of looks begins here.
         short, short_at, next_look = shortage - fork, now, now + LOOK_AGAIN
@@ -106,10 +107,18 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     return Memory(low_water=left, window_at=now), Decision(0, retire, now + spare_timeout, max(needed, left))
 
 
-def released(view: View, tired_idle: int, tired: int) -> tuple[int, bool]:
-    """How many tired workers that are idle may leave now, and whether those may who are busy. ``view`` counts none of them."""
+def released(view: View, busy: int, leaving: int) -> tuple[int, int]:
+    """How many tired workers may leave now: of those that are idle, and of the ``busy`` ones, who leave after their connection.
+
+    ``leaving``: workers that are about to make room.
+    """
     ready = view.idle + view.returning
-    return min(tired_idle, max(0, ready + tired_idle - view.target)), tired > tired_idle and ready >= view.target
+    if ready >= view.target:
+        return min(view.tired, ready + view.tired - view.target), busy
+    if view.room <= 0 and not view.starting and not leaving:
+        # There is no room for a replacement beside anybody: one makes some.
+        return (1, 0) if view.tired else (0, min(1, busy))
+    return min(view.tired, max(0, ready + view.tired - view.target)), 0
 
 
 def rooms(max_workers: int, targets: Sequence[int], live: Sequence[int], live_elsewhere: int) -> list[int]:

@@ -137,6 +137,21 @@ def children() -> set[int]:
     return {child.pid for child in psutil.Process().children()}
 
 
+def inherited_children() -> frozenset[int]:
+    """Children from before the exec of this program, when asked before the first fork; none where the kernel doesn't tell."""
+    before = None
+    while True:
+        try:
+            with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
+                found = file.read()
+        except OSError:  # a kernel without it, or no /proc
+            return frozenset()
+        # It may leave living ones out while others end (proc_pid_task(5)).
+        if found == before:
+            return frozenset(map(int, found.split()))
+        before = found
+
+
 def is_child(pid: int) -> bool:
     """Whether ``pid`` is a child of ours that was not reaped yet. Any number may be asked about."""
     if not 1 < pid <= PID_LIMIT:

@@ -90,9 +90,17 @@ MUTANTS = [
     Mutant(
         "a recycled worker that leaves before its replacement is there",
         "pool/policy.py",
-        "    return min(tired_idle, max(0, ready + tired_idle - view.target)), tired > tired_idle and ready >= view.target\n",
-        "    return tired_idle, True\n",
+        "    return min(view.tired, max(0, ready + view.tired - view.target)), 0\n",
+        "    return view.tired, busy\n",
         ("tests/integration/test_recycling.py::test_the_replacement_is_ready_before_the_recycled_worker_leaves",),
+    ),
+    Mutant(
+        "an address that is closed before the reload that drops it is committed",
+        "listeners.py",
+        "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
+        "        [listener.turn_away() for listener in self.current if listener not in places]\n"
+        "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
+        ("tests/integration/test_reload.py::test_a_refused_reload_that_drops_an_address_has_not_touched_it",),
     ),
     Mutant(
         "a saved user id that leads back to root",

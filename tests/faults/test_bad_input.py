@@ -490,7 +490,10 @@ def test_a_control_path_that_is_a_symbolic_link_is_not_followed(tmp_path: Path) 
     elsewhere.write_text("somebody's")
     path.symlink_to(elsewhere)
     text = _serves_without(path)
-    assert f"no control socket, serving on without: {path}: something that is not a socket is in the way" in text
+    assert (
+        f"no control socket, serving on without status, reload and stop: {path}: something that is not a socket is in the way"
+        in text
+    )
     assert path.is_symlink()
     assert elsewhere.read_text() == "somebody's"
 
@@ -528,7 +531,7 @@ def test_a_control_path_of_somebody_else_is_left_to_them(tmp_path: Path, mode: i
         theirs.bind(str(path))
         path.chmod(0o600)
         before = path.lstat()
-        assert f"no control socket, serving on without: {path}" in _serves_without(path, nobody)
+        assert f"no control socket, serving on without status, reload and stop: {path}" in _serves_without(path, nobody)
         assert os.path.samestat(path.lstat(), before)
         assert list(path.parent.iterdir()) == [path]
 
@@ -540,7 +543,9 @@ def test_a_runtime_directory_of_somebody_else_is_not_used(tmp_path: Path) -> Non
     theirs.mkdir(mode=0o700)
     os.chown(theirs, 65534, 65534)
     text = _serves_without(None, environment={"XDG_RUNTIME_DIR": str(tmp_path)})
-    assert f"serving on without: {theirs} must be a directory of user 0 that nobody else can write to" in text
+    assert (
+        f"serving on without status, reload and stop: {theirs} must be a directory of user 0 that nobody else can write to" in text
+    )
     assert list(theirs.iterdir()) == []
 
 

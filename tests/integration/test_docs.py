@@ -15,7 +15,7 @@ from click.testing import CliRunner
 
 from prefork.cli import main
 from prefork.config import OPTIONS, Config
-from prefork.testing import connect, serve
+from prefork.testing import Server, serve
 from tests import watch
 
 README = (Path(__file__).parents[2] / "README.md").read_text()
@@ -89,13 +89,16 @@ def test_the_program_of_the_readme_serves_and_stops(folder: Path) -> None:
     assert 'bind=":7000"' in program
     (folder / "main.py").write_text(program.replace('":7000"', f'"127.0.0.1:{port}"'))
     settings = {**os.environ, "PREFORK_CONTROL": str(control)}
-    with subprocess.Popen([sys.executable, "main.py"], env=settings, stderr=subprocess.DEVNULL) as process:
-        watch.until("it listens", control.exists)
-        with connect(("127.0.0.1", port)) as sock:
+    process = subprocess.Popen([sys.executable, "main.py"], env=settings, stderr=subprocess.DEVNULL)
+    server = Server(("127.0.0.1", port), process.pid, str(control), folder / "log", process)
+    try:
+        watch.until("it is there", control.exists)
+        watch.settled(server, 16)
+        with server.connect() as sock:
             sock.sendall(b"hello")
             assert sock.recv(64) == b"hello"
-        process.terminate()
-        assert process.wait(watch.DEADLINE) == 0
+    finally:
+        assert server.stop() == 0
 
 
 def test_the_request_handler_of_the_readme_answers(folder: Path) -> None:
@@ -107,10 +110,11 @@ def test_the_request_handler_of_the_readme_answers(folder: Path) -> None:
 def test_the_database_of_the_readme_survives_a_reload_and_a_killed_worker(folder: Path) -> None:
     line = re.search(r"^    prefork serve (--module visits.*)$", README, re.MULTILINE)
     assert line is not None
-    with serve("", workers=2, arguments=tuple(shlex.split(line[1]))) as server:
+    with serve("", workers=2, spare_timeout=1, arguments=tuple(shlex.split(line[1]))) as server:
 
         def visit() -> bytes:
             with server.connect() as sock:
+                sock.sendall(b"hello\n")
                 return sock.recv(64)
 
         assert [visit(), visit()] == [b"visit 1\n", b"visit 2\n"]

@@ -46,6 +46,11 @@ def test_an_example_has_fewer_than_sixty_lines(example: str) -> None:
     assert len((EXAMPLES[0].parent / example).read_text().splitlines()) < 60
 
 
+def test_an_example_is_whole_by_itself() -> None:
+    for example in EXAMPLES:
+        assert "prefork.examples" not in example.read_text(), "to be copied, it has to do without its neighbours"
+
+
 def test_no_example_hides_a_module_of_python_itself() -> None:
     assert not {example.stem for example in EXAMPLES} & sys.stdlib_module_names
 
@@ -236,35 +241,20 @@ def redis(server: Server, *lines: str) -> list[str]:
 def test_redis_cli_can_use_the_key_value_server(kv: Server) -> None:
     dialogue = [
         ("PING", "PONG"),
-        ("ECHO hello", '"hello"'),
         ("GET a", "(nil)"),
         ("SET a 1", "OK"),
         ("GET a", '"1"'),
         ("INCR a", "(integer) 2"),
-        ("INCRBY a 40", "(integer) 42"),
-        ("DECR a", "(integer) 41"),
         ("INCR fresh", "(integer) 1"),
         ("SET word x", "OK"),
         ("INCR word", "(nil)"),
         ("GET word", '"x"'),
-        ("SET word y NX", "(nil)"),
-        ("SET other y NX", "OK"),
-        ("MGET a nosuch word", '1) "41"\n2) (nil)\n3) "x"'),
-        ("EXISTS a nosuch word", "(integer) 2"),
-        ("TTL a", "(integer) -1"),
-        ("TTL nosuch", "(integer) -2"),
-        ("EXPIRE a 100", "(integer) 1"),
-        ("EXPIRE nosuch 100", "(integer) 0"),
-        ("SET short 1 EX 0", "OK"),
-        ("GET short", "(nil)"),
-        ("DBSIZE", "(integer) 4"),
-        ("DEL a nosuch word", "(integer) 2"),
-        ("FLUSHALL", "OK"),
-        ("dbsize", "(integer) 0"),
+        ("DEL word", "(integer) 1"),
+        ("del word", "(integer) 0"),
+        ("GET word", "(nil)"),
     ]
     lines = [line for line, _ in dialogue]
     assert list(zip(lines, redis(kv, *lines), strict=True)) == dialogue
-    assert redis(kv, "set a 1 ex 100", "TTL a")[1] in ("(integer) 100", "(integer) 99")
     assert redis(kv, "NOSUCH")[0].startswith("(error) ERR KeyError")
     assert redis(kv, "GET")[0].startswith("(error) ERR ProgrammingError: Incorrect number of bindings")
     assert kv.status()["totals"]["error"] == 0
@@ -289,15 +279,14 @@ def test_what_was_set_is_there_after_a_reload(kv: Server) -> None:
 @pytest.mark.parametrize(
     ("sent", "answer"),
     [
-        (b"*1\r\n$99999999\r\n", b"-ERR ValueError: Protocol error"),
-        (b"*1\r\n$-5\r\n", b"-ERR ValueError: Protocol error"),
-        (b"*99999999999\r\n", b"-ERR ValueError"),
-        (b"*x\r\n", b"-ERR ValueError"),
-        (b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$9\r\nhalf", b"-ERR ValueError: Protocol error"),
+        (b"*1\r\n$99999999\r\n", b"-ERR Protocol error"),
+        (b"*1\r\n$-5\r\n", b"-ERR Protocol error"),
+        (b"*99999999999\r\n" + b"$0\r\n\r\n" * 20, b"-ERR Protocol error"),
+        (b"*x\r\n", b"-ERR invalid literal"),
+        (b"*3\r\n$3\r\nSET\r\n$1\r\na\r\n$9\r\nhalf", b"-ERR Protocol error"),
         (b"SET a half", b""),
         (b"x" * (1 << 20), b""),
-        (b"\r\nPING\r\n", b"+PONG"),
-        (b"SET a 1 EX nonsense EX\r\n", b"-ERR ProgrammingError"),
+        (b"SET a 1 EX 5\r\n", b"-ERR ProgrammingError"),
     ],
 )
 def test_bad_input_ends_its_connection_and_changes_nothing(kv: Server, sent: bytes, answer: bytes) -> None:

@@ -119,3 +119,42 @@ def test_a_worker_that_is_too_large_leaves_after_its_connection(prefork_server: 
 
 def test_recycling_under_load_loses_nobody() -> None:
     campaign.recycling(count=100)
+
+
+def test_at_the_ceiling_recycling_goes_on_while_a_recycled_worker_still_serves(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=2, max_workers=2, max_connections=3)
+    with server.connect() as held:
+        # It takes the one place beyond the ceiling, for as long as it likes.
+        slow = int(held.recv(64))
+        served: dict[int, int] = {}
+
+        def serve_one() -> bool:
+            with server.connect() as sock:
+                worker = int(sock.recv(64))
+            served[worker] = served.get(worker, 0) + 1
+            return len(served) == 6
+
+        watch.until("six workers have come and gone", serve_one)
+        assert not watch.is_gone(slow)
+    watch.settled(server, 2)
+
+
+def test_a_handler_that_has_used_up_its_descriptors_is_too_large(prefork_server: Start, module: Module) -> None:
+    source = (
+        "import os\nkept = []\n"
+        "def loop(sock):\n"
+        "    sock.sendall(b'%d' % os.getpid())\n"
+        "    if sock.recv(64) == b'all':\n"
+        "        try:\n"
+        "            while True:\n"
+        "                kept.append(os.open('/dev/null', os.O_RDONLY))\n"
+        "        except OSError:\n"
+        "            kept.append(sock.detach())\n"
+    )
+    server = prefork_server("mine:loop", folder=module(source), workers=1, max_memory="1G", rlimit="nofile=64")
+    with server.connect() as sock:
+        first = int(sock.recv(64))
+        sock.sendall(b"all")
+    watch.until("it has left", lambda: watch.is_gone(first))
+    watch.settled(server, 1)
+    assert "internal error" not in server.log()

@@ -44,6 +44,20 @@ def test_a_reload_serves_new_code_at_once_even_of_the_same_size_in_the_same_seco
         assert says(server) == word.encode()
 
 
+def test_a_refused_reload_that_drops_an_address_has_not_touched_it(prefork_server: Start, module: Module) -> None:
+    folder = module("def loop(sock):\n    sock.sendall(sock.recv(64))\n")
+    stays, goes, file = watch.free_port(), watch.free_port(), folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    file.write_text(f"bind = ['127.0.0.1:{stays}']")
+    module("import time\ntime.sleep(0.3)\n1 / 0\n")
+    with Load(("127.0.0.1", goes), clients=1, rate=200) as load:
+        assert not server.command("reload")["ok"]
+        before = load.connections
+        watch.until("it is served as before", lambda: load.connections > before + 10)
+    assert (load.failures, load.refused) == ([], 0)
+
+
 def test_an_old_connection_ends_in_peace_while_new_code_serves(prefork_server: Start) -> None:
     server = prefork_server("tiny:about", folder=HANDLERS, workers=2)
     with server.connect() as old:
@@ -136,7 +150,7 @@ def test_a_file_with_an_invalid_value_is_refused_and_a_mended_one_taken(prefork_
     for broken, reason in (
         ("workers = 0\n", "workers = 0 in"),
         ("workers = \n", "not TOML"),
-        ('name = "b"\n', "name has changed, which needs a restart"),
+        ('name = "b"\n', "name = 'b' was '' at the start: that needs a restart"),
     ):
         file.write_text('module = "echo:loop"\n' + broken)
         answer = server.command("reload")

@@ -120,3 +120,25 @@ def test_clients_of_an_address_that_is_removed_meanwhile_are_served(prefork_serv
         assert waiting(server, waits)
         assert server.command("resume")["ok"]
         assert waits.recv(64).endswith(b"hello\n")
+
+
+def test_a_stop_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start) -> None:
+    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+    assert server.command("suspend")["ok"]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(5)]
+        for client in clients:
+            client.sendall(b"hello")
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        os.kill(server.pid, signal.SIGTERM)
+        for client in clients:
+            assert client.recv(64) == b"hello"
+            client.close()
+    assert server.stop() == 0
+    assert "stopped: 5 connections accepted, 0 cut" in server.log()
+
+
+def test_a_reload_says_that_nobody_accepts(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    assert server.command("suspend")["ok"]
+    assert server.command("reload") == {"ok": True, "generation": 2, "suspended": True}

@@ -18,7 +18,7 @@ def test_a_function_is_served_as_it_stands() -> None:
             sock.sendall(b"hello")
             assert sock.recv(64) == b"HELLO"
         assert server.status()["listeners"][0]["workers"]["target"] == 2
-        assert server.command("reload") == {"ok": True, "generation": 2}
+        assert server.command("reload") == {"ok": True, "generation": 2, "suspended": False}
     assert server.process.returncode == 0
 
 

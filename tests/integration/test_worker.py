@@ -214,3 +214,37 @@ def test_a_worker_holds_none_of_the_fork_servers_descriptors(prefork_server: Sta
     assert len(watch.descriptors(worker)) <= 6
     shared = ours & {what for what in watch.descriptors(worker).values() if what.startswith("socket:")}
     assert len(shared) == 1, "one listener, and not the channel to the master"
+
+
+def test_a_handler_that_kills_its_process_group_ends_itself_only(prefork_server: Start, module: Callable[[str], Path]) -> None:
+    source = (
+        "import os, signal\n"
+        "def loop(sock):\n"
+        "    while data := sock.recv(64):\n"
+        "        if data == b'killpg':\n"
+        "            os.killpg(os.getpgid(0), signal.SIGKILL)\n"
+        "        sock.sendall(data)\n"
+    )
+    server = prefork_server("mine:loop", folder=module(source), workers=2)
+    with server.connect() as other, server.connect() as sock:
+        other.sendall(b"x")
+        assert other.recv(64) == b"x"
+        sock.sendall(b"killpg")
+        assert sock.recv(64) == b""
+        other.sendall(b"still here")
+        assert other.recv(64) == b"still here"
+    assert watch.quiet(server)["killed"] == 1
+
+
+def test_an_error_that_can_not_be_told_is_the_peers_end_all_the_same(prefork_server: Start, module: Callable[[str], Path]) -> None:
+    source = (
+        "class Odd(ConnectionError):\n"
+        "    def __str__(self):\n        raise RuntimeError('no words')\n"
+        "def loop(sock):\n    raise Odd\n"
+    )
+    server = prefork_server("mine:loop", folder=module(source), workers=1, log_level="debug")
+    before = watch.settled(server, 1)["workers"][0]["pid"]
+    with server.connect() as sock:
+        assert sock.recv(64) == b""
+    assert watch.quiet(server)["ok"] == 1
+    assert watch.settled(server, 1)["workers"][0]["pid"] == before

@@ -169,8 +169,8 @@ def test_without_a_handler_the_user_is_told_how_to_name_one() -> None:
 def test_a_ceiling_below_the_acceptors_is_refused_with_the_least_that_will_do() -> None:
     two = ["127.0.0.1:1", "127.0.0.1:2"]
     message = refusal(Sources({"module": "echo:loop", "workers": 5, "max_workers": 9, "bind": two}))
-    assert "max_workers = 9" in message
-    assert "5 x 2 = 10" in message
+    assert "max_workers = 9 (on the command line (--max-workers))" in message
+    assert "workers = 5 (on the command line (--workers)) x 2 listeners: raise max_workers to at least 10" in message
     assert load(workers=5, max_workers=10, bind=two).max_workers == 10
 
 
@@ -180,6 +180,32 @@ def test_a_number_that_means_nobody_is_no_user(key: str, number: str) -> None:
     # setresuid(2) takes (uid_t)-1 for "leave it", and the handler would be root.
     assert "must be a name or a number" in refusal(Sources({"module": "echo:loop", key: number}))
     assert getattr(load(**{key: "4294967294"}), key) == "4294967294"
+
+
+def test_jitter_without_a_number_to_add_it_to_is_refused(tmp_path: Path) -> None:
+    path = written(tmp_path, "module = 'echo:loop'\nmax_connections_jitter = 5")
+    assert f"max_connections_jitter = 5 (in {path}) adds to max_connections, which is not set" in refusal(Sources(file=path))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("control", "pid_file"), ("pid_file", "log_file"), ("control", "access_log"), ("bind", "control"), ("bind", "log_file")],
+)
+def test_two_things_can_not_have_one_path(one: str, other: str) -> None:
+    given = {key: "unix:/run/x" if key == "bind" else "/run/x" for key in (one, other)}
+    message = refusal(Sources({"module": "echo:loop"}, {variable(key): value for key, value in given.items()}))
+    assert message.startswith(f"{other} = /run/x (in the environment ({variable(other)})) is the path of {one}, too")
+    assert load(log_file="/x", access_log="/x").access_log == "/x", "one log for both is as good as any"
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [("0.0.0.0:80", "127.0.0.1:80"), (":80", "127.0.0.1:80"), (":80", "0.0.0.0:80"), ("[::1]:80", ":80"), ("[::]:80", "[::1]:80")],
+)
+def test_addresses_that_need_the_same_port_are_refused(one: str, other: str) -> None:
+    for first, second in ((one, other), (other, one)):
+        assert f"{second!r} needs the port of" in refusal(Sources({"bind": [first, second]}))
+    assert len(load(bind=["[::]:80", "0.0.0.0:80", "127.0.0.1:81", "127.0.0.1:0", "0.0.0.0:0"]).bind) == 5
 
 
 def test_an_address_named_twice_is_refused() -> None:
@@ -327,7 +353,7 @@ def test_any_value_is_taken_or_refused(key: str, value: Any) -> None:
     st.floats(0, 1e9),
 )
 def test_what_is_documented_is_read_back(path: str, note: str, seconds: float) -> None:
-    config = load(bind=[f"unix:/{path}"], control=f"/{path}", drain_timeout=seconds, rlimit="as=3,cpu=unlimited", umask="007")
+    config = load(bind=[f"unix:/a{path}"], control=f"/b{path}", drain_timeout=seconds, rlimit="as=3,cpu=unlimited", umask="007")
     written = tomllib.loads(document(config, dict.fromkeys(OPTIONS, note)))
     assert Sources(written).load() == dataclasses.replace(config, drain_timeout=float(f"{seconds:.15g}"))
 
@@ -402,7 +428,11 @@ def test_only_who_and_where_the_daemon_is_needs_a_restart(key: str) -> None:
     old = load(**WITH.get(key, {}))
     new = load(**WITH.get(key, {}), **{key: OTHER[key]})
     assert dataclasses.asdict(old) != dataclasses.asdict(new)
-    assert needs_restart(old, new) == (key if key in ("name", "control", "pid_file", "user", "group") else None)
+    told = needs_restart(old, new)
+    if key in ("name", "control", "pid_file", "user", "group"):
+        assert told == f"{key} = {OTHER[key]!r} was {getattr(old, key)!r} at the start: that needs a restart"
+    else:
+        assert told is None
 
 
 def test_a_reload_reads_the_same_places_again(tmp_path: Path) -> None:

@@ -23,6 +23,20 @@ def test_it_holds_the_pid_and_everybody_can_read_it(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
+def test_it_is_never_seen_without_its_pid(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "pid"
+    real, seen = os.write, []
+
+    def write(fd: int, data: bytes) -> int:
+        seen.append(path.exists())
+        return real(fd, data)
+
+    monkeypatch.setattr(os, "write", write)
+    written = pidfile.write(str(path))
+    written.remove()
+    assert seen == [False]
+
+
 def test_a_stale_one_is_replaced_even_when_its_pid_is_somebody_elses_now(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("1\n")

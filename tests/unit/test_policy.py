@@ -40,27 +40,39 @@ def view(target: int, idle: int, **more: int) -> View:
 @pytest.mark.parametrize(
     ("idle", "returning", "tired_idle", "tired", "leave"),
     [
-        (0, 0, 4, 4, (0, False)),  # nobody has come in their place yet
-        (1, 0, 4, 4, (1, False)),
-        (4, 0, 4, 4, (4, False)),
-        (3, 1, 1, 1, (1, False)),  # one who is about to be back is as good as here
-        (4, 0, 1, 3, (1, True)),
-        (3, 0, 0, 1, (0, False)),  # its replacement starts
-        (9, 0, 2, 2, (2, False)),  # a burst has left more than enough
-        (4, 0, 0, 0, (0, False)),
+        (0, 0, 4, 4, (0, 0)),  # nobody has come in their place yet
+        (1, 0, 4, 4, (1, 0)),
+        (4, 0, 4, 4, (4, 0)),
+        (3, 1, 1, 1, (1, 0)),  # one who is about to be back is as good as here
+        (4, 0, 1, 3, (1, 2)),
+        (3, 0, 0, 1, (0, 0)),  # its replacement starts
+        (9, 0, 2, 2, (2, 0)),  # a burst has left more than enough
+        (4, 0, 0, 0, (0, 0)),
     ],
 )
 def test_tired_workers_leave_as_others_come_in_their_place(
-    idle: int, returning: int, tired_idle: int, tired: int, leave: tuple[int, bool]
+    idle: int, returning: int, tired_idle: int, tired: int, leave: tuple[int, int]
 ) -> None:
-    assert released(view(4, idle, returning=returning), tired_idle, tired) == leave
+    assert released(view(4, idle, returning=returning, tired=tired_idle), tired - tired_idle, 0) == leave
+
+
+def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
+    full = view(4, 0, tired=4, room=0)
+    assert released(full, 2, 0) == (1, 0)
+    assert released(view(4, 0, room=0), 3, 0) == (0, 1), "one that is busy will do, when all are"
+    assert released(view(4, 0, tired=3, room=0, starting=1), 0, 0) == (0, 0)
+    assert released(full, 2, 1) == (0, 0), "one is on its way already"
+    memory, _ = decide(Memory(), full, 1.0, SPARE)
+    assert not memory.saturated, "clients do not wait"
+    memory, _ = decide(Memory(), view(4, 0, tired=3, busy=1, room=0), 1.0, SPARE)
+    assert memory.saturated
 
 
 @given(target=st.integers(1, 20), idle=st.integers(0, 40), returning=st.integers(0, 20), tired_idle=st.integers(0, 20))
 def test_recycling_never_leaves_fewer_acceptors_than_it_found_or_than_are_wanted(
     target: int, idle: int, returning: int, tired_idle: int
 ) -> None:
-    count, _ = released(view(target, idle, returning=returning), tired_idle, tired_idle)
+    count, _ = released(view(target, idle, returning=returning, tired=tired_idle), 0, 0)
     assert 0 <= count <= tired_idle
     assert idle + returning + tired_idle - count >= min(target, idle + returning + tired_idle)
 
