@@ -366,7 +366,7 @@ class Generation:
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
         idle, busy = row.count(IDLE), row.count(BUSY)
-        tired = sum(row[slot - first] == IDLE for slot in self._tired if 0 <= slot - first < len(row))
+        tired = sum(row[slot - first] in (IDLE, PAUSED) for slot in self._tired if 0 <= slot - first < len(row))
         starting = row.count(STARTING) + row.count(PARKED) + row.count(PAUSED)
         for slot in self._absent:
             if 0 <= slot - first < len(row):

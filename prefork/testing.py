@@ -118,7 +118,7 @@ def serve(
         options = {"bind": "127.0.0.1:0", "control": f"{scratch}/control", **options}
         if module:
             options["module"] = module
-        command = [sys.executable, "-m", "prefork", "serve", *_flags(options), *arguments]
+        command = [sys.executable, "-P", "-m", "prefork", "serve", *_flags(options), *arguments]
         log_path = Path(scratch) / "log"
         # Configuration of the caller's is not that of the daemon under test.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFORK_")}

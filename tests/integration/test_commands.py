@@ -339,7 +339,7 @@ def test_the_manual_page_is_whole_and_without_warnings(tmp_path: Path) -> None:
     sections = re.findall(r"^[A-Z ]+$", text, re.MULTILINE)
     assert sections == [
         *("NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "OPTIONS OF SERVE AND CHECK", "OTHER OPTIONS", "SIGNALS", "EXIT STATUS"),
-        *("ENVIRONMENT", "FILES", "EXAMPLES", "SEE ALSO"),
+        *("ENVIRONMENT", "FILES", "EXAMPLES", "LOG EVENTS", "SEE ALSO"),
     ]
     for line in (
         "[default: 127.0.0.1:7000]",
@@ -448,6 +448,12 @@ def test_a_mistyped_command_is_told_with_the_nearest() -> None:
     assert done.returncode == 2
     assert done.stderr.endswith("Error: No such command 'relod'. Did you mean 'reload'?\n")
     assert run("xyz").stderr.endswith("Error: No such command 'xyz'.\n")
+
+
+def test_a_mistyped_option_is_told_with_the_nearest() -> None:
+    done = run("serve", "--max-worker", "3")
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: No such option '--max-worker'. Did you mean '--max-workers'?\n"), done.stderr
 
 
 def test_a_mistyped_instance_is_told_with_the_nearest(prefork_server: Start, tmp_path: Path) -> None:

@@ -8,6 +8,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tempfile
@@ -267,6 +268,14 @@ def test_a_worker_that_has_become_root_is_left_behind_by_a_stop_and_named(public
         os.kill(pid, signal.SIGKILL)
     for name in ("mine.py", "rootly"):
         (public / "run" / name).unlink()
+
+
+def test_a_port_of_another_users_says_so_to_who_can_not_see_it(public: Path) -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+        with running(public, f"--bind=127.0.0.1:{port}", prefix=AS_NOBODY) as server:
+            assert server.process.wait(watch.DEADLINE) == 69
+            assert f"127.0.0.1:{port} is in use by another user's process, which root can see" in server.log()
 
 
 def test_without_root_everything_else_works(public: Path) -> None:

@@ -3,6 +3,7 @@
 import os
 import re
 import shlex
+import shutil
 import signal
 import subprocess
 import sys
@@ -51,6 +52,40 @@ def test_the_table_of_options_is_that_of_the_program() -> None:
             assert default == ", ".join(map(str, value))
         elif value:
             assert default == value
+
+
+def test_the_readme_answers_in_the_order_of_the_questions() -> None:
+    assert re.findall(r"^## (.*)", README, re.MULTILINE) == [
+        "What you get",
+        "Configuration",
+        "Signals",
+        "Handlers",
+        "Testing your handler",
+        "Operating",
+        "Logging",
+        "Limits and non-goals",
+    ]
+
+
+EXAMPLES = re.findall(r"^\| `(\w+)`.*? \| `prefork serve (.*?)` \| `(.*)` \|$", README, re.MULTILINE)
+ANSWERS = {"echo": "hello", "static": "README", "policy": "action=", "kv": "1"}
+
+
+@pytest.mark.parametrize(("name", "options", "command"), EXAMPLES)
+def test_the_examples_of_the_readme_answer_as_shown(name: str, options: str, command: str, tmp_path: Path) -> None:
+    client = re.findall(r"(socat|curl|redis-cli)", command)[-1]
+    if shutil.which(client) is None:
+        assert os.environ.get("CI") != "true", f"CI has {client}"
+        pytest.skip(f"{client} is not installed")
+    (tmp_path / "README").write_text("to be listed")
+    with serve("", folder=tmp_path, arguments=tuple(shlex.split(options))) as server:
+        shown = command.replace("\\|", "|").replace("7000", str(server.address[1]))
+        done = subprocess.run(["bash", "-c", shown], capture_output=True, text=True, check=False, timeout=30)
+    assert ANSWERS[name] in done.stdout, done
+
+
+def test_every_example_is_in_the_readme() -> None:
+    assert [name for name, _, _ in EXAMPLES] == list(ANSWERS)
 
 
 BLOCKS = re.findall(r"```python\n(.*?)```", README, re.DOTALL)

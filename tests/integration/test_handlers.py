@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import socket
 from collections.abc import Callable
 from pathlib import Path
@@ -281,3 +282,22 @@ def test_a_connection_can_be_handed_to_another_process(prefork_server: Start, mo
             os.write(fds[0], b"from another process")
             os.close(fds[0])
             assert all_of(client) == b"from another process"
+
+
+@pytest.mark.parametrize(
+    ("target", "message"),
+    [
+        ("mine:A.loop", "mine:A.loop: loop is a method of A, and there is no object to call it on"),
+        ("mine:lop", "has no 'lop'; did you mean 'loop'?"),
+        ("json:loop", "json.py is hidden by it, which prefork has loaded before: rename yours"),
+    ],
+)
+def test_a_target_that_is_meant_otherwise_says_how(module: Module, target: str, message: str) -> None:
+    folder = module(
+        "class A:\n    def loop(self, sock): pass\n    @staticmethod\n    def other(sock): pass\ndef loop(sock): pass\n"
+    )
+    (folder / "json.py").write_text("def loop(sock): pass\n")
+    with pytest.raises(StartError, match=re.escape(message)), serve(target, folder=folder):
+        pass
+    with serve("mine:A.other", folder=folder, workers=1):
+        pass

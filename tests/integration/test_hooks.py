@@ -340,6 +340,26 @@ def test_a_database_connection_for_each_worker_survives_reloads_and_killed_worke
     assert "raised" not in server.log()
 
 
+def test_a_database_connection_for_each_worker_survives_recycling(prefork_server: Start, module: Module) -> None:
+    hooks = {"on_worker_start": "mine:connect", "on_worker_exit": "mine:disconnect"}
+    server = prefork_server("mine:loop", folder=module(DATABASE), workers=2, max_connections=2, **hooks)
+    pids: set[int] = set()
+    hits = 0
+
+    def hit() -> bool:
+        nonlocal hits
+        hits += 1
+        with server.connect() as sock:
+            pid, count = json.loads(sock.recv(64))
+        pids.add(pid)
+        assert count == hits
+        return len(pids) >= 6
+
+    watch.until("workers have come and gone", hit)
+    watch.settled(server, 2)
+    assert "raised" not in server.log()
+
+
 def test_a_child_that_the_import_forked_and_that_raises_does_not_speak_for_the_fork_server(
     prefork_server: Start, module: Module
 ) -> None:

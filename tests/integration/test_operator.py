@@ -181,3 +181,16 @@ def test_the_pid_file_is_the_masters_for_as_long_as_it_lives(prefork_server: Sta
     with serve("echo:loop", workers=1, pid_file=str(path)) as successor:
         assert path.read_text() == f"{successor.pid}\n"
     assert not path.exists()
+
+
+def test_modules_in_the_working_directory_are_the_handlers_and_not_the_masters(tmp_path: Path) -> None:
+    for name in ("json", "click", "selectors", "tomllib", "wave"):
+        (tmp_path / f"{name}.py").write_text("1 / 0\n")
+    (tmp_path / "mine.py").write_text("import wave\n")
+    command = [sys.executable, "-m", "prefork", "check", "--module", "mine:loop"]
+    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, check=False)
+    assert done.returncode == 78, done.stderr
+    assert "wave.py" in done.stderr
+    assert "ZeroDivisionError" in done.stderr
+    with pytest.raises(StartError, match="ZeroDivisionError"), serve("mine:loop", folder=tmp_path):
+        pass

@@ -192,3 +192,12 @@ def test_help_teaches_every_option() -> None:
     assert "Examples:" in done.stdout
     usage = subprocess.run([sys.executable, "-m", "prefork", "serve", "--nosuch"], capture_output=True, text=True, check=False)
     assert usage.returncode == 2
+
+
+def test_a_port_that_a_connection_holds_names_whose_it_is() -> None:
+    with socket.create_server(("127.0.0.1", 0)) as listener, socket.socket() as client:
+        client.bind(("127.0.0.1", watch.free_port()))
+        client.connect(listener.getsockname())
+        host, port = client.getsockname()
+        with pytest.raises(StartError, match=rf"in use by .*\(pid {os.getpid()}\)"), serve("echo:loop", bind=f"{host}:{port}"):
+            pass

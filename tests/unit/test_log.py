@@ -696,3 +696,10 @@ def test_pieces_are_as_long_as_may_be() -> None:
     assert list(formats.cut("x" * 20, 10)) == ["x" * 8, "x" * 8, "x" * 4]
     assert "".join(formats.cut("\x00" * 7, 8)) == "\x00" * 7
     assert list(formats.cut("x" * 8, 10)) == ["x" * 8]
+
+
+def test_events_and_their_fields_are_those_that_were_promised() -> None:
+    told = {
+        name: [field for _, field, _, _ in string.Formatter().parse(sentence) if field] for name, (_, sentence) in EVENTS.items()
+    }
+    assert told == log_schema.EVENT_FIELDS
