@@ -250,7 +250,8 @@ class ForkServer:
                 return
             if pid == 0:
                 listener = brief.listeners[brief.layout.listener(slot)]
-                ours = {brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in brief.listeners)}
+                others = (other.fileno() for other in brief.listeners if other.fileno() != -1)  # -1: a stop had closed it
+                ours = {brief.channel.fileno(), *self.inbox.descriptors(), *others}
                 worker.main(
                     worker.Brief(
                         generation=brief.generation,

@@ -463,7 +463,8 @@ class Generation:
     def parked(self) -> bool:
         """Whether the first acceptors of every listener are ready."""
         return self.ready and all(
-            self.board.row(place, self.pool.high[place]).count(PARKED) >= target for place, target in enumerate(self.targets)
+            place in self.retired or self.board.row(place, self.pool.high[place]).count(PARKED) >= target
+            for place, target in enumerate(self.targets)
         )
 
     def retire(self, place: int, now: float, deadline: float | None) -> None:

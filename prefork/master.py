@@ -363,6 +363,13 @@ class Master:
             ) from None
         self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
         self.reloading = Reload(what, self.now, generation, plan, list(clients), targets is not None)
+        self._retire_where_closed(generation)
+
+    def _retire_where_closed(self, generation: Generation) -> None:
+        """A stop has closed some listeners already, whose queues were empty."""
+        for place, listener in enumerate(generation.listeners):
+            if listener.fileno() == -1:
+                generation.retire(place, self.now, None)
 
     def reload(self, what: str, clients: Sequence[Client] = ()) -> None:
         """Read configuration and code again; ``clients`` are told the outcome. One that is under way is followed by another."""
@@ -430,9 +437,7 @@ class Master:
             new.suspend(self.now)
         if self.stopping is not None:
             new.announce_stop()
-            for place, listener in enumerate(new.listeners):
-                if listener.fileno() == -1:  # its queue was empty, and it is closed
-                    new.retire(place, self.now, None)
+            self._retire_where_closed(new)
         new.commit(self.now)
         removed = self.listeners.commit(reload.plan, new.config)
         if old is not None:

@@ -117,7 +117,7 @@ class Listener:
     def turn_away(self) -> None:
         """Let no new client in; those whom the kernel has connected can still be accepted."""
         self.empty_looks = 0
-        if not self.ours:
+        if not self.ours or self.sock.fileno() == -1:
             return
         if self.address.family == socket.AF_UNIX:
             self._unlink()
@@ -138,7 +138,7 @@ class Listener:
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
-        if not self.ours:
+        if not self.ours or self.sock.fileno() == -1:
             return True
         queue = self.queue()
         if queue is None:

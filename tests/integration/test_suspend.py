@@ -7,6 +7,7 @@ from collections.abc import Callable
 from contextlib import ExitStack
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prefork.testing import Server, connect
@@ -142,3 +143,33 @@ def test_a_reload_says_that_nobody_accepts(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=1)
     assert server.command("suspend")["ok"]
     assert server.command("reload") == {"ok": True, "generation": 2, "suspended": True}
+
+
+def test_a_stop_with_a_dead_fork_server_serves_one_address_when_another_is_closed_already(
+    prefork_server: Start, tmp_path: Path
+) -> None:
+    quiet, waited_for = watch.free_port(), watch.free_port()
+    server = prefork_server(
+        "slowimport:loop",
+        folder=HANDLERS,
+        bind=[f"127.0.0.1:{quiet}", f"127.0.0.1:{waited_for}"],
+        workers=1,
+        environment={"IMPORT_SECONDS": "0.5"},
+    )
+    assert server.command("suspend")["ok"]
+    os.kill(server.pid, signal.SIGSTOP)
+    with connect(("127.0.0.1", waited_for)) as sock:
+        sock.sendall(b"hello")
+        os.kill(watch_fork_server_of_stopped(server), signal.SIGKILL)
+        os.kill(server.pid, signal.SIGTERM)
+        os.kill(server.pid, signal.SIGCONT)
+        assert sock.recv(64) == b"hello"
+    assert server.stop() == 0
+    assert "internal error" not in server.log()
+    assert "stopped: 1 connections accepted, 0 cut" in server.log()
+
+
+def watch_fork_server_of_stopped(server: Server) -> int:
+    """A stopped master can't be asked: its only child is the fork server."""
+    [child] = psutil.Process(server.pid).children()
+    return child.pid
