@@ -51,7 +51,9 @@ def _scale(master: Master, client: Client, wanted: object) -> None:
         return
 
     def outcome(_: float) -> dict[str, Any] | None:
-        if master.current is not current:
+        # A fork server that is replaced meanwhile takes it over; a reload does not.
+        current = master.current
+        if current is None or current.targets[0] != workers:
             return {"ok": False, "reason": "a reload came between"}
         if not current.settled():
             return None

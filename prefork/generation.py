@@ -349,9 +349,7 @@ class Generation:
     def _release_tired(self, place: int, view: View, now: float) -> None:
         tired = [slot for slot in self._tired if self.layout.listener(slot) == place]
         busy = [slot for slot in tired if self.board.states[slot] == BUSY]
-        workers = self.pool.workers.values()
-        leaving = sum(w.retiring and w.listener == place and self.board.states[w.slot] != BUSY for w in workers)
-        idle_may, busy_may = policy.released(view, len(busy), leaving)
+        idle_may, busy_may = policy.released(view, len(busy))
         idle = [slot for slot in tired if slot not in busy]
         for slot in idle[:idle_may] + busy[:busy_may]:
             worker = self.pool.workers[slot]
@@ -374,9 +372,13 @@ class Generation:
                 idle -= state == IDLE
                 busy -= state == BUSY
                 starting -= state in (STARTING, PARKED, PAUSED)
+        leaving = 0
+        if self._recycles:
+            absent = (self.pool.workers[slot] for slot in self._absent if 0 <= slot - first < len(row))
+            leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
         missing = self.targets[place] - idle - starting
         returning = self._returning(place, row, missing) if missing > 0 else 0
-        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place], tired)
+        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place], tired, leaving)
 
     def _returning(self, place: int, row: bytes, missing: int) -> int:
         """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""

@@ -139,7 +139,11 @@ def _find(label: str, target: str) -> Any:
         found = importlib.import_module(module_name)
         for name in attribute.split("."):
             owner, found = found, getattr(found, name)
-            if isinstance(owner, type) and inspect.isfunction(found) and not isinstance(vars(owner).get(name), staticmethod):
+            if (
+                isinstance(owner, type)
+                and inspect.isfunction(found)
+                and not isinstance(inspect.getattr_static(owner, name), staticmethod)
+            ):
                 raise HandlerError(f"{label}: {name} is a method of {owner.__name__}, and there is no object to call it on")
     except HandlerError:
         raise

@@ -612,6 +612,8 @@ class Master:
         self.notifier.send(STOPPING=1)
         if self.reloading is None or not self.reloading.is_restart:
             self._drop_reload("the daemon is stopping")
+        if self.current is not None and self.current.link.pid is None and self.reloading is None and self.restart_at is None:
+            self.restart_at = self.now  # the reload was to take its place: somebody has to serve the queue
         log.event("stopping", why=why, busy=self.busy(), seconds=seconds)
         # Who waits in the queue has been connected by the kernel: a stop serves them.
         self.resume()
@@ -640,9 +642,10 @@ class Master:
             log.event("stopping_quickly", why=why)
         self.stopping = Stop(why, self.now, self.now + QUICK_LIMIT, clients, killed=True, killed_before=before)
         self._drop_reload("the daemon is stopping")
-        self.listeners.close()
         for generation in self.generations():
             generation.announce_stop()
+        self.listeners.close()
+        for generation in self.generations():
             generation.quit()
 
     def _drop_reload(self, reason: str) -> None:

@@ -107,7 +107,9 @@ class Worker:
         """Become a process of its own: parent, descriptors, signals, in this order, and only then let signals in."""
         brief = self.brief
         signals.fresh()
-        os.setpgid(0, 0)  # so that a handler that kills its process group ends itself and nobody else
+        # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
+        # makes an orphan is sent SIGHUP when somebody has stopped a process of it (setpgid(2)).
+        os.setsid()
         process.signal_when_orphaned(signals.PARENT_DIED)
         if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
             os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal

@@ -41,6 +41,7 @@ class View:
     room: int  # how many more processes the ceiling leaves to this listener
     vacated: int = 0
     tired: int = 0  # idle, and to be recycled: no acceptors, but clients do not wait for one meanwhile
+    leaving: int = 0  # about to go, and to make room
 
 
 @dataclass(frozen=True, slots=True)
@@ -86,7 +87,7 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
     wanted = max(settled, min(shortage, view.vacated))
     fork = min(wanted, max(0, view.room))
     if view.room <= 0:
-        return Memory(saturated=shortage > view.tired), Decision(0, 0, now + SATURATED_LOOK, 0)
+        return Memory(saturated=shortage > view.tired + view.leaving), Decision(0, 0, now + SATURATED_LOOK, 0)
     if fork:
         # What was forked is `starting` from now on: the next pair of looks begins here.
         short, short_at, next_look = shortage - fork, now, now + LOOK_AGAIN
@@ -107,15 +108,12 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     return Memory(low_water=left, window_at=now), Decision(0, retire, now + spare_timeout, max(needed, left))
 
 
-def released(view: View, busy: int, leaving: int) -> tuple[int, int]:
-    """How many tired workers may leave now: of those that are idle, and of the ``busy`` ones, who leave after their connection.
-
-    ``leaving``: workers that are about to make room.
-    """
+def released(view: View, busy: int) -> tuple[int, int]:
+    """How many tired workers may leave now: of those that are idle, and of the ``busy`` ones, who leave after their connection."""
     ready = view.idle + view.returning
     if ready >= view.target:
         return min(view.tired, ready + view.tired - view.target), busy
-    if view.room <= 0 and not view.starting and not leaving:
+    if view.room <= 0 and not view.starting and not view.leaving:
         # There is no room for a replacement beside anybody: one makes some.
         return (1, 0) if view.tired else (0, min(1, busy))
     return min(view.tired, max(0, ready + view.tired - view.target)), 0

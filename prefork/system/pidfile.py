@@ -99,7 +99,7 @@ def _put(beside: str, path: str) -> bool:
                 f"pid_file = {path!r}: the daemon with pid {pid} is running and holds it: stop it, or name another path"
             ) from None
         held = os.read(stale, 32)
-        if not re.fullmatch(rb"[0-9]{1,10}\n?", held):
+        if held and not re.fullmatch(rb"[0-9]{1,10}\n?", held):
             raise ConfigError(f"pid_file = {path!r}: a file that is no pid file is in the way; remove it or name another path")
         # Whoever replaces a stale file holds its lock meanwhile: of two, one finds another file here, and looks again.
         if not os.path.samestat(os.fstat(stale), os.lstat(path)):

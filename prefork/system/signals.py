@@ -60,7 +60,10 @@ def blocked() -> Iterator[None]:
 
 @contextmanager
 def kept(handled: Iterable[int]) -> Iterator[None]:
-    """Put the handlers of these signals, the wakeup descriptor and the mask back at the end of the block."""
+    """Put the handlers of these signals, the wakeup descriptor and the mask back at the end of the block.
+
+    One that has come and waits behind the mask was meant for the block, and does not outlive it.
+    """
     before = {signo: signal.getsignal(signo) for signo in handled}
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
     wakeup = signal.set_wakeup_fd(-1)
@@ -68,6 +71,8 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
         yield
     finally:
         signal.set_wakeup_fd(wakeup)
+        while signal.sigtimedwait(before, 0) is not None:
+            pass
         for signo, action in before.items():
             if action is not None:  # None is C code's own
                 signal.signal(signo, action)

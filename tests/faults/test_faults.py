@@ -106,7 +106,7 @@ def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server:
     server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
     os.kill(watch.fork_server(server), signal.SIGKILL)
     watch.until("it is being replaced", lambda: server.status()["state"] == "reloading")
-    server.command("scale", workers="3")
+    assert server.command("scale", workers="3")["ok"]
     watch.logged(server, "generation 2 serves")
     assert watch.settled(server, 3)["listeners"][0]["workers"]["target"] == 3
 

@@ -299,5 +299,6 @@ def test_a_target_that_is_meant_otherwise_says_how(module: Module, target: str, 
     (folder / "json.py").write_text("def loop(sock): pass\n")
     with pytest.raises(StartError, match=re.escape(message)), serve(target, folder=folder):
         pass
-    with serve("mine:A.other", folder=folder, workers=1):
+    (folder / "mine.py").write_text("class A:\n    @staticmethod\n    def other(sock): pass\nclass B(A): pass\n")
+    with serve("mine:B.other", folder=folder, workers=1):
         pass

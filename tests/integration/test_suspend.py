@@ -173,3 +173,23 @@ def watch_fork_server_of_stopped(server: Server) -> int:
     """A stopped master can't be asked: its only child is the fork server."""
     [child] = psutil.Process(server.pid).children()
     return child.pid
+
+
+def test_a_stop_during_a_reload_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start) -> None:
+    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+    assert server.command("suspend")["ok"]
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(3)]
+        for client in clients:
+            client.sendall(b"hello")
+        fork_server = watch.fork_server(server)
+        os.kill(server.pid, signal.SIGHUP)
+        watch.until("it reloads", lambda: server.status()["state"] == "reloading")
+        os.kill(fork_server, signal.SIGKILL)
+        watch.logged(server, "died (signal 9 (SIGKILL))")
+        os.kill(server.pid, signal.SIGTERM)
+        for client in clients:
+            assert client.recv(64) == b"hello"
+            client.close()
+    assert server.stop() == 0
+    assert "stopped: 3 connections accepted, 0 cut" in server.log()

@@ -248,3 +248,16 @@ def test_an_error_that_can_not_be_told_is_the_peers_end_all_the_same(prefork_ser
         assert sock.recv(64) == b""
     assert watch.quiet(server)["ok"] == 1
     assert watch.settled(server, 1)["workers"][0]["pid"] == before
+
+
+def test_a_worker_that_somebody_stopped_outlives_its_fork_server(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1)
+    with server.connect() as held:
+        worker = int(held.recv(64))
+        os.kill(worker, signal.SIGSTOP)
+        assert server.command("reload")["ok"]
+        watch.until("the old fork server has left", lambda: len(psutil.Process(server.pid).children()) == 2)
+        os.kill(worker, signal.SIGCONT)
+        held.sendall(b"still here")
+        assert not watch.is_gone(worker)
+    assert watch.quiet(server)["ok"] == 1

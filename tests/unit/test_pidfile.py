@@ -40,6 +40,8 @@ def test_it_is_never_seen_without_its_pid(tmp_path: Path, monkeypatch: pytest.Mo
 def test_a_stale_one_is_replaced_even_when_its_pid_is_somebody_elses_now(tmp_path: Path) -> None:
     path = tmp_path / "pid"
     path.write_text("1\n")
+    pidfile.write(str(path)).remove()
+    path.touch()  # made beforehand, for its owner or its mode
     written = pidfile.write(str(path))
     assert path.read_text() == f"{os.getpid()}\n"
     written.remove()

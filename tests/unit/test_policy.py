@@ -53,17 +53,19 @@ def view(target: int, idle: int, **more: int) -> View:
 def test_tired_workers_leave_as_others_come_in_their_place(
     idle: int, returning: int, tired_idle: int, tired: int, leave: tuple[int, int]
 ) -> None:
-    assert released(view(4, idle, returning=returning, tired=tired_idle), tired - tired_idle, 0) == leave
+    assert released(view(4, idle, returning=returning, tired=tired_idle), tired - tired_idle) == leave
 
 
 def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
     full = view(4, 0, tired=4, room=0)
-    assert released(full, 2, 0) == (1, 0)
-    assert released(view(4, 0, room=0), 3, 0) == (0, 1), "one that is busy will do, when all are"
-    assert released(view(4, 0, tired=3, room=0, starting=1), 0, 0) == (0, 0)
-    assert released(full, 2, 1) == (0, 0), "one is on its way already"
+    assert released(full, 2) == (1, 0)
+    assert released(view(4, 0, room=0), 3) == (0, 1), "one that is busy will do, when all are"
+    assert released(view(4, 0, tired=3, room=0, starting=1), 0) == (0, 0)
+    assert released(view(4, 0, tired=3, leaving=1, room=0), 2) == (0, 0), "one is on its way already"
     memory, _ = decide(Memory(), full, 1.0, SPARE)
     assert not memory.saturated, "clients do not wait"
+    memory, _ = decide(Memory(), view(4, 0, tired=3, leaving=1, room=0), 1.0, SPARE)
+    assert not memory.saturated, "room is being made"
     memory, _ = decide(Memory(), view(4, 0, tired=3, busy=1, room=0), 1.0, SPARE)
     assert memory.saturated
 
@@ -72,7 +74,7 @@ def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
 def test_recycling_never_leaves_fewer_acceptors_than_it_found_or_than_are_wanted(
     target: int, idle: int, returning: int, tired_idle: int
 ) -> None:
-    count, _ = released(view(target, idle, returning=returning, tired=tired_idle), 0, 0)
+    count, _ = released(view(target, idle, returning=returning, tired=tired_idle), 0)
     assert 0 <= count <= tired_idle
     assert idle + returning + tired_idle - count >= min(target, idle + returning + tired_idle)
 
