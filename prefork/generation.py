@@ -354,9 +354,10 @@ class Generation:
         for slot in idle[:idle_may] + busy[:busy_may]:
             worker = self.pool.workers[slot]
             log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self.board.counts(slot).begun)
-            self._ask_to_leave(worker, now, self._drain_deadline(now))
+            self._ask_to_leave(worker, now, self.drain_deadline(now))
 
-    def _drain_deadline(self, now: float) -> float | None:
+    def drain_deadline(self, now: float) -> float | None:
+        """Until when workers that are retired now may finish; None is as long as they take."""
         return now + self.config.drain_timeout if self.config.drain_timeout else None
 
     def _view(self, place: int, room: int) -> View:
@@ -526,7 +527,7 @@ class Generation:
             worker = self.pool.workers.get(first + offset)
             if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):
                 continue
-            self._ask_to_leave(worker, now, self._drain_deadline(now))
+            self._ask_to_leave(worker, now, self.drain_deadline(now))
             count -= 1
             if count == 0:
                 return

@@ -143,7 +143,7 @@ class Master:
         return 0
 
     def _start(self) -> None:
-        self.strangers = process.inherited_children()
+        strangers = process.inherited_children()
         self.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
         self.activated = activated(os.environ)
         conf = self.config = self._load()
@@ -161,10 +161,11 @@ class Master:
         self.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, self.strangers, who)
+        self.wiring = Wiring(self.name, process.working_directory(), doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self.inbox = signals.Inbox(HANDLED)
         self._open_control()
+        plan = Plan(())
         try:
             if conf.pid_file:
                 self.pid_file = pidfile.write(conf.pid_file)
@@ -174,6 +175,7 @@ class Master:
             self.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self._boot("start", conf, plan, [])
         except BaseException:
+            plan.drop()
             self._close()
             raise
 
@@ -445,7 +447,7 @@ class Master:
             self.draining.append(old)
             for place, listener in enumerate(old.listeners):
                 if listener not in removed:
-                    old.retire(place, self.now, self._drain_deadline(old))
+                    old.retire(place, self.now, old.drain_deadline(self.now))
             if removed and self.suspended:
                 old.resume(self.now)  # for those who wait where nobody will accept any more: they are served before it closes
             log.event("committed", generation=new.number, module=new.config.module, seconds=self.now - reload.at)
@@ -469,10 +471,6 @@ class Master:
             return {"ok": True, "generation": new.number, "suspended": self.suspended} if left or now >= late else None
 
         return outcome
-
-    def _drain_deadline(self, generation: Generation) -> float | None:
-        seconds = generation.config.drain_timeout
-        return self.now + seconds if seconds else None
 
     def _started(self, new: Generation) -> None:
         log.event(
@@ -571,7 +569,7 @@ class Master:
         """Nobody accepts there any more."""
         for generation in self.generations():
             if listener in generation.listeners:
-                deadline = None if self.stopping is not None else self._drain_deadline(generation)
+                deadline = None if self.stopping is not None else generation.drain_deadline(self.now)
                 generation.retire(generation.listeners.index(listener), self.now, deadline)
 
     def busy(self) -> int:

@@ -156,6 +156,30 @@ def test_a_fork_server_that_can_not_be_forked_refuses_the_reload_with_the_limits
     assert server.stop() == 0
 
 
+NO_FORKS = """
+import errno, os, sys
+from prefork import Server
+from prefork.errors import PreforkError
+
+def fork():
+    raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+os.fork = fork
+try:
+    Server("tiny:obey", bind=sys.argv[1], control=sys.argv[2], pid_file=sys.argv[3]).run()
+except PreforkError as error:
+    sys.exit(str(error))
+"""
+
+
+def test_a_start_that_can_not_fork_leaves_nothing_behind(tmp_path: Path) -> None:
+    command = [sys.executable, "-c", NO_FORKS, f"unix:{tmp_path}/socket", f"{tmp_path}/control", f"{tmp_path}/pid"]
+    done = subprocess.run(command, cwd=HANDLERS, capture_output=True, text=True, check=False)
+    assert done.returncode == 1
+    assert done.stderr.startswith("can't start a fork server: Resource temporarily unavailable: see RLIMIT_NPROC")
+    assert list(tmp_path.iterdir()) == []
+
+
 def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> None:
     server = with_a_fault(tmp_path, "bug")
     family = watch.family(server.pid)
