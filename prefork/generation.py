@@ -565,6 +565,10 @@ class Generation:
         """Whether somebody who was asked to leave may still be in accept()."""
         return bool(self.retiring.waiting)
 
+    def accepts_at(self, listener: Listener) -> bool:
+        """The same for one listener."""
+        return any(self.listeners[self.layout.listener(slot)] is listener for slot in self.retiring.waiting)
+
     @property
     def left(self) -> bool:
         """Whether the fork server was told to leave, so that its end is no accident."""

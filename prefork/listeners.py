@@ -22,10 +22,11 @@ DRAIN_LOOK = 0.005
 
 @dataclass(slots=True)
 class Farewell:
-    """A listener that is being closed: it is served until its queue is empty, or until the deadline."""
+    """A listener that is being closed: it is served until its queue is empty, or until the deadline; then it is ``parted`` from."""
 
     listener: Listener
     deadline: float
+    parted: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -114,13 +115,18 @@ class Listeners:
         for farewell in self.farewells:
             farewell.deadline = min(farewell.deadline, deadline)
 
-    def tend(self, now: float, part: Callable[[Listener], None]) -> None:
+    def tend(self, now: float, part: Callable[[Listener], None], accepts: Callable[[Listener], bool]) -> None:
         """Close what has been served or has had its time; ``part`` is called before, for those who still accept there."""
         for farewell in list(self.farewells):
-            if not farewell.listener.drained() and farewell.deadline > now:
+            if not farewell.parted:
+                if not farewell.listener.drained() and farewell.deadline > now:
+                    continue
+                farewell.parted = True
+                part(farewell.listener)
+            # Closing our own ends every accept() there. Somebody else's is not ours as long as anybody may still take a client.
+            if not farewell.listener.ours and farewell.deadline > now and accepts(farewell.listener):
                 continue
             self.farewells.remove(farewell)
-            part(farewell.listener)
             farewell.listener.close()
             log.event("no_longer_listening", address=farewell.listener.address)
 

@@ -320,7 +320,7 @@ class Master:
             self.draining.remove(generation)
             generation.close()
             self._close_unused_logs()
-        self.listeners.tend(self.now, self._part_from)
+        self.listeners.tend(self.now, self._part_from, self._accepts)
         self._tend_stop()
         for generation in self.draining:
             generation.let_go(self.now)
@@ -571,6 +571,9 @@ class Master:
             if listener in generation.listeners:
                 deadline = None if self.stopping is not None else generation.drain_deadline(self.now)
                 generation.retire(generation.listeners.index(listener), self.now, deadline)
+
+    def _accepts(self, listener: Listener) -> bool:
+        return any(generation.accepts_at(listener) for generation in self.generations())
 
     def busy(self) -> int:
         """Connections that are being served."""
