@@ -11,6 +11,7 @@ from dataclasses import asdict
 from typing import Any
 
 from prefork import __version__
+from prefork.daemon import Daemon
 from prefork.master import Master
 from prefork.net.listener import Listener
 from prefork.ops import control
@@ -23,105 +24,106 @@ def obey(master: Master, client: Client, request: dict[str, Any]) -> None:
     """Carry out one request."""
     match request["command"]:
         case "status":
-            _status(master, client)
+            _status(master.daemon, client)
         case "reload":
-            master.reload("reload", [client])
+            master.changeover.reload("reload", [client])
         case "scale":
             _scale(master, client, request.get("workers"))
         case "suspend" | "resume" as wanted:
-            _suspend(master, client, wanted)
+            _suspend(master.daemon, client, wanted)
         case "stop":
             _stop(master, client, request)
         case unknown:
-            master.tell([client], {"ok": False, "reason": f"unknown command {str(unknown)[:80]!r}"})
+            master.daemon.tell([client], {"ok": False, "reason": f"unknown command {str(unknown)[:80]!r}"})
 
 
 def _scale(master: Master, client: Client, wanted: object) -> None:
-    current = master.current
+    daemon = master.daemon
+    current = daemon.current
     try:
         if current is None:
             raise ValueError("the daemon is starting or stopping")
         workers = control.scaled(str(wanted), current.targets[0])
     except ValueError as error:
-        master.tell([client], {"ok": False, "reason": str(error)})
+        daemon.tell([client], {"ok": False, "reason": str(error)})
         return
     reason = master.scale(workers, "prefork scale")
     if reason is not None:
-        master.tell([client], {"ok": False, "reason": reason})
+        daemon.tell([client], {"ok": False, "reason": reason})
         return
 
     def outcome(_: float) -> dict[str, Any] | None:
         # A fork server that is replaced meanwhile takes it over; a reload does not.
-        current = master.current
+        current = daemon.current
         if current is None or current.targets[0] != workers:
             return {"ok": False, "reason": "a reload came between"}
         if not current.settled():
             return None
         return {"ok": True, "workers": workers, "saturated": current.saturated}
 
-    master.tell_when(client, master.now + master.config.boot_timeout, outcome)
+    daemon.tell_when(client, daemon.now + daemon.config.boot_timeout, outcome)
 
 
-def _suspend(master: Master, client: Client, wanted: str) -> None:
-    if master.current is None or master.stopping is not None:
-        master.tell([client], {"ok": False, "reason": "the daemon is starting or stopping"})
+def _suspend(daemon: Daemon, client: Client, wanted: str) -> None:
+    if daemon.current is None or daemon.stopping is not None:
+        daemon.tell([client], {"ok": False, "reason": "the daemon is starting or stopping"})
         return
     if wanted == "suspend":
-        master.suspend()
+        daemon.suspend()
     else:
-        master.resume()
+        daemon.resume()
 
     def outcome(_: float) -> dict[str, Any] | None:
-        current, generations = master.current, master.generations()
-        if current is None or master.suspended != (wanted == "suspend"):
+        current, generations = daemon.current, daemon.generations()
+        if current is None or daemon.suspended != (wanted == "suspend"):
             return {"ok": False, "reason": "another command came between"}
-        done = not any(generation.accepts for generation in generations) if master.suspended else current.settled()
-        return {"ok": True, "workers": current.targets[0], "busy": master.busy()} if done else None
+        done = not any(generation.accepts for generation in generations) if daemon.suspended else current.settled()
+        return {"ok": True, "workers": current.targets[0], "busy": daemon.busy()} if done else None
 
-    master.tell_when(client, master.now + master.config.boot_timeout, outcome)
+    daemon.tell_when(client, daemon.now + daemon.config.boot_timeout, outcome)
 
 
 def _stop(master: Master, client: Client, request: dict[str, Any]) -> None:
     timeout = request.get("timeout")
     is_number = isinstance(timeout, int | float) and not isinstance(timeout, bool)
     if timeout is not None and not (is_number and 0 <= timeout <= SECONDS_LIMIT):
-        master.tell([client], {"ok": False, "reason": f"timeout = {str(timeout)[:80]!r}: must be seconds, 0 or more"})
+        master.daemon.tell([client], {"ok": False, "reason": f"timeout = {str(timeout)[:80]!r}: must be seconds, 0 or more"})
     elif request.get("quick") is True:
-        master.stop_quickly("prefork stop --quick", client)
+        master.stopping.stop_quickly("prefork stop --quick", client)
     else:
-        master.stop("prefork stop", client, timeout)
+        master.stopping.stop("prefork stop", client, timeout)
 
 
-def _status(master: Master, client: Client) -> None:
-    generations = master.generations()
+def _status(daemon: Daemon, client: Client) -> None:
+    generations = daemon.generations()
     most = DESCRIPTORS_LIMIT // 2
-    ended = master.tally.counts
+    ended = daemon.tally.counts
     for generation in generations[most:]:  # more than an answer can carry: their totals only
         ended += generation.accepted()
     generations = generations[:most]
-    troubled = [t for t in (master.trouble, master.current.trouble if master.current else None) if t and t.until > master.now]
+    troubled = [t for t in (daemon.trouble, daemon.current.trouble if daemon.current else None) if t and t.until > daemon.now]
     # While it starts, what it is about to listen on.
-    listeners = master.listeners.current or (master.reloading.plan.listeners if master.reloading is not None else ())
+    listeners = daemon.listeners.current or (daemon.reloading.plan.listeners if daemon.reloading is not None else ())
     facts: dict[str, Any] = {
         "ok": True,
-        "name": master.name,
-        "module": master.config.module,
+        "name": daemon.name,
+        "module": daemon.config.module,
         "version": __version__,
         "pid": os.getpid(),
-        "state": master.state,
-        "started_at": master.started,
-        "generation": master.current.number if master.current is not None else 0,
-        "reload": master.last_reload,
-        "backoff": {"until": time.time() + troubled[0].until - master.now, "reason": troubled[0].reason} if troubled else None,
-        "max_workers": master.config.max_workers,
-        "saturated_seconds": master.saturated_before + (master.current.saturated_for(master.now) if master.current else 0.0),
+        "state": daemon.state,
+        "started_at": daemon.started,
+        "generation": daemon.current.number if daemon.current is not None else 0,
+        "reload": daemon.last_reload,
+        "backoff": {"until": time.time() + troubled[0].until - daemon.now, "reason": troubled[0].reason} if troubled else None,
+        "max_workers": daemon.config.max_workers,
+        "saturated_seconds": daemon.saturated(),
         "listeners": [_listener_facts(listener) for listener in listeners],
-        "targets": master.current.targets if master.current is not None else [],
+        "targets": daemon.current.targets if daemon.current is not None else [],
         "ended": asdict(ended),
-        "histogram": master.tally.histogram,
-        "forked": master.tally.forked,
-        "exited": master.tally.exited,
-        "deaths": [asdict(death) for death in master.tally.deaths],
+        "histogram": daemon.tally.histogram,
+        "forked": daemon.tally.forked,
+        "exited": daemon.tally.exited,
+        "deaths": [asdict(death) for death in daemon.tally.deaths],
         "boards": [
             {
                 "generation": generation.number,
@@ -133,8 +135,8 @@ def _status(master: Master, client: Client) -> None:
         ],
     }
     descriptors = [fd for generation in generations for fd in (generation.link.board_fd, generation.link.orders_fd)]
-    if master.control is not None:
-        master.control.answer(client, facts, master.now, descriptors)
+    if daemon.control is not None:
+        daemon.control.answer(client, facts, daemon.now, descriptors)
 
 
 def _listener_facts(listener: Listener) -> dict[str, Any]:

@@ -115,6 +115,9 @@ class Config:
         0.0, "How long workers retired by a reload, scaling or recycling may finish; 0 is as long as they take."
     )
     graceful_timeout: float = _seconds(30.0, "How long connections may finish at stop.")
+    canary: float = _seconds(
+        0.0, "Crashes of new workers take a reload back for so long, and prefork reload waits for the end of it; 0 is not at all."
+    )
     user: str = _option(
         "", values.account, "Who runs the handler: fork servers and workers give up root for good.", "USER", reloadable=False
     )

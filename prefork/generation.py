@@ -32,6 +32,8 @@ LIMBO, LIMBO_LOOK = 0.5, 0.02
 PATIENCE = 2.0
 # So many slots are looked at one by one; of more, only those in the ring of latest accepts, which loses some under a high rate.
 FEW = 256
+# So many crashes are remembered for a reload that may be taken back.
+CRASHES_KEPT = 8
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
 
@@ -63,6 +65,8 @@ class Generation:
         self.committed = False
         self.retired: set[int] = set()  # listeners for which nobody is forked any more
         self.suspended = False
+        self.kept = False  # its fork server stays although it is retired: it may have to serve again
+        self.crashes: list[str] = []  # what was said of the first workers that ended by themselves before they should
         self.trouble = Trouble()
         self.gossip = 0
         self.saturated_since: list[float | None] = [None] * len(listeners)
@@ -191,6 +195,7 @@ class Generation:
         if not worker.retiring and (not was_ready or useless):
             self._failed_early(who, now, ready=was_ready)
         elif (status != 0 or serving) and not worker.killed:
+            self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}")
             log.event("worker_died", peer=peer or "nobody", **who)
         else:
             log.event("worker_ended", **who)
@@ -200,11 +205,17 @@ class Generation:
     def _failed_early(self, who: dict[str, Any], now: float, *, ready: bool) -> None:
         what = "ended before it served anybody" if ready else "died before it was ready"
         last_words = "" if ready else self.board.take_last_words()
+        said = f"worker {who['slot']} {what}: {who['cause']}\n{last_words}".rstrip()
         if not self.committed:
-            self.failure = self.failure or f"worker {who['slot']} {what}: {who['cause']}\n{last_words}".rstrip()
+            self.failure = self.failure or said
             return
+        self._note_crash(said)
         seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}", until_served=ready)
         log.event("worker_early", text=last_words, what=what, failures=self.trouble.failures, seconds=seconds, **who)
+
+    def _note_crash(self, said: str) -> None:
+        if len(self.crashes) < CRASHES_KEPT:
+            self.crashes.append(said)
 
     def _settle(self, slot: int) -> bool:
         """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
@@ -477,6 +488,9 @@ class Generation:
         self.retired.add(place)
         self._look_at[place] = None
         self._arm(place, 0)
+        if (since := self.saturated_since[place]) is not None:
+            self.saturated_since[place] = None
+            self.saturated_seconds += now - since
         for worker in self.pool.workers.values():
             if worker.listener == place:
                 self._ask_to_leave(worker, now, deadline)
@@ -501,6 +515,12 @@ class Generation:
         self._vacated = list(self.targets)
         self._memory = [Memory()] * len(self.listeners)
         self.look_soon_all(now)
+
+    def reinstate(self, now: float) -> None:
+        """Serve again after having been retired: those who were asked to leave do, and others are forked."""
+        self.kept = False
+        self.retired.clear()
+        self.resume(now)
 
     def abandon(self, now: float) -> None:
         """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""
@@ -553,7 +573,7 @@ class Generation:
 
     def let_go(self, now: float) -> None:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
-        if self.link.pid is None or self._left or not self.ready:
+        if self.link.pid is None or self._left or not self.ready or self.kept:
             return
         if len(self.retired) == len(self.listeners) and not self.retiring.waiting and not self.pool.unborn:
             self._left = True
@@ -585,6 +605,7 @@ class Generation:
             self._settle(slot)
             self.tally.counts += self._counted[slot]
             self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, self.board.histogram(slot), strict=True)]
+        self.tally.saturated += self.saturated_seconds
         self.link.close()
         log.event("drained", generation=self.number)
 

@@ -37,6 +37,11 @@ class Wiring:
     strangers: frozenset[int] = frozenset()  # children that we had before we became prefork
     credentials: Credentials | None = None  # who the fork servers become; None: they stay who we are
 
+    @property
+    def runs_as_root(self) -> bool:
+        """Whether handlers do."""
+        return os.geteuid() == 0 and (self.credentials is None or self.credentials.uid == 0)
+
 
 class Link:
     """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by a signal of somebody's."""

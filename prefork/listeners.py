@@ -22,11 +22,13 @@ DRAIN_LOOK = 0.005
 
 @dataclass(slots=True)
 class Farewell:
-    """A listener that is being closed: it is served until its queue is empty, or until the deadline; then it is ``parted`` from."""
+    """A listener that is being closed, from ``begins`` on: it is served until its queue is empty, or until the deadline."""
 
     listener: Listener
     deadline: float
-    parted: bool = False
+    begins: float
+    begun: bool = False  # nobody new is let in
+    parted: bool = False  # all who accept there were asked to leave
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,19 +107,26 @@ class Listeners:
             log.event("listening", address=listener.address)
         return removed
 
-    def say_farewell(self, listener: Listener, deadline: float) -> None:
-        """Let nobody new in, and close it when its queue is empty."""
-        listener.turn_away()
-        self.farewells.append(Farewell(listener, deadline))
+    def say_farewell(self, listener: Listener, deadline: float, begins: float) -> None:
+        """From ``begins`` on let nobody new in, and close it when its queue is empty."""
+        self.farewells.append(Farewell(listener, deadline, begins))
 
-    def hurry(self, deadline: float) -> None:
-        """No farewell may take longer."""
+    def recall(self, listeners: Iterable[Listener]) -> None:
+        """Those of them whose farewell has not begun stay."""
+        self.farewells = [farewell for farewell in self.farewells if farewell.begun or farewell.listener not in listeners]
+
+    def hurry(self, now: float, deadline: float) -> None:
+        """All farewells begin now, and none may take longer."""
         for farewell in self.farewells:
+            farewell.begins = min(farewell.begins, now)
             farewell.deadline = min(farewell.deadline, deadline)
 
     def tend(self, now: float, part: Callable[[Listener], None], accepts: Callable[[Listener], bool]) -> None:
         """Close what has been served or has had its time; ``part`` is called before, for those who still accept there."""
-        for farewell in list(self.farewells):
+        for farewell in [due for due in self.farewells if due.begins <= now]:
+            if not farewell.begun:
+                farewell.begun = True
+                farewell.listener.turn_away()
             if not farewell.parted:
                 if not farewell.listener.drained() and farewell.deadline > now:
                     continue
@@ -129,6 +138,10 @@ class Listeners:
             self.farewells.remove(farewell)
             farewell.listener.close()
             log.event("no_longer_listening", address=farewell.listener.address)
+
+    def wake_at(self, now: float) -> float | None:
+        """When to `tend`."""
+        return min((max(farewell.begins, now + DRAIN_LOOK) for farewell in self.farewells), default=None)
 
     def close(self) -> None:
         """Close everything now."""

@@ -56,6 +56,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     # reload
     "booting": (Level.DEBUG, "generation {generation} starts: {module}"),
     "committed": (Level.INFO, "generation {generation} serves {module} ({seconds:.3f} s)"),
+    "canary": (Level.INFO, "generation {generation} is on trial for {seconds:g} s: {most} crashes take the reload back"),
+    "canary_passed": (Level.INFO, "generation {generation} has passed its trial, with {crashes} crashes"),
+    "canary_lost": (Level.WARNING, "the fork server of generation {generation} died: the reload can't be taken back any more"),
+    "rolled_back": (Level.ERROR, "{what} taken back, generation {generation} serves again in the place of {crashed}: {reason}"),
     "refused": (Level.ERROR, "{what} refused, generation {generation} keeps serving: {reason}"),
     "drained": (Level.DEBUG, "generation {generation} has ended"),
     "scaled": (Level.INFO, "workers: {workers} acceptors for each address, until the next reload ({why})"),

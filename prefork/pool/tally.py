@@ -30,6 +30,7 @@ class Tally:
     histogram: list[int] = field(default_factory=lambda: [0] * scoreboard.BUCKETS)
     forked: int = 0
     exited: int = 0
+    saturated: float = 0.0  # seconds
     deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=64))
 
 

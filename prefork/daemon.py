@@ -1,0 +1,235 @@
+"""What a running daemon is: its configuration, listeners and generations, what was counted, and what is under way.
+
+State and the questions that several ask of it; no decisions. `prefork.changeover` and `prefork.stopping` carry out what takes its
+time, `prefork.master` is the loop around them. All clocks are monotonic; `Daemon.now` leaves out the time in which this process
+was stopped, so that nobody's deadline passes in it.
+"""
+
+import os
+import selectors
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from prefork import config, log
+from prefork.config import Config, Sources
+from prefork.errors import PreforkError, RefusedError
+from prefork.generation import Generation
+from prefork.link import Wiring
+from prefork.listeners import Listeners, Plan
+from prefork.net.listener import Listener
+from prefork.ops import control
+from prefork.ops.control import Client, ControlServer, Outcome
+from prefork.pool.scoreboard import BUSY
+from prefork.pool.tally import Tally, Trouble
+from prefork.system import limits
+from prefork.system.pidfile import PidFile
+from prefork.system.systemd import Notifier
+
+
+@dataclass(slots=True)
+class Canary:
+    """A reload that is committed and can still be taken back: ``old`` keeps its fork server until then."""
+
+    old: Generation
+    until: float
+    most: int  # so many crashes of new workers take it back
+
+
+@dataclass(slots=True)
+class Reload:
+    """A reload under way, or a fork server's replacement; ``clients`` are told how it ends."""
+
+    what: str
+    at: float
+    generation: Generation
+    plan: Plan
+    clients: list[Client]
+    is_restart: bool  # of a fork server that has died, with what is in force
+    canary: Canary | None = None  # from the commit on, when the configuration asks for it
+
+
+@dataclass(slots=True)
+class Stop:
+    """A stop under way."""
+
+    why: str
+    at: float
+    deadline: float
+    clients: list[Client]
+    killed: bool = False
+    killed_before: int = 0  # connections that had been killed when it began
+    tries: int = 0  # at ending those whom SIGKILL has not ended
+
+
+class Daemon:
+    """The state. What is only annotated here is set by the start."""
+
+    config: Config
+    name: str
+    activated: tuple[tuple[str, int], ...]
+    notifier: Notifier
+    selector: selectors.BaseSelector
+    wiring: Wiring
+
+    def __init__(self, sources: Sources) -> None:
+        self.sources = sources
+        self.pid = os.getpid()
+        self.started = time.time()
+        self.lost = 0.0  # seconds in which this process was stopped or starved
+        self.now = time.monotonic()
+        self.listeners = Listeners()
+        self.current: Generation | None = None
+        self.draining: list[Generation] = []
+        self.reloading: Reload | None = None
+        self.stopping: Stop | None = None
+        self.suspended = False
+        self.tally = Tally()
+        self.trouble = Trouble()  # of fork servers
+        self.last_reload: dict[str, Any] | None = None
+        self.next_number = 1
+        self.demand: limits.Demand | None = None  # what the machine's limits were last held against
+        self.failure: PreforkError | None = None  # why the start failed
+        self.control: ControlServer | None = None
+        self.pid_file: PidFile | None = None
+
+    def clock(self) -> float:
+        """Seconds, without those in which this process was stopped."""
+        return time.monotonic() - self.lost
+
+    # -- configuration
+
+    def load(self) -> Config:
+        """Read the configuration again. Raises ConfigError."""
+        conf, origins = self.sources.trace()
+        conf = config.with_activated(conf, origins, self.activated)
+        unused = sorted({name for name, fd in self.activated if all(address.port != fd for address in conf.bind)})
+        if unused:
+            log.event("activated_unused", names=", ".join(unused))
+        return conf
+
+    def warn_of_limits(self, listeners: Sequence[Listener]) -> None:
+        """Name the limits of the machine that the configuration can exceed; at a reload, when it needs another measure."""
+        conf = self.config
+        demand = limits.Demand(
+            backlog=conf.backlog,
+            listeners=len(listeners),
+            workers=conf.workers,
+            max_workers=conf.max_workers,
+            control_clients=control.CLIENTS if self.control is not None else 0,
+            user=conf.user or str(os.getuid()),
+            rlimit=conf.rlimit,
+            running=sum(generation.live() for generation in self.generations()),
+            queue_limit=next((queue[1] for listener in listeners if (queue := listener.queue()) is not None), None),
+        )
+        if demand == self.demand:
+            return
+        self.demand = demand
+        for shortage in limits.shortages(limits.read(os.environ), demand):
+            log.event("limit", **asdict(shortage))
+
+    def close_unused_logs(self) -> None:
+        """Close the log files that no configuration in use names."""
+        log.keep_only([self.config, *(generation.config for generation in self.generations())])
+
+    # -- generations
+
+    def generations(self) -> list[Generation]:
+        """Every generation that has processes: the current one, the one that a reload starts, those that drain."""
+        pending = [self.reloading.generation] if self.reloading is not None and self.reloading.canary is None else []
+        return [*([self.current] if self.current is not None else []), *pending, *self.draining]
+
+    def boot(self, conf: Config, listeners: Sequence[Listener], targets: Sequence[int] | None = None) -> Generation:
+        """Start the next generation's fork server. Raises RefusedError when the machine does not let us."""
+        generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now, targets)
+        self.next_number += 1
+        try:
+            generation.link.start(conf, listeners)
+        except OSError as error:
+            generation.close()
+            raise RefusedError(
+                f"can't start a fork server: {error.strerror}: see RLIMIT_NPROC (ulimit -u), pids.max and memory"
+            ) from None
+        self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
+        return generation
+
+    def listen_to(self, generation: Generation) -> None:
+        """Hear of what its fork server says, and of room for what waits to be sent there."""
+        if generation.link.pid is None:
+            return
+        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.link.has_mail else 0)
+        if self.selector.get_key(generation.link.channel).events != wanted:
+            self.selector.modify(generation.link.channel, wanted, self._postman(generation))
+
+    def _postman(self, generation: Generation) -> Callable[[float], None]:
+        def deliver(now: float) -> None:
+            generation.link.flush()
+            if not generation.receive(now):
+                # It has closed its end: it is dead, or as good as dead, and can't be told anything.
+                generation.link.kill()
+
+        return deliver
+
+    def part_from(self, listener: Listener) -> None:
+        """Nobody accepts there any more."""
+        for generation in self.generations():
+            if listener in generation.listeners:
+                deadline = None if self.stopping is not None else generation.drain_deadline(self.now)
+                generation.retire(generation.listeners.index(listener), self.now, deadline)
+
+    def accepts(self, listener: Listener) -> bool:
+        """Whether somebody who was asked to leave may still be in accept() there."""
+        return any(generation.accepts_at(listener) for generation in self.generations())
+
+    def busy(self) -> int:
+        """Connections that are being served."""
+        return sum(generation.count(BUSY) for generation in self.generations())
+
+    def saturated(self) -> float:
+        """Seconds at the ceiling with somebody missing, added up over the listeners."""
+        return self.tally.saturated + sum(generation.saturated_for(self.now) for generation in self.generations())
+
+    def killed(self) -> int:
+        """Connections that ended with their worker."""
+        return self.tally.counts.killed + sum(generation.accepted().killed for generation in self.generations())
+
+    # -- suspending
+
+    def suspend(self) -> None:
+        """Nobody accepts any more; the sockets stay bound, and the kernel's queue holds clients."""
+        if not self.suspended and self.current is not None:
+            self.suspended = True
+            self.current.suspend(self.now)
+            log.event("suspended", busy=self.busy())
+
+    def resume(self) -> None:
+        """Accept again."""
+        if self.suspended and self.current is not None:
+            self.suspended = False
+            self.current.resume(self.now)
+            log.event("resumed")
+
+    # -- who asks
+
+    @property
+    def state(self) -> str:
+        """In a word, as `prefork status` has it."""
+        if self.stopping is not None:
+            return "stopping"
+        if self.current is None:
+            return "starting"
+        if self.reloading is not None:
+            return "reloading"
+        return "suspended" if self.suspended else "running"
+
+    def tell(self, clients: Sequence[Client], answer: dict[str, Any]) -> None:
+        """Answer clients of the control socket."""
+        if self.control is not None:
+            for client in clients:
+                self.control.answer(client, answer, self.now)
+
+    def tell_when(self, client: Client, deadline: float, outcome: Outcome) -> None:
+        """Answer one as soon as the outcome is known, or at the deadline."""
+        if self.control is not None:
+            self.control.answer_when(client, deadline, outcome)

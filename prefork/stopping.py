@@ -1,0 +1,102 @@
+"""How a daemon stops: turn new clients away, serve the queue, let connections finish, and end. Quickly: cut them."""
+
+from prefork import log
+from prefork.changeover import Changeover
+from prefork.daemon import Daemon, Stop
+from prefork.ops.control import Client
+
+# A stop's last word: who is still there after SIGKILL, so often and each time for so long, is not waited for.
+QUICK_LIMIT, QUICK_TRIES = 1.0, 2
+_WHY = "the daemon is stopping"
+
+
+class Stopping:
+    """The stop of a daemon; ``finished`` once nothing is left to wait for."""
+
+    def __init__(self, daemon: Daemon, changeover: Changeover) -> None:
+        self.daemon = daemon
+        self.changeover = changeover
+        self.finished = False
+
+    def stop(self, why: str, client: Client | None = None, timeout: float | None = None) -> None:
+        """Stop gracefully; connections may finish for ``timeout`` seconds (graceful_timeout unless said). Again: hurry."""
+        daemon = self.daemon
+        clients = [client] if client is not None else []
+        if daemon.stopping is not None:
+            daemon.stopping.clients += clients
+            if timeout is not None and not daemon.stopping.killed:
+                self._hurry(daemon.stopping, daemon.now + timeout)
+            return
+        seconds = daemon.config.graceful_timeout if timeout is None else timeout
+        stop = daemon.stopping = Stop(why, daemon.now, daemon.now + seconds, clients, killed_before=daemon.killed())
+        daemon.notifier.send(STOPPING=1)
+        if daemon.reloading is None or not daemon.reloading.is_restart:
+            self.changeover.drop(_WHY)
+        self.changeover.ensure_fork_server()
+        log.event("stopping", why=why, busy=daemon.busy(), seconds=seconds)
+        # Who waits in the queue has been connected by the kernel: a stop serves them.
+        daemon.resume()
+        for generation in daemon.generations():
+            generation.announce_stop()
+        for listener in daemon.listeners.current:
+            daemon.listeners.say_farewell(listener, stop.deadline, daemon.now)
+        self._hurry(stop, stop.deadline)
+
+    def _hurry(self, stop: Stop, deadline: float) -> None:
+        """Nothing that ends may take longer than this stop."""
+        stop.deadline = min(stop.deadline, deadline)
+        self.daemon.listeners.hurry(self.daemon.now, stop.deadline)
+
+    def stop_quickly(self, why: str, client: Client | None = None) -> None:
+        """Stop at once: connections are cut."""
+        daemon = self.daemon
+        clients = [client] if client is not None else []
+        if daemon.stopping is not None:
+            clients += daemon.stopping.clients
+            before = daemon.stopping.killed_before
+        else:
+            daemon.notifier.send(STOPPING=1)
+            before = daemon.killed()
+        if daemon.failure is None:
+            log.event("stopping_quickly", why=why)
+        daemon.stopping = Stop(why, daemon.now, daemon.now + QUICK_LIMIT, clients, killed=True, killed_before=before)
+        self.changeover.drop(_WHY)
+        for generation in daemon.generations():
+            generation.announce_stop()
+        daemon.listeners.close()
+        for generation in daemon.generations():
+            generation.quit()
+
+    def tend(self) -> None:
+        """Do what is due."""
+        daemon, stop = self.daemon, self.daemon.stopping
+        if stop is None or daemon.listeners.farewells:
+            return
+        self.changeover.drop(_WHY)
+        if daemon.current is not None:
+            daemon.draining.append(daemon.current)
+            daemon.current = None
+        for generation in daemon.draining:
+            generation.retire_all(daemon.now, None)  # the stop's own deadline is below
+        if not daemon.draining:
+            self.finished = True
+        elif stop.deadline <= daemon.now:
+            self._end(stop)
+
+    def _end(self, stop: Stop) -> None:
+        """Its time is over. The listeners are out of use: nobody can be lost any more by killing one who does not leave."""
+        daemon = self.daemon
+        if not stop.killed:
+            stop.killed, stop.deadline = True, daemon.now + QUICK_LIMIT
+            for generation in daemon.draining:
+                generation.retiring.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
+        elif stop.tries < QUICK_TRIES:
+            stop.tries += 1
+            stop.deadline = daemon.now + QUICK_LIMIT
+            for generation in daemon.draining:
+                generation.quit()
+                if stop.tries == QUICK_TRIES:
+                    generation.link.kill()  # its workers are ours then, and are killed by us
+        else:
+            log.event("left_behind", pids=", ".join(str(pid) for generation in daemon.draining for pid in generation.pids()))
+            self.finished = True

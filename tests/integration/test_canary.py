@@ -1,0 +1,195 @@
+"""Canary reloads: new code that crashes is taken back by itself, and who asked for it is told."""
+
+import os
+import signal
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+from prefork.testing import Server, connect
+from tests import watch
+from tests.load import Load
+
+Start = Callable[..., Server]
+Module = Callable[[str], Path]
+
+GOOD = "def loop(sock):\n    sock.sendall(b{!r})\n"
+CRASHES = "import ctypes\ndef loop(sock):\n    if sock.recv(1) == b'!':\n        ctypes.string_at(0)\n    sock.sendall(b'new')\n"
+
+
+def says(address: Any, said: bytes = b"") -> bytes:
+    with connect(address) as sock:
+        if said:
+            sock.sendall(said)
+        return sock.recv(64)
+
+
+def on_trial(server: Server, generation: int = 2) -> None:
+    watch.logged(server, f"generation {generation} is on trial")
+    watch.until(
+        "only the new accepts", lambda: all(w["generation"] == generation for w in watch.workers(server, "idle", "retiring"))
+    )
+
+
+def crash(server: Server, times: int) -> None:
+    for _ in range(times):
+        assert says(server.address, b"!") == b""
+
+
+def test_new_code_that_crashes_is_taken_back_and_who_asked_is_told(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
+    module(CRASHES)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.command, "reload")
+        on_trial(server)
+        status = server.status()
+        assert (status["state"], status["generation"]) == ("reloading", 2)
+        assert says(server.address, b"?") == b"new"
+        crash(server, 2)  # all of the first acceptors
+        answer = asked.result()
+    assert not answer["ok"]
+    assert "rolled back to generation 1: 2 of its workers crashed within canary = 60 s" in answer["reason"]
+    assert "SIGSEGV" in answer["reason"]
+    status = watch.settled(server, 2)
+    assert (status["state"], status["generation"]) == ("running", 1)
+    assert status["reload"]["result"] == "rolled back"
+    assert "SIGSEGV" in status["reload"]["reason"]
+    assert "reload taken back, generation 1 serves again in the place of 2" in server.log()
+    assert says(server.address) == b"old"
+    watch.until("generation 2 has gone", lambda: len(watch.family(server.pid)) == 3)
+    # The next one is a reload like any other.
+    module(GOOD.format("mended"))
+    os.kill(server.pid, signal.SIGHUP)
+    on_trial(server, 3)
+    assert says(server.address) == b"mended"
+
+
+def test_fewer_crashes_are_no_reason(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(CRASHES), workers=4, canary=1)
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.command, "reload")
+        on_trial(server)
+        crash(server, 2)
+        assert not asked.done()
+        assert asked.result() == {"ok": True, "generation": 2, "suspended": False}
+    assert server.status()["reload"]["result"] == "ok"
+    watch.logged(server, "generation 2 has passed its trial, with 2 crashes")
+    watch.until("generation 1 has gone", lambda: len(watch.family(server.pid)) == 5)
+
+
+def test_connections_of_the_old_code_go_on_through_trial_and_return(prefork_server: Start, module: Module) -> None:
+    code = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
+    server = prefork_server("mine:loop", folder=module(code), workers=2, canary=60)
+    with connect(server.address) as held, Load(server.address, clients=1, rate=300) as load:
+        module("import os\nfirst = True\n" + code.replace("while", "if os.path.exists('bad'):\n        os.abort()\n    while"))
+        os.kill(server.pid, signal.SIGHUP)
+        on_trial(server)
+        before = load.connections
+        watch.until("new code serves", lambda: load.connections > before + 20)
+        assert load.failures == []
+        (Path(module(code)) / "bad").touch()
+        watch.logged(server, "taken back")
+        after = load.connections
+        watch.until("old code serves again", lambda: load.connections > after + 20)
+        held.sendall(b"still here")
+        assert held.recv(64) == b"still here"
+    # Who was with a worker that crashed, and nobody else; between the second crash and the return of the old code others may crash.
+    crashed = server.log().count("SIGABRT")
+    assert len(load.failures) <= crashed
+
+
+def test_addresses_come_back_too(prefork_server: Start, module: Module) -> None:
+    folder = module(GOOD.format("old"))
+    stays, goes, comes = (("127.0.0.1", watch.free_port()) for _ in range(3))
+    file = folder / "prefork.toml"
+
+    def bind(*addresses: tuple[str, int]) -> None:
+        file.write_text(f"bind = {[f'{host}:{port}' for host, port in addresses]}\ncanary = 60\nworkers = 1\n")
+
+    bind(stays, goes)
+    server = prefork_server("mine:loop", folder=folder, bind=[], arguments=("--config", str(file)))
+    bind(stays, comes)
+    module(CRASHES)
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, "on trial")
+    assert says(comes, b"?") == b"new"
+    # What a reload on trial drops is still there, and served by the old code.
+    assert says(goes) == b"old"
+    for _ in range(2):
+        assert says(comes, b"!") == b""
+    watch.logged(server, f"no longer listening on 127.0.0.1:{comes[1]}")
+    assert watch.is_free(comes[1])
+    assert [listener["address"] for listener in server.status()["listeners"]] == [f"127.0.0.1:{p}" for _, p in (stays, goes)]
+    assert says(goes) == says(stays) == b"old"
+
+
+def test_after_the_trial_what_was_dropped_is_closed(prefork_server: Start, module: Module) -> None:
+    folder = module(GOOD.format("old"))
+    stays, goes = watch.free_port(), watch.free_port()
+    file = folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 0.5\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 0.5\n")
+    assert server.command("reload")["ok"]
+    watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
+    assert watch.is_free(goes)
+
+
+def test_a_reload_during_the_trial_follows_it(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("one")), workers=1, canary=0.3)
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, "on trial")
+    module(GOOD.format("two"))
+    assert server.command("reload")["generation"] == 3
+    assert says(server.address) == b"two"
+    assert "another one follows it" in server.log()
+
+
+def test_a_new_fork_server_that_dies_on_trial_is_not_replaced_but_taken_back(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
+    module(GOOD.format("new"))
+    os.kill(server.pid, signal.SIGHUP)
+    on_trial(server)
+    os.kill(watch.fork_server(server, 2), signal.SIGKILL)
+    watch.logged(server, "its fork server died within canary = 60 s")
+    watch.settled(server, 2)
+    assert says(server.address) == b"old"
+    assert server.status()["generation"] == 1
+
+
+def test_without_the_old_fork_server_there_is_no_way_back(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
+    module(GOOD.format("new"))
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.command, "reload")
+        on_trial(server)
+        os.kill(watch.fork_server(server, 1), signal.SIGKILL)
+        assert asked.result()["ok"]
+    watch.logged(server, "can't be taken back any more")
+    assert says(server.address) == b"new"
+
+
+def test_a_stop_ends_the_trial(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2, canary=60)
+    with ThreadPoolExecutor() as pool, Load(server.address, clients=1) as load:
+        asked = pool.submit(server.command, "reload")
+        on_trial(server)
+        assert server.stop() == 0
+        load.stop()
+        assert asked.result() == {"ok": False, "reason": "the daemon is stopping"}
+    assert not [kind for _, kind in load.failures if not kind.startswith("connect")]
+
+
+def test_the_time_at_the_ceiling_is_counted_once(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(CRASHES), workers=1, max_workers=1, canary=60)
+    with connect(server.address):
+        watch.until("at the ceiling for a while", lambda: server.status()["saturated_seconds"] > 1.0)
+    watch.settled(server, 1)
+    before = server.status()["saturated_seconds"]
+    os.kill(server.pid, signal.SIGHUP)
+    on_trial(server)
+    crash(server, 1)
+    watch.logged(server, "taken back")
+    watch.settled(server, 1)
+    assert before <= server.status()["saturated_seconds"] < 2 * before
