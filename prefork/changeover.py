@@ -55,7 +55,7 @@ class Changeover:
             log.event("ignored", what=what, why=why)
             daemon.tell(clients, {"ok": False, "reason": why})
             return
-        if daemon.reloading is not None:
+        if daemon.reloading is not None or daemon.trying:
             if self.wanted is None:
                 log.event("reload_queued")
             self.wanted = [*(self.wanted or []), *clients]
@@ -137,7 +137,7 @@ class Changeover:
         self._tend_restart()
         reload = self.daemon.reloading
         if reload is None:
-            if self.wanted is not None:
+            if self.wanted is not None and not self.daemon.trying:
                 clients, self.wanted = self.wanted, None
                 self.reload("queued reload", clients)
             return

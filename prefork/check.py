@@ -13,9 +13,10 @@ import sys
 import traceback
 from typing import NoReturn
 
-from prefork import __version__, forkserver, handler
-from prefork.config import OPTIONS, Config, Sources, document, is_unset
-from prefork.errors import HandlerError, PreforkError
+from prefork import __version__, carried, forkserver, handler
+from prefork.carried import State
+from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
+from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.system import credentials, process, signals
 from prefork.system.credentials import Credentials
 
@@ -25,15 +26,21 @@ _WHERE = signals.PARENT_DIED
 _DONE = b"imported"
 
 
-def check(sources: Sources) -> str:
-    """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError."""
+def check(sources: Sources, state: bytes | None = None) -> str:
+    """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError.
+
+    With the ``state`` of a running daemon, whether this program could go on where that one is, too. Raises StateError.
+    """
+    running = carried.read(state) if state is not None else None
     config, origins = sources.trace()
+    if running is not None:
+        _refuse_restart(running, config)
     for address in config.bind:
         if address.user:
             credentials.uid_of(address.user)
         if address.group:
             credentials.gid_of(address.group)
-    _try_import(config)
+    _try_import(config, running.wiring.folder if running is not None else process.working_directory())
     notes = {
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
         for key, option in OPTIONS.items()
@@ -41,9 +48,14 @@ def check(sources: Sources) -> str:
     return f"# What prefork {__version__} serves with. {config.module} can be imported.\n\n{document(config, notes)}"
 
 
-def _try_import(config: Config) -> None:
+def _refuse_restart(running: State, config: Config) -> None:
+    changed = needs_restart(restored(running.generations[0].config, config.bind), config)
+    if changed is not None:
+        raise ConfigError(changed)
+
+
+def _try_import(config: Config, folder: str) -> None:
     """Import the handler and its hooks in a child; nobody is left when this returns. Raises HandlerError."""
-    folder = process.working_directory()
     who = credentials.wanted(config.user, config.group)
     outcome = os.memfd_create("outcome")
     # Whoever the import starts becomes our child once its own parent has ended. Children that we have had before the exec of

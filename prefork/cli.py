@@ -122,15 +122,16 @@ def _default_text(key: str) -> str:
     return f"{default:g}" if isinstance(default, float) else str(default)
 
 
-def _configured(command: Callable[[Sources], None]) -> Callable[..., Any]:
+def _configured(command: Callable[..., None]) -> Callable[..., Any]:
     """A command with --config and every option, called with where the configuration comes from."""
 
     @functools.wraps(command)
     def call(file: str | None, **given: Any) -> None:
+        others = {key: given.pop(key) for key in given.keys() - OPTIONS.keys()}
         command_line = {
             key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())
         }
-        command(Sources(command_line, environment(), file))
+        command(Sources(command_line, environment(), file), **others)
 
     text = "A flat TOML file with the options below."
     named = click.option("--config", "file", metavar="FILE", envvar=variable("config"), help=text, type=_PATH)
@@ -162,6 +163,7 @@ def serve(sources: Sources) -> None:
       INT twice, QUIT   stop at once
       HUP          read configuration and code again, without losing a connection
       USR1         open the log files again
+      USR2         upgrade: become the prefork and the Python that are installed now, under the same pid
       TTIN, TTOU   one acceptor more, one fewer
 
     \b
@@ -170,19 +172,23 @@ def serve(sources: Sources) -> None:
       prefork serve --module mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
-    from prefork.system import process
+    from prefork.system import process, program
 
     process.open_standard_descriptors()
-    from prefork.commands import obey
-    from prefork.master import Master
-
     with _errors():
-        sys.exit(Master(sources, obey).run())
+        with program.or_back():
+            from prefork.commands import obey
+            from prefork.master import Master
+
+            master = Master(sources, obey, program.started("serve"))
+            master.start()
+        sys.exit(master.run())
 
 
 @main.command()
+@click.option("--adopt", type=int, hidden=True)  # the descriptor of a running daemon's state: what an upgrade asks first
 @_configured
-def check(sources: Sources) -> None:
+def check(sources: Sources, adopt: int | None) -> None:
     """Validate the configuration, import the handler, print what holds.
 
     Takes what serve takes, and binds nothing. What it prints is a configuration file: every option with the value that it has,
@@ -194,11 +200,11 @@ def check(sources: Sources) -> None:
       prefork check --module mymodule:loop > prefork.toml
     """
     from prefork.check import check as checked
-    from prefork.system import process
+    from prefork.system import process, program
 
     process.open_standard_descriptors()
     with _errors():
-        text = checked(sources)
+        text = checked(sources, program.read_state(adopt) if adopt is not None else None)
     for name, remedy in unknown_variables(sources.environment):
         click.echo(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
     click.echo(text, nl=False)
@@ -220,7 +226,7 @@ def _answer(
 ) -> tuple[dict[str, Any], list[int]]:
     answer, descriptors = ask(find(name, path), command, patience, **arguments)
     if not answer.get("ok"):
-        kept = ", the old code keeps serving" if command == "reload" else ""
+        kept = ", the old code keeps serving" if command in ("reload", "upgrade") else ""
         raise RefusedError(f"{command} refused{kept}: {answer.get('reason')}")
     return answer, descriptors
 
@@ -258,8 +264,43 @@ def reload(name: str | None, control: str | None) -> None:
       prefork reload echo   the instance echo takes its new code
     """
     with _errors():
-        answer, _ = _answer(name, control, "reload", None)
-    click.echo(f"reloaded: generation {answer['generation']} {'is suspended' if answer.get('suspended') else 'serves'}")
+        path = find(name, control)
+        answer, _ = _answer(None, path, "reload", None)
+        if "upgrade" in answer:  # one is under way, and reloads, too
+            answer = _outcome(path, answer["upgrade"], "reload")
+    click.echo(f"reloaded: {_serves(answer)}")
+
+
+def _serves(answer: dict[str, Any]) -> str:
+    return f"generation {answer['generation']} {'is suspended' if answer.get('suspended') else 'serves'}"
+
+
+@main.command()
+@_instance
+def upgrade(name: str | None, control: str | None) -> None:
+    """Become the prefork and the Python that are installed now; wait until the new code serves.
+
+    The pid stays, and so do addresses, connections and counters. What is installed now is tried first: when its check fails,
+    exits with 1 and the reason, and nothing has changed. The daemon is started again as it was (same command line, same
+    environment), so a virtual environment's link to another Python is followed.
+
+    \b
+    Examples:
+      pip install -U prefork && prefork upgrade echo
+    """
+    with _errors():
+        path = find(name, control)
+        answer, _ = _answer(None, path, "upgrade", None)
+        answer = _outcome(path, answer["upgrade"], "upgrade")
+    click.echo(f"upgraded: prefork {answer['version']}, {_serves(answer)}")
+
+
+def _outcome(path: str, number: int, command: str) -> dict[str, Any]:
+    """Of an upgrade: the daemon becomes another program meanwhile."""
+    answer, _ = ask(path, "outcome", None, upgrade=number)
+    if not answer.get("ok"):
+        raise RefusedError(f"{command} refused, the old code keeps serving: {answer.get('reason')}")
+    return answer
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

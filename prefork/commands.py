@@ -17,6 +17,7 @@ from prefork.net.listener import Listener
 from prefork.ops import control
 from prefork.ops.control import Client
 from prefork.ops.instances import DESCRIPTORS_LIMIT
+from prefork.upgrading import START
 from prefork.values import SECONDS_LIMIT
 
 
@@ -27,6 +28,10 @@ def obey(master: Master, client: Client, request: dict[str, Any]) -> None:
             _status(master.daemon, client)
         case "reload":
             master.changeover.reload("reload", [client])
+        case "upgrade":
+            master.upgrading.upgrade("upgrade", client)
+        case "outcome":
+            _outcome(master, client, request.get("upgrade"))
         case "scale":
             _scale(master, client, request.get("workers"))
         case "suspend" | "resume" as wanted:
@@ -35,6 +40,16 @@ def obey(master: Master, client: Client, request: dict[str, Any]) -> None:
             _stop(master, client, request)
         case unknown:
             master.daemon.tell([client], {"ok": False, "reason": f"unknown command {str(unknown)[:80]!r}"})
+
+
+def _outcome(master: Master, client: Client, number: object) -> None:
+    if not isinstance(number, int):
+        master.daemon.tell([client], {"ok": False, "reason": "of which upgrade? a number"})
+        return
+    conf = master.daemon.config
+    # The trial and the reload may each take boot_timeout, and then there may be a canary.
+    deadline = master.daemon.now + 2 * (conf.boot_timeout + START) + conf.canary
+    master.daemon.tell_when(client, deadline, lambda _: master.upgrading.outcome(number))
 
 
 def _scale(master: Master, client: Client, wanted: object) -> None:

@@ -22,6 +22,7 @@ from typing import Any
 from prefork import values
 from prefork.errors import ConfigError
 from prefork.net.address import INHERITED, UNRESOLVED, Address
+from prefork.system import program
 
 FILE_LIMIT = 1_000_000
 # A slot number has to fit in 32 bits on the wire; a machine's pid_max is at most 2**22.
@@ -334,6 +335,24 @@ def document(config: Config, notes: Mapping[str, str]) -> str:
     return "\n".join(lines)
 
 
+def plain(config: Config) -> dict[str, Any]:
+    """The options that differ from their defaults, as JSON can say them; `restored` takes them back. Without ``bind``."""
+    return {
+        key: option.plain(getattr(config, key))
+        for key, option in OPTIONS.items()
+        if key != "bind" and getattr(config, key) != getattr(DEFAULTS, key)
+    }
+
+
+def restored(given: Mapping[str, Any], bind: tuple[Address, ...]) -> Config:
+    """The configuration that another version of this program had; options that this one does not know are left out.
+
+    Raises ConfigError.
+    """
+    known = {key: _parse(key, raw, "in the state") for key, raw in given.items() if key in OPTIONS and key != "bind"}
+    return Config(bind=bind, **known)
+
+
 def is_unset(config: Config, key: str) -> bool:
     """Whether an option was not given and has no default."""
     return OPTIONS[key].plain(getattr(config, key)) in ("", [], None)
@@ -373,7 +392,7 @@ def unknown_variables(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]
 
 def environment() -> dict[str, str]:
     """The part of this process's environment that is configuration."""
-    return {key: value for key, value in os.environ.items() if key.startswith("PREFORK_")}
+    return {key: value for key, value in os.environ.items() if key.startswith("PREFORK_") and key != program.VARIABLE}
 
 
 def reference() -> str:

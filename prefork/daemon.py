@@ -13,6 +13,7 @@ from dataclasses import asdict, dataclass
 from typing import Any
 
 from prefork import config, log
+from prefork.carried import Upgrade
 from prefork.config import Config, Sources
 from prefork.errors import PreforkError, RefusedError
 from prefork.generation import Generation
@@ -88,6 +89,8 @@ class Daemon:
         self.tally = Tally()
         self.trouble = Trouble()  # of fork servers
         self.last_reload: dict[str, Any] | None = None
+        self.upgrade: Upgrade | None = None  # the latest one
+        self.trying = False  # another program, to become it: reloads wait
         self.next_number = 1
         self.demand: limits.Demand | None = None  # what the machine's limits were last held against
         self.failure: PreforkError | None = None  # why the start failed
@@ -151,11 +154,15 @@ class Daemon:
             raise RefusedError(
                 f"can't start a fork server: {error.strerror}: see RLIMIT_NPROC (ulimit -u), pids.max and memory"
             ) from None
-        self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
+        self.hear(generation)
         return generation
 
+    def hear(self, generation: Generation) -> None:
+        """From now on hear what a generation's fork server says."""
+        self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
+
     def listen_to(self, generation: Generation) -> None:
-        """Hear of what its fork server says, and of room for what waits to be sent there."""
+        """Hear of room for what waits to be sent to a fork server, while something does."""
         if generation.link.pid is None:
             return
         wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.link.has_mail else 0)
@@ -219,6 +226,8 @@ class Daemon:
             return "stopping"
         if self.current is None:
             return "starting"
+        if self.upgrade is not None and not self.upgrade.result:
+            return "upgrading"
         if self.reloading is not None:
             return "reloading"
         return "suspended" if self.suspended else "running"

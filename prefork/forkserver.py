@@ -99,6 +99,10 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
     try:
         os.chdir(folder)
     except OSError as error:
+        if isinstance(error, FileNotFoundError) and not conf.chdir and process.is_nowhere():
+            log.event("folder_gone", folder=folder)
+            handler.prepare_path(folder)
+            return
         asking = f" as user {who.name or who.uid}" if who is not None else ""
         raise HandlerError(
             f"can't enter the working directory {folder}{asking}: {error.strerror}: give them access to it, or another one (chdir)"

@@ -8,11 +8,12 @@ workers say is checked against `prefork.pool.state` and against the kernel befor
 import os
 import signal
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from prefork import log
-from prefork.config import Config
+from prefork.carried import CarriedGeneration, CarriedPool
+from prefork.config import Config, plain
 from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import policy, scoreboard, wire
@@ -50,6 +51,7 @@ class Generation:
         tally: Tally,
         now: float,
         targets: Sequence[int] | None = None,
+        layout: Layout | None = None,
     ) -> None:
         self.number = number
         self.config = config
@@ -57,7 +59,7 @@ class Generation:
         self.tally = tally
         self.boot_deadline = now + config.boot_timeout
         # A reload may go past the ceiling by its targets, and targets may be raised up to the ceiling.
-        self.layout = Layout(len(listeners), 2 * config.max_workers)
+        self.layout = layout or Layout(len(listeners), 2 * config.max_workers)
         self.pool = Pool(self.layout.listeners, self.layout.capacity)
         self.targets = list(targets or [config.workers] * len(listeners))
         self.failure: str | None = None
@@ -86,6 +88,57 @@ class Generation:
         self._left = False
         self.link = Link(number, self.layout, wiring)
         self.retiring = Retiring(self.link, self.pool)
+
+    # -- an upgrade
+
+    def carry(self, places: Mapping[Listener, int]) -> CarriedGeneration:
+        """What another program has to know to go on with it (`adopted`). ``places``: of the listeners in the state's list."""
+        return CarriedGeneration(
+            number=self.number,
+            config=plain(self.config),
+            listeners=tuple(places[listener] for listener in self.listeners),
+            layout=self.layout,
+            targets=tuple(self.targets),
+            retired=tuple(sorted(self.retired)),
+            ready=self.ready,
+            suspended=self.suspended,
+            left=self._left,
+            trouble=self.trouble,
+            gossip=self.gossip,
+            saturated_seconds=self.saturated_seconds,
+            counted=self._counted,
+            pool=CarriedPool(
+                workers=tuple(self.pool.workers.values()),
+                unready=tuple(self.pool.unready),
+                unborn=tuple(self.pool.unborn),
+                high=tuple(self.pool.high),
+            ),
+            link=self.link.carry(),
+        )
+
+    @classmethod
+    def adopted(
+        cls, carried: CarriedGeneration, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
+    ) -> "Generation":
+        """The committed generation that another program of this process has carried. Raises OSError and ValueError."""
+        self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, carried.layout)
+        pool, layout = carried.pool, carried.layout
+        self.pool = Pool.restored(layout.listeners, layout.capacity, pool.workers, pool.unready, pool.unborn, pool.high)
+        self.ready, self.committed, self.suspended, self._left = carried.ready, True, carried.suspended, carried.left
+        self.retired, self._counted = set(carried.retired), dict(carried.counted)
+        self.trouble, self.gossip, self.saturated_seconds = carried.trouble, carried.gossip, carried.saturated_seconds
+        self.link.adopt(carried.link)
+        self.retiring = Retiring(self.link, self.pool)
+        self.retiring.ask_again(now)
+        for worker in self.pool.workers.values():
+            self._note_absence(worker)
+        for place in self.retired:
+            self._look_at[place] = None
+        if self.link.pid is None:
+            self._limbo_at, self._limbo_until = now, now + LIMBO
+        elif self.link.stopped or self._left:
+            self._patience_at = now + PATIENCE
+        return self
 
     @property
     def board(self) -> Scoreboard:

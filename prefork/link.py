@@ -12,6 +12,7 @@ from contextlib import ExitStack
 from dataclasses import dataclass
 
 from prefork import forkserver, log
+from prefork.carried import CarriedLink
 from prefork.config import Config
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
@@ -63,18 +64,51 @@ class Link:
         keep.callback(os.close, self.board_fd)
         self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
         keep.callback(os.close, self.orders_fd)
-        self.board = Scoreboard(self.board_fd, self.orders_fd, layout, Access.MASTER)
-        keep.callback(self.board.close)
+        self._map_boards()
         gate, self._gate = os.pipe2(os.O_CLOEXEC)
         keep.callback(self.open_gate)
         try:
-            self.channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
+            channel, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         except OSError:
             os.close(gate)
             raise
-        keep.callback(self.channel.close)
-        self.channel.setblocking(False)
+        self._talk(channel)
         return theirs, gate
+
+    def _map_boards(self) -> None:
+        self.board = Scoreboard(self.board_fd, self.orders_fd, self.layout, Access.MASTER)
+        self._resources.callback(self.board.close)
+
+    def _talk(self, channel: socket.socket) -> None:
+        self.channel = channel
+        self._resources.callback(channel.close)
+        channel.setblocking(False)
+
+    def carry(self) -> CarriedLink:
+        """What another program has to know to go on with it (`adopt`)."""
+        if self.pid is not None:
+            self.flush()
+        return CarriedLink(
+            pid=self.pid,
+            stopped=self.stopped,
+            channel=self.channel.fileno() if self.pid is not None else -1,
+            board=self.board_fd,
+            orders=self.orders_fd,
+            gate=self._gate,
+            outbox=tuple(message.hex() for message in self._outbox),
+        )
+
+    def adopt(self, carried: CarriedLink) -> None:
+        """Go on with a fork server that another program of this process has started. Raises OSError and ValueError."""
+        self.pid, self.stopped = carried.pid, carried.stopped
+        self.board_fd, self.orders_fd, self._gate = carried.board, carried.orders, carried.gate
+        self._map_boards()
+        for fd in (self.board_fd, self.orders_fd):
+            self._resources.callback(os.close, fd)
+        self._resources.callback(self.open_gate)
+        if self.pid is not None:
+            self._talk(socket.socket(fileno=carried.channel))
+            self._outbox.extend(bytes.fromhex(message) for message in carried.outbox)
 
     def start(self, config: Config, listeners: Sequence[Listener]) -> None:
         """Fork the fork server. Raises OSError when the machine does not let us."""

@@ -5,10 +5,11 @@ socket throughout. A listener that is closed turns new clients away first and is
 were inherited (``fd:N``, a service manager's) belong to somebody else: they are accepted from, and otherwise left alone.
 """
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 
 from prefork import log
+from prefork.carried import CarriedFarewell
 from prefork.config import Config
 from prefork.errors import AddressError
 from prefork.net.address import INHERITED, Address
@@ -142,6 +143,12 @@ class Listeners:
     def wake_at(self, now: float) -> float | None:
         """When to `tend`."""
         return min((max(farewell.begins, now + DRAIN_LOOK) for farewell in self.farewells), default=None)
+
+    def carry(self, places: Mapping[Listener, int]) -> tuple[CarriedFarewell, ...]:
+        """The farewells, for another program."""
+        return tuple(
+            CarriedFarewell(places[f.listener], f.deadline, f.begins, begun=f.begun, parted=f.parted) for f in self.farewells
+        )
 
     def close(self) -> None:
         """Close everything now."""

@@ -8,23 +8,26 @@ or deadline. What it must not do: import a handler, block, or die of what a work
 import os
 import selectors
 import signal
+import socket
 import traceback
 from collections.abc import Callable
 from functools import partial
 from typing import Any
 
-from prefork import config, log
+from prefork import carried, config, log
 from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
-from prefork.errors import InUseError, PreforkError
+from prefork.errors import ConfigError, InUseError, PreforkError
 from prefork.link import Wiring
 from prefork.ops import control, instances
 from prefork.ops.control import Client
 from prefork.pool import wire
 from prefork.stopping import Stopping
-from prefork.system import credentials, pidfile, process, signals
+from prefork.system import credentials, pidfile, process, program, signals
+from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated
+from prefork.upgrading import Upgrading
 
 HANDLED = (
     signal.SIGTERM,
@@ -32,6 +35,7 @@ HANDLED = (
     signal.SIGQUIT,
     signal.SIGHUP,
     signal.SIGUSR1,
+    signal.SIGUSR2,
     signal.SIGTTIN,
     signal.SIGTTOU,
     signal.SIGCHLD,
@@ -53,19 +57,20 @@ class Master:
     ``obey(master, client, request)`` carries out what comes over the control socket (`prefork.commands`).
     """
 
-    def __init__(self, sources: Sources, obey: Obey) -> None:
+    def __init__(self, sources: Sources, obey: Obey, how: Program | None = None) -> None:
+        """``how`` this program was started; without it there are no upgrades."""
         self.obey = obey
         self.daemon = Daemon(sources)
         self.changeover = Changeover(self.daemon)
-        self.stopping = Stopping(self.daemon, self.changeover)
+        self.upgrading = Upgrading(self.daemon, self.changeover, how)
+        self.stopping = Stopping(self.daemon, self.changeover, self.upgrading)
         self.deaf_until: float | None = None  # to the doorbell
         self.seen_exited = 0
 
     # -- the loop
 
     def run(self) -> int:
-        """Serve until stopped. Raises PreforkError when the start fails."""
-        self._start()
+        """Serve until stopped; after `start`. Raises PreforkError when the first generation can't be started."""
         try:
             while not self.stopping.finished:
                 self._sleep()
@@ -74,6 +79,8 @@ class Master:
                 self._reap()
                 self._obey_signals(arrived)
                 self._tend()
+                if self.upgrading.ready:
+                    self._hand_over()
         except Exception:
             log.event("bug", where="master", text=traceback.format_exc())
             # The fork servers know what to do when their master has gone: nobody who is connected is lost.
@@ -84,7 +91,15 @@ class Master:
             raise self.daemon.failure
         return 0
 
-    def _start(self) -> None:
+    def start(self) -> None:
+        """Begin, or go on with what another program of this process has begun. Raises PreforkError."""
+        handed = program.handed_over(os.environ)
+        if handed is None:
+            self._begin()
+        else:
+            self._go_on(*handed)
+
+    def _begin(self) -> None:
         daemon = self.daemon
         strangers = process.inherited_children()
         daemon.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
@@ -99,23 +114,67 @@ class Master:
         process.become_subreaper()
         for name, remedy in config.unknown_variables(daemon.sources.environment):
             log.event("unknown_variable", name=name, remedy=remedy)
-        daemon.notifier = Notifier.from_environment()
-        daemon.selector = selectors.DefaultSelector()
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         daemon.wiring = Wiring(daemon.name, process.working_directory(), doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
-        self.inbox = signals.Inbox(HANDLED)
+        self._prick_up()
         self._open_control()
         try:
             if conf.pid_file:
                 daemon.pid_file = pidfile.write(conf.pid_file)
-            daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
-            daemon.selector.register(doorbell_read, selectors.EVENT_READ, self._answer_the_door)
             self.changeover.start()
         except BaseException:
             self._close()
             raise
+
+    def _prick_up(self) -> None:
+        """Hear signals and the doorbell."""
+        daemon = self.daemon
+        daemon.notifier = Notifier.from_environment()
+        daemon.selector = selectors.DefaultSelector()
+        self.inbox = signals.Inbox(HANDLED)
+        daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
+        daemon.selector.register(daemon.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
+
+    def _go_on(self, fd: int, reason: str) -> None:
+        """Be the successor of the program that left its state at ``fd``. All signals are blocked until we can hear them."""
+        daemon = self.daemon
+        state = carried.read(program.read_state(fd))
+        for kept in state.descriptors():
+            os.set_inheritable(kept, False)
+        self.upgrading.adopt(state)
+        who = daemon.wiring.credentials
+        try:
+            if who is not None and who.uid != 0:
+                log.give_to(who.uid)
+            log.use(daemon.config)
+        except ConfigError as error:
+            log.event("log_lost", reason=error)
+        process.set_title(f"prefork: master {daemon.name}")
+        process.become_subreaper()
+        self._prick_up()
+        for generation in daemon.generations():
+            if generation.link.pid is not None:
+                daemon.hear(generation)
+        if state.control is not None and state.control.inode is not None:
+            sock = socket.socket(fileno=state.control.fd)
+            daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
+        os.close(fd)
+        # Whose SIGCHLD the old program has taken and not obeyed.
+        self._reap()
+        self.upgrading.adopted(reason)
+        signals.unblock()
+
+    def _hand_over(self) -> None:
+        """Become the new program, unless somebody wants something of us: the inbox does not outlive us."""
+        signals.block()
+        late = self.inbox.take()
+        if not late:
+            self.upgrading.become()
+        signals.unblock()
+        self._reap()
+        self._obey_signals(late)
 
     def _sleep(self) -> None:
         """Wait for the next event or deadline, and pass events on."""
@@ -180,6 +239,7 @@ class Master:
                     daemon.selector.unregister(generation.link.channel)
                     generation.fork_server_ended(daemon.now)
                     self.changeover.fork_server_ended(generation, process.describe(change.status))
+            self.upgrading.ended(change.pid, change.status)
 
     def _obey_signals(self, arrived: set[int]) -> None:
         daemon = self.daemon
@@ -196,6 +256,8 @@ class Master:
             self.changeover.reload("reload (SIGHUP)")
         if signal.SIGUSR1 in arrived:
             self._reopen_logs()
+        if signal.SIGUSR2 in arrived:
+            self.upgrading.upgrade("upgrade (SIGUSR2)")
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and daemon.current is not None:
                 self.scale(max(1, daemon.current.targets[0] + step), signals.name(signo))
@@ -203,6 +265,7 @@ class Master:
     def _tend(self) -> None:
         """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""
         daemon = self.daemon
+        self.upgrading.tend()
         self.changeover.tend()
         if daemon.failure is not None and daemon.stopping is None:
             self.stopping.stop_quickly("the start failed")
@@ -231,7 +294,7 @@ class Master:
     def _wake_at(self) -> float | None:
         daemon = self.daemon
         times = [generation.wake_at() for generation in daemon.generations()]
-        times += [self.deaf_until, self.changeover.wake_at(), daemon.listeners.wake_at(daemon.now)]
+        times += [self.deaf_until, self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
         if daemon.control is not None:
             times.append(daemon.control.wake_at())
         if daemon.stopping is not None:

@@ -46,6 +46,8 @@ class Retiring:
         self.waiting |= {worker.slot for worker in self._pool.workers.values() if worker.retiring}
         if self.waiting:
             self._nag_at, self._nags = now, 0
+        deadlines = [worker.deadline for worker in self._pool.workers.values() if worker.deadline is not None]
+        self._deadline_at = min(deadlines, default=None)
 
     def forget(self, slot: int) -> None:
         """The slot's worker has gone."""

@@ -58,4 +58,6 @@ class Server:
                 stream.flush()  # else every fork would write it once more
         gc.collect()  # what is garbage here would close, in the forks, descriptors that are others by then
         with signals.kept(HANDLED):
-            return Master(self._sources, obey).run()
+            master = Master(self._sources, obey)
+            master.start()
+            return master.run()

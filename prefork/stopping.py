@@ -4,6 +4,7 @@ from prefork import log
 from prefork.changeover import Changeover
 from prefork.daemon import Daemon, Stop
 from prefork.ops.control import Client
+from prefork.upgrading import Upgrading
 
 # A stop's last word: who is still there after SIGKILL, so often and each time for so long, is not waited for.
 QUICK_LIMIT, QUICK_TRIES = 1.0, 2
@@ -13,9 +14,10 @@ _WHY = "the daemon is stopping"
 class Stopping:
     """The stop of a daemon; ``finished`` once nothing is left to wait for."""
 
-    def __init__(self, daemon: Daemon, changeover: Changeover) -> None:
+    def __init__(self, daemon: Daemon, changeover: Changeover, upgrading: Upgrading) -> None:
         self.daemon = daemon
         self.changeover = changeover
+        self.upgrading = upgrading
         self.finished = False
 
     def stop(self, why: str, client: Client | None = None, timeout: float | None = None) -> None:
@@ -30,6 +32,7 @@ class Stopping:
         seconds = daemon.config.graceful_timeout if timeout is None else timeout
         stop = daemon.stopping = Stop(why, daemon.now, daemon.now + seconds, clients, killed_before=daemon.killed())
         daemon.notifier.send(STOPPING=1)
+        self.upgrading.drop(_WHY)
         if daemon.reloading is None or not daemon.reloading.is_restart:
             self.changeover.drop(_WHY)
         self.changeover.ensure_fork_server()
@@ -60,6 +63,7 @@ class Stopping:
         if daemon.failure is None:
             log.event("stopping_quickly", why=why)
         daemon.stopping = Stop(why, daemon.now, daemon.now + QUICK_LIMIT, clients, killed=True, killed_before=before)
+        self.upgrading.drop(_WHY)
         self.changeover.drop(_WHY)
         for generation in daemon.generations():
             generation.announce_stop()

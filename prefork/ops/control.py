@@ -194,6 +194,11 @@ class ControlServer:
         times = [c.deadline for c in self.clients] + [deadline for _, deadline, _ in self.waiting] + [self.resume_at]
         return min((at for at in times if at is not None), default=None)
 
+    def dismiss(self, reason: str, now: float) -> None:
+        """Tell everybody that there will be no answer; who only wants to know something asks again."""
+        for client in list(self.clients):
+            self.answer(client, {"ok": False, "again": True, "reason": reason}, now)
+
     def close(self) -> None:
         """Take no more commands; the path goes only if it is still ours."""
         for client in list(self.clients):
@@ -208,6 +213,17 @@ class ControlServer:
 def serve(path: str, selector: selectors.BaseSelector, obey: Callable[[Client, dict[str, Any]], None]) -> ControlServer:
     """Open the control socket at ``path``, mode 0600. Raises AddressError when a live daemon has it, OSError for the rest."""
     sock, inode = open_unix(path, 0o600, CLIENTS)
+    return adopt(sock, path, inode, selector, obey)
+
+
+def adopt(
+    sock: socket.socket,
+    path: str,
+    inode: tuple[int, int],
+    selector: selectors.BaseSelector,
+    obey: Callable[[Client, dict[str, Any]], None],
+) -> ControlServer:
+    """Serve a control socket that is open already."""
     sock.setblocking(False)
     server = ControlServer(sock, path, inode, selector, obey)
     selector.register(sock, selectors.EVENT_READ, server.accept)

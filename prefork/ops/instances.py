@@ -25,6 +25,7 @@ _SUFFIX = ".sock"
 _TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
 # How often a command comes again that was let go unheard.
+_QUESTIONS = ("status", "outcome")
 _TRIES = 10
 
 
@@ -103,17 +104,26 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     for tries_left in reversed(range(_TRIES)):
         try:
             data, descriptors = _converse(path, line, patience)
-            break
         except BrokenPipeError:
             # Let go before it could say anything: in a crowd a daemon takes those for idlers who have not spoken yet.
             if not tries_left:
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
-    if not data.endswith(b"\n"):
-        for fd in descriptors:
-            os.close(fd)
+            continue
+        answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
+        # An upgrade cuts what is being said; what changes nothing can be asked once more.
+        if (answer is None or answer.get("again")) and command in _QUESTIONS and tries_left:
+            _close(descriptors)
+            continue
+        break
+    if answer is None:
+        _close(descriptors)
         raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
-    answer: dict[str, Any] = json.loads(data)
     return answer, descriptors
+
+
+def _close(descriptors: Iterable[int]) -> None:
+    for fd in descriptors:
+        os.close(fd)
 
 
 def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, list[int]]:

@@ -47,7 +47,11 @@ STATES = {
 _TRIES = 100
 _WORD = 8
 _PAGE = 4096
-_MAGIC = int.from_bytes(b"prefork\1", "little")
+# Of the layout: running workers go on with theirs while the master becomes another program.
+VERSION = 1
+_MAGIC = int.from_bytes(b"prefork" + bytes([VERSION]), "little")
+# Slot numbers have 32 bits on the wire.
+SLOTS_LIMIT = 1 << 32
 
 # The header page of the board, in words (word 0 is the magic): how many tracebacks were logged in which second, and how many
 # were not since.

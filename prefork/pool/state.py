@@ -5,6 +5,7 @@ state allows; one that can't be true changes nothing and is answered with None o
 """
 
 import heapq
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 
@@ -40,6 +41,31 @@ class Pool:
         self.high = [0] * self.listeners
         self.live = [0] * self.listeners
         self._free = [[] for _ in range(self.listeners)]
+
+    @classmethod
+    def restored(
+        cls,
+        listeners: int,
+        capacity: int,
+        workers: Iterable[Worker],
+        unready: Iterable[int],
+        unborn: Iterable[int],
+        high: Iterable[int],
+    ) -> "Pool":
+        """The pool that had these workers, unready and unborn slots, and highest slots."""
+        pool = cls(listeners, capacity)
+        pool.high = list(high)
+        pool.workers = {worker.slot: worker for worker in workers}
+        pool.unready = {slot: pool.workers[slot] for slot in unready}
+        pool.unborn = {slot: pool.workers[slot] for slot in unborn}
+        for worker in pool.workers.values():
+            pool.live[worker.listener] += 1
+            if worker.pid:
+                pool._by_pid[worker.pid] = worker
+        for listener, top in enumerate(pool.high):
+            # In order, and so a heap.
+            pool._free[listener] = [place for place in range(top) if listener * capacity + place not in pool.workers]
+        return pool
 
     def take(self, listener: int, now: float) -> Worker | None:
         """Take a slot for a fork that is about to be ordered; None when all are in use."""

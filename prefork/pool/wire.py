@@ -14,6 +14,9 @@ import struct
 from dataclasses import dataclass
 from enum import IntEnum
 
+# Of all records: running fork servers and workers go on with theirs while the master becomes another program.
+VERSION = 1
+
 _DOORBELL = struct.Struct("<HHIII")
 _COMMAND = struct.Struct("<BxxxI")
 _REPORT = struct.Struct("<BxxxIIiQQQ")

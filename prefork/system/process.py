@@ -107,6 +107,15 @@ def working_directory() -> str:
         return real
 
 
+def is_nowhere() -> bool:
+    """Whether our working directory was removed."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return True
+    return False
+
+
 def set_title(title: str) -> None:
     """What ps(1) shows."""
     setproctitle(title)

@@ -14,7 +14,7 @@ from typing import Any
 
 # Ours: nobody's user code knows it, so a handler that replaces TERM does not hide the death of a parent.
 PARENT_DIED = signal.SIGRTMIN + 2
-_ALL = frozenset(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
+BLOCKABLE = frozenset(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
 # What CPython itself sets at start: everything else has the default action.
 _IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
@@ -51,7 +51,7 @@ class Inbox:
 @contextmanager
 def blocked() -> Iterator[None]:
     """Hold every signal back. A fork inside must leave with `fresh`, or never."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKABLE)
     try:
         yield
     finally:
@@ -82,7 +82,7 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
 def fresh() -> None:
     """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
     signal.set_wakeup_fd(-1)
-    for signo in _ALL:
+    for signo in BLOCKABLE:
         if signal.getsignal(signo) is None or 32 <= signo < signal.SIGRTMIN:
             continue  # the C library's own
         action = signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL
@@ -94,7 +94,7 @@ def fresh() -> None:
 
 def block() -> None:
     """Hold every signal back until `unblock`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, _ALL)
+    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKABLE)
 
 
 def unblock() -> None:

@@ -1,0 +1,156 @@
+"""The program that this process runs: how it was started, how to try its successor, how to become that under the same pid.
+
+An exec keeps pid, children, the subreaper's role, the signal mask and what is pending; it closes every descriptor that is not
+inheritable. Between the exec and the new handlers each handled signal kills (measured: 12 of 12), so all are blocked before it,
+and stay so until the new program is ready. Where the state is travels in the environment, with our pid: nobody else's child takes
+it for its own.
+"""
+
+import contextlib
+import json
+import os
+import sys
+from collections.abc import Collection, Iterator, MutableMapping
+from dataclasses import dataclass
+from typing import Any
+
+from prefork.system import signals
+
+VARIABLE = "PREFORK_STATE"
+# An environment variable has at most 128 KiB; who goes back tells why in it.
+_REASON_LIMIT = 4096
+# In bytes. A worker takes about 150 of them.
+STATE_LIMIT = 1 << 26
+# Where the tried program finds the state.
+STATE_DESCRIPTOR = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Program:
+    """How a program was started: enough to start it again."""
+
+    executable: str  # as it was called: a venv's link is followed anew
+    image: str  # the file that was executed
+    prefix: tuple[str, ...]  # its arguments before the command: -m prefork, or the path of a script
+    arguments: tuple[str, ...]  # those after it
+
+    def line(self, command: str, *options: str) -> list[str]:
+        """The command line that has it carry out ``command``."""
+        return [self.executable, *self.prefix, command, *options, *self.arguments]
+
+
+def started(command: str) -> Program | None:
+    """How this process was started, if it was as ``prefork COMMAND ...``; None when that can't be told."""
+    given = sys.argv[1:]
+    if given[:1] != [command] or not sys.executable or sys.orig_argv[-len(given) :] != given:
+        return None
+    prefix = sys.orig_argv[1 : -len(given)]
+    if prefix and prefix[-2:-1] not in (["-m"], ["-c"]):
+        prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
+    return Program(sys.executable, os.readlink("/proc/self/exe"), tuple(prefix), tuple(given[1:]))
+
+
+def keep_state(data: bytes) -> int:
+    """A descriptor of a file in memory with this state."""
+    fd = os.memfd_create("prefork-state", os.MFD_CLOEXEC)
+    written = 0
+    while written < len(data):
+        written += os.pwrite(fd, data[written:], written)
+    return fd
+
+
+def read_state(fd: int) -> bytes:
+    """What `keep_state` kept; of what is larger than any state a byte too many."""
+    data = b""
+    while len(data) <= STATE_LIMIT and (more := os.pread(fd, min(1 << 20, STATE_LIMIT + 1 - len(data)), len(data))):
+        data += more
+    return data
+
+
+def try_out(program: Program, state: int) -> tuple[int, int]:
+    """Start ``check`` of the program that is there now, on a copy of the state. Returns its pid and what it says (not blocking).
+
+    Raises OSError when it can't be started.
+    """
+    said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+    try:
+        os.set_blocking(theirs, True)
+        line = program.line("check", f"--adopt={STATE_DESCRIPTOR}")
+        pid = os.posix_spawn(
+            line[0],
+            line,
+            os.environ,
+            file_actions=[
+                (os.POSIX_SPAWN_DUP2, nothing, 0),
+                (os.POSIX_SPAWN_DUP2, nothing, 1),
+                (os.POSIX_SPAWN_DUP2, theirs, 2),
+                (os.POSIX_SPAWN_DUP2, state, STATE_DESCRIPTOR),
+            ],
+            setsid=True,
+            setsigmask=(),
+            setsigdef=signals.BLOCKABLE,
+        )
+    except BaseException:
+        os.close(said)
+        raise
+    finally:
+        os.close(nothing)
+        os.close(theirs)
+    return pid, said
+
+
+def become(program: Program, state: int, descriptors: Collection[int]) -> None:
+    """Become the program that is there now, with these descriptors open. Called with all signals blocked.
+
+    Raises OSError, with everything as it was, when that can't be.
+    """
+    kept = [fd for fd in {*descriptors, state} if not os.get_inheritable(fd)]
+    try:
+        for fd in kept:
+            os.set_inheritable(fd, True)
+        environment = {**os.environ, VARIABLE: f"{state}:{os.getpid()}"}
+        os.execve(program.executable, program.line("serve"), environment)  # noqa: S606 - ourselves
+    finally:
+        for fd in kept:
+            os.set_inheritable(fd, False)
+
+
+def handed_over(environment: MutableMapping[str, str]) -> tuple[int, str] | None:
+    """The descriptor of the state that this process was handed by its predecessor, and why that is back, if it is."""
+    fd, _, rest = environment.pop(VARIABLE, "").partition(":")
+    pid, _, reason = rest.partition(":")
+    if not fd.isdecimal() or pid != str(os.getpid()):
+        return None
+    os.set_inheritable(int(fd), False)
+    return int(fd), reason
+
+
+@contextlib.contextmanager
+def or_back() -> Iterator[None]:
+    """Whatever goes wrong in the block, in a process that was handed a state: become the program again that handed it over.
+
+    Once: if that fails as well, the error of the block is raised.
+    """
+    fd, _, rest = os.environ.get(VARIABLE, "").partition(":")
+    pid, _, reason = rest.partition(":")
+    try:
+        yield
+    except BaseException as error:
+        if pid == str(os.getpid()) and not reason:
+            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+                _go_back(int(fd), f"{type(error).__name__}: {error}")
+        raise
+
+
+def _go_back(fd: int, reason: str) -> None:
+    state: dict[str, Any] = json.loads(read_state(fd))
+    before = Program(**state["program"])
+    told = "".join(char for char in reason[:_REASON_LIMIT] if char != "\0")
+    os.set_inheritable(fd, True)
+    for kept in state["kept"]:
+        os.set_inheritable(kept, True)
+    environment = {**os.environ, VARIABLE: f"{fd}:{os.getpid()}:{told}"}
+    signals.block()
+    # The interpreter that we were, and not what the link names now; it finds its venv by the name it is called by.
+    os.execve(before.image, before.line("serve"), environment)  # noqa: S606

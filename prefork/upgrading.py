@@ -1,0 +1,345 @@
+"""The upgrade: another prefork, or another Python, under the same pid.
+
+The program that is on disk now is tried first (its ``check``, on a copy of the real state); what it refuses changes nothing. Then
+this process writes its state to a file in memory, blocks every signal and becomes that program (`prefork.system.program`), which
+adopts listeners, generations and counters, and reloads. Fork servers and workers are of the old program until that reload is
+committed, and serve on meanwhile.
+"""
+
+import os
+import selectors
+import signal
+import socket
+import time
+from dataclasses import dataclass, replace
+from typing import Any
+
+from prefork import __version__, carried, config, log
+from prefork.carried import CarriedFile, CarriedListener, CarriedTally, CarriedWiring, State, Upgrade
+from prefork.changeover import SETTLED, Changeover
+from prefork.config import Config
+from prefork.daemon import Daemon
+from prefork.generation import Generation
+from prefork.link import Wiring
+from prefork.listeners import Farewell
+from prefork.net.listener import Listener
+from prefork.ops.control import Client
+from prefork.pool.tally import Tally
+from prefork.system import process, program
+from prefork.system.pidfile import PidFile
+from prefork.system.program import Program
+
+# What the trial may take beyond boot_timeout, which is for its import.
+START = 10.0
+# A process that the trial has left behind may go on talking: so many reads are enough.
+LAST_WORDS = 64
+# Of what the trial says the end is kept: the error.
+SAID_LIMIT = 65536
+
+
+@dataclass(slots=True)
+class Trial:
+    """The successor's ``check``, running."""
+
+    pid: int
+    said: int
+    deadline: float
+    text: bytes = b""
+    status: int | None = None
+
+    def take(self) -> bool:
+        """Take in what it has said, so that it never waits for us. False when there is nothing more now."""
+        try:
+            more = os.read(self.said, SAID_LIMIT)
+        except BlockingIOError:
+            return False
+        self.text = (self.text + more)[-SAID_LIMIT:]
+        return bool(more)
+
+
+class Upgrading:
+    """The upgrades of a daemon. ``ready``: the successor was tried, and `become` is due."""
+
+    def __init__(self, daemon: Daemon, changeover: Changeover, how: Program | None) -> None:
+        self.daemon = daemon
+        self.changeover = changeover
+        self.program = how
+        self.trial: Trial | None = None
+        self.ready = False
+        self.reload_before: dict[str, Any] | None = None  # the last one before the upgrade's own
+
+    # -- in the old program
+
+    def upgrade(self, what: str, client: Client | None = None) -> None:
+        """Try the program that is there now, and become it. A client hears the upgrade's number, and asks for its outcome later."""
+        daemon = self.daemon
+        clients = [client] if client is not None else []
+        reason = self._refusal()
+        if reason is not None:
+            log.event("ignored", what=what, why=reason)
+            daemon.tell(clients, {"ok": False, "reason": reason})
+            return
+        number = daemon.upgrade.number + 1 if daemon.upgrade is not None else 1
+        daemon.upgrade = Upgrade(number, time.time(), what, __version__)
+        try:
+            self._try(self._program())
+        except OSError as error:
+            self._give_up(f"{self._program().executable} can't be started: {error.strerror}")
+        daemon.tell(clients, {"ok": True, "upgrade": number})
+
+    def _program(self) -> Program:
+        if self.program is None:
+            raise RuntimeError("an upgrade without a program")
+        return self.program
+
+    def _refusal(self) -> str | None:
+        daemon = self.daemon
+        if daemon.stopping is not None:
+            return "the daemon is stopping"
+        if daemon.current is None:
+            return "the daemon is starting"
+        if daemon.upgrade is not None and not daemon.upgrade.result:
+            return "an upgrade is under way"
+        if daemon.reloading is not None or self.changeover.wanted is not None:
+            return "a reload is under way; try again when it has ended"
+        if self.program is None:
+            return "this daemon was not started as `prefork serve`, so its successor can't be, either: it needs a restart"
+        return None
+
+    def _try(self, how: Program) -> None:
+        daemon = self.daemon
+        log.event("upgrading", what=daemon.upgrade.what if daemon.upgrade else "", program=" ".join(how.line("serve")))
+        state = program.keep_state(carried.write(self.carry()))
+        try:
+            daemon.trying = True
+            pid, said = program.try_out(how, state)
+        finally:
+            os.close(state)
+        self.trial = Trial(pid, said, daemon.now + daemon.config.boot_timeout + START)
+        daemon.selector.register(said, selectors.EVENT_READ, self._listen)
+
+    def _listen(self, _now: float) -> None:
+        # It was readable: nothing to read is the end.
+        if self.trial is not None and not self.trial.take():
+            self.daemon.selector.unregister(self.trial.said)
+
+    def ended(self, pid: int, status: int) -> None:
+        """A child was reaped: if it was the trial, that is its verdict."""
+        if self.trial is not None and self.trial.pid == pid:
+            self.trial.status = status
+
+    def tend(self) -> None:
+        """Do what is due."""
+        trial = self.trial
+        if trial is None:
+            if not self.ready:
+                self._note_outcome()
+        elif trial.status is not None:
+            refused = trial.status != 0
+            self._end_trial(trial)
+            if refused:
+                text = trial.text.decode(errors="replace").strip().removeprefix("prefork: ")
+                self._give_up(text or f"the new program's check said nothing: {process.describe(trial.status)}")
+            else:
+                self.ready = True
+        elif trial.deadline <= self.daemon.now:
+            self.drop("the new program's check has not ended in time")
+
+    def wake_at(self) -> float | None:
+        """When to `tend`."""
+        if self.ready:
+            return self.daemon.now
+        return self.trial.deadline if self.trial is not None else None
+
+    def drop(self, reason: str) -> None:
+        """It is not to be."""
+        if self.trial is not None:
+            process.signal_child(self.trial.pid, signal.SIGKILL)
+            self._end_trial(self.trial)
+            self._give_up(reason)
+        elif self.ready:
+            self.ready = False
+            self._give_up(reason)
+
+    def _end_trial(self, trial: Trial) -> None:
+        self.trial = None
+        for _ in range(LAST_WORDS):
+            if not trial.take():
+                break
+        if trial.said in self.daemon.selector.get_map():
+            self.daemon.selector.unregister(trial.said)
+        os.close(trial.said)
+
+    def _give_up(self, reason: str) -> None:
+        daemon = self.daemon
+        self._end("refused", reason)
+        first, _, rest = reason.partition("\n")
+        number = daemon.current.number if daemon.current is not None else 0
+        log.event("refused", what="upgrade", generation=number, reason=first, text=rest)
+
+    def _end(self, result: str, reason: str = "", generation: int = 0) -> None:
+        self.daemon.trying = False
+        if self.daemon.upgrade is not None:
+            self.daemon.upgrade = replace(self.daemon.upgrade, result=result, reason=reason, generation=generation)
+
+    def become(self) -> None:
+        """Become the new program. Called with all signals blocked; returns only when that can't be."""
+        daemon, how = self.daemon, self._program()
+        self.ready = False
+        # Who waits for a reload gets it with the upgrade; for the rest there is nobody any more who would know them.
+        number = daemon.upgrade.number if daemon.upgrade is not None else 0
+        daemon.tell(self.changeover.wanted or [], {"ok": True, "upgrade": number})
+        wanted, self.changeover.wanted = self.changeover.wanted, None
+        if daemon.control is not None:
+            daemon.control.dismiss("the daemon became another program meanwhile; see prefork status", daemon.now)
+        state = self.carry()
+        fd = program.keep_state(carried.write(state))
+        log.event("handing_over", version=__version__, program=how.executable)
+        try:
+            program.become(how, fd, state.descriptors())
+        except OSError as error:
+            os.close(fd)
+            self._give_up(f"{how.executable} can't be executed: {error.strerror}")
+            self.changeover.wanted = [] if wanted is not None else None
+
+    def carry(self) -> State:
+        """The daemon, for another program."""
+        daemon = self.daemon
+        if daemon.current is None or daemon.upgrade is None:
+            raise RuntimeError("nothing to carry")
+        generations = daemon.generations()
+        everywhere = [*daemon.listeners.current, *(farewell.listener for farewell in daemon.listeners.farewells)]
+        everywhere += [listener for generation in generations for listener in generation.listeners]
+        listeners = list(dict.fromkeys(everywhere))
+        places = {listener: place for place, listener in enumerate(listeners)}
+        tally, wiring, control = daemon.tally, daemon.wiring, daemon.control
+        return State(
+            version=__version__,
+            pid=daemon.pid,
+            program=self._program(),
+            upgrade=daemon.upgrade,
+            name=daemon.name,
+            started=daemon.started,
+            lost=daemon.lost,
+            suspended=daemon.suspended,
+            next_number=daemon.next_number,
+            last_reload=daemon.last_reload,
+            inherited=tuple(sorted(daemon.listeners.inherited & set(process.descriptors()))),
+            activated=daemon.activated,
+            wiring=CarriedWiring(
+                folder=wiring.folder,
+                doorbell_read=wiring.doorbell_read,
+                doorbell_write=wiring.doorbell_write,
+                devnull=wiring.devnull,
+                strangers=tuple(wiring.strangers),
+                credentials=wiring.credentials,
+            ),
+            control=CarriedFile(control.path, control.sock.fileno(), control.inode) if control is not None else None,
+            pid_file=CarriedFile(daemon.pid_file.path, daemon.pid_file.fd) if daemon.pid_file is not None else None,
+            listeners=tuple(_carried_listener(listener) for listener in listeners),
+            current_listeners=tuple(places[listener] for listener in daemon.listeners.current),
+            farewells=daemon.listeners.carry(places),
+            generations=tuple(generation.carry(places) for generation in generations),
+            tally=CarriedTally(
+                tally.counts, tuple(tally.histogram), tally.forked, tally.exited, tally.saturated, tuple(tally.deaths)
+            ),
+        )
+
+    # -- in the new one
+
+    def adopt(self, state: State) -> None:
+        """Put everything in its place again. Raises PreforkError, OSError and ValueError."""
+        daemon = self.daemon
+        if state.pid != daemon.pid:
+            raise ValueError(f"the state is that of process {state.pid}")
+        daemon.name, daemon.started, daemon.lost = state.name, state.started, state.lost
+        daemon.suspended, daemon.next_number, daemon.last_reload = state.suspended, state.next_number, state.last_reload
+        daemon.now, daemon.upgrade, daemon.activated = daemon.clock(), state.upgrade, state.activated
+        counted = state.tally
+        daemon.tally = Tally(counted.counts, list(counted.histogram), counted.forked, counted.exited, counted.saturated)
+        daemon.tally.deaths.extend(counted.deaths)
+        if state.pid_file is not None:
+            daemon.pid_file = PidFile(state.pid_file.path, state.pid_file.fd)
+        listeners = [_adopted_listener(listener) for listener in state.listeners]
+        daemon.listeners.inherited = frozenset(state.inherited)
+        daemon.listeners.current = [listeners[place] for place in state.current_listeners]
+        daemon.listeners.farewells = [
+            Farewell(listeners[f.listener], f.deadline, f.begins, begun=f.begun, parted=f.parted) for f in state.farewells
+        ]
+        configs = [_config(generation, listeners) for generation in state.generations]
+        daemon.config = configs[0]
+        wiring = state.wiring
+        daemon.wiring = Wiring(
+            name=daemon.name,
+            folder=wiring.folder,
+            doorbell_read=wiring.doorbell_read,
+            doorbell_write=wiring.doorbell_write,
+            devnull=wiring.devnull,
+            strangers=frozenset(wiring.strangers),
+            credentials=wiring.credentials,
+        )
+        adopted = [
+            Generation.adopted(
+                generation, conf, [listeners[place] for place in generation.listeners], daemon.wiring, daemon.tally, daemon.now
+            )
+            for generation, conf in zip(state.generations, configs, strict=True)
+        ]
+        daemon.current, daemon.draining = adopted[0], adopted[1:]
+
+    def adopted(self, reason: str) -> None:
+        """The master hears again: read configuration and code with the new program, or say why we are the old one again."""
+        daemon = self.daemon
+        before = daemon.upgrade.version if daemon.upgrade is not None else ""
+        if reason:
+            self._give_up(f"the new program failed, and became this one again: {reason}")
+            return
+        log.event("upgraded", version=__version__, before=before, pid=daemon.pid)
+        self.reload_before = daemon.last_reload
+        self.changeover.reload("reload after the upgrade")
+
+    def _note_outcome(self) -> None:
+        """The upgrade's own reload has ended."""
+        daemon = self.daemon
+        if daemon.upgrade is None or daemon.upgrade.result or daemon.reloading is not None:
+            return
+        last = daemon.last_reload
+        if last is None or last is self.reload_before:
+            return
+        if last["result"] == "ok" and daemon.current is not None:
+            self._end("ok", generation=daemon.current.number)
+        else:
+            self._end(last["result"], f"prefork {__version__} runs, but its reload was refused: {last['reason']}")
+
+    def outcome(self, number: int) -> dict[str, Any] | None:
+        """What became of this upgrade, once it is known and nobody accepts with old code any more."""
+        daemon = self.daemon
+        upgrade = daemon.upgrade
+        if upgrade is None or upgrade.number != number:
+            return {"ok": False, "reason": "the daemon was started anew, or another upgrade came between"}
+        if not upgrade.result:
+            return {"ok": False, "reason": "the daemon is stopping"} if daemon.stopping is not None else None
+        if upgrade.result != "ok":
+            return {"ok": False, "reason": upgrade.reason}
+        if any(generation.accepts for generation in daemon.draining) and time.time() < upgrade.at + SETTLED:
+            return None
+        return {"ok": True, "generation": upgrade.generation, "version": __version__, "suspended": daemon.suspended}
+
+
+def _carried_listener(listener: Listener) -> CarriedListener:
+    return CarriedListener(listener.fileno(), listener.configured, listener.address, listener.inode, listener.ours)
+
+
+def _adopted_listener(listener: CarriedListener) -> Listener:
+    sock = socket.socket(fileno=listener.fd) if listener.fd != -1 else _closed()
+    return Listener(listener.configured, listener.address, sock, listener.inode, listener.ours)
+
+
+def _closed() -> socket.socket:
+    sock = socket.socket()
+    sock.close()
+    return sock
+
+
+def _config(generation: carried.CarriedGeneration, listeners: list[Listener]) -> Config:
+    # Of addresses that a reload has changed meanwhile the listener has the latest.
+    return config.restored(generation.config, tuple(listeners[place].configured for place in generation.listeners))
