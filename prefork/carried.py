@@ -21,7 +21,7 @@ from prefork.net.address import Address
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Counts, Layout
 from prefork.pool.state import Worker
-from prefork.pool.tally import Death, Trouble
+from prefork.pool.tally import Death, LastReload, Trouble
 from prefork.system.credentials import Credentials
 from prefork.system.program import STATE_LIMIT, Program
 
@@ -158,7 +158,7 @@ class State:
     lost: float
     suspended: bool
     next_number: int
-    last_reload: dict[str, Any] | None
+    last_reload: LastReload | None
     inherited: tuple[int, ...]
     activated: tuple[tuple[str, int], ...]
     wiring: CarriedWiring

@@ -18,7 +18,7 @@ from prefork.generation import Generation
 from prefork.listeners import Plan
 from prefork.net.listener import Listener
 from prefork.ops.control import Client, Outcome
-from prefork.pool.tally import Trouble
+from prefork.pool.tally import LastReload, Trouble
 
 # After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
 SETTLED = 1.0
@@ -321,7 +321,7 @@ class Changeover:
             log.event("restarting", seconds=seconds, reason=first)
 
     def _remember(self, result: str, reason: str | None) -> None:
-        self.daemon.last_reload = {"at": time.time(), "result": result, "reason": reason}
+        self.daemon.last_reload = LastReload(time.time(), result, reason)
 
 
 def _what_hangs(generation: Generation) -> str:

@@ -49,7 +49,8 @@ def check(sources: Sources, state: bytes | None = None) -> str:
 
 
 def _refuse_restart(running: State, config: Config) -> None:
-    changed = needs_restart(restored(running.generations[0].config, config.bind), config)
+    current, *_ = [restored(generation.config, config.bind) for generation in running.generations]
+    changed = needs_restart(current, config)
     if changed is not None:
         raise ConfigError(changed)
 

@@ -128,7 +128,7 @@ def _status(daemon: Daemon, client: Client) -> None:
         "state": daemon.state,
         "started_at": daemon.started,
         "generation": daemon.current.number if daemon.current is not None else 0,
-        "reload": daemon.last_reload,
+        "reload": asdict(daemon.last_reload) if daemon.last_reload is not None else None,
         "backoff": {"until": time.time() + troubled[0].until - daemon.now, "reason": troubled[0].reason} if troubled else None,
         "max_workers": daemon.config.max_workers,
         "saturated_seconds": daemon.saturated(),

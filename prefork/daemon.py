@@ -23,7 +23,7 @@ from prefork.net.listener import Listener
 from prefork.ops import control
 from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool.scoreboard import BUSY
-from prefork.pool.tally import Tally, Trouble
+from prefork.pool.tally import LastReload, Tally, Trouble
 from prefork.system import limits
 from prefork.system.pidfile import PidFile
 from prefork.system.systemd import Notifier
@@ -88,7 +88,7 @@ class Daemon:
         self.suspended = False
         self.tally = Tally()
         self.trouble = Trouble()  # of fork servers
-        self.last_reload: dict[str, Any] | None = None
+        self.last_reload: LastReload | None = None
         self.upgrade: Upgrade | None = None  # the latest one
         self.trying = False  # another program, to become it: reloads wait
         self.next_number = 1

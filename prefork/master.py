@@ -143,6 +143,8 @@ class Master:
         state = carried.read(program.read_state(fd))
         for kept in state.descriptors():
             os.set_inheritable(kept, False)
+        if reason:
+            program.put_back(state.program.variables)
         self.upgrading.adopt(state)
         who = daemon.wiring.credentials
         try:

@@ -24,7 +24,7 @@ from prefork.link import Wiring
 from prefork.listeners import Farewell
 from prefork.net.listener import Listener
 from prefork.ops.control import Client
-from prefork.pool.tally import Tally
+from prefork.pool.tally import LastReload, Tally
 from prefork.system import process, program
 from prefork.system.pidfile import PidFile
 from prefork.system.program import Program
@@ -66,7 +66,8 @@ class Upgrading:
         self.program = how
         self.trial: Trial | None = None
         self.ready = False
-        self.reload_before: dict[str, Any] | None = None  # the last one before the upgrade's own
+        self.reload_before: LastReload | None = None  # the last one before the upgrade's own
+        self.settled_by = 0.0  # then nobody waits any more for those who accept with old code
 
     # -- in the old program
 
@@ -305,10 +306,11 @@ class Upgrading:
         last = daemon.last_reload
         if last is None or last is self.reload_before:
             return
-        if last["result"] == "ok" and daemon.current is not None:
+        self.settled_by = daemon.now + SETTLED
+        if last.result == "ok" and daemon.current is not None:
             self._end("ok", generation=daemon.current.number)
         else:
-            self._end(last["result"], f"prefork {__version__} runs, but its reload was refused: {last['reason']}")
+            self._end(last.result, f"prefork {__version__} runs, but its reload was refused: {last.reason}")
 
     def outcome(self, number: int) -> dict[str, Any] | None:
         """What became of this upgrade, once it is known and nobody accepts with old code any more."""
@@ -320,7 +322,7 @@ class Upgrading:
             return {"ok": False, "reason": "the daemon is stopping"} if daemon.stopping is not None else None
         if upgrade.result != "ok":
             return {"ok": False, "reason": upgrade.reason}
-        if any(generation.accepts for generation in daemon.draining) and time.time() < upgrade.at + SETTLED:
+        if any(generation.accepts for generation in daemon.draining) and daemon.now < self.settled_by:
             return None
         return {"ok": True, "generation": upgrade.generation, "version": __version__, "suspended": daemon.suspended}
 

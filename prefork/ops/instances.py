@@ -109,6 +109,8 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
             if not tries_left:
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
             continue
+        except ConnectionResetError:
+            data, descriptors = b"", []
         answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
         # An upgrade cuts what is being said; what changes nothing can be asked once more.
         if (answer is None or answer.get("again")) and command in _QUESTIONS and tries_left:
@@ -140,7 +142,7 @@ def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, li
             data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
             while more := sock.recv(65536):
                 data += more
-        except BrokenPipeError:
+        except (BrokenPipeError, ConnectionResetError):
             raise
         except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None

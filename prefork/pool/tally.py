@@ -22,6 +22,15 @@ class Death:
     stack: str | None = None
 
 
+@dataclass(frozen=True, slots=True)
+class LastReload:
+    """How the last reload ended, and when (seconds since the epoch)."""
+
+    at: float
+    result: str  # ok, refused, rolled back
+    reason: str | None
+
+
 @dataclass(slots=True)
 class Tally:
     """What has ended, for the whole daemon: what gone generations counted, and what only the master can count."""

@@ -10,13 +10,14 @@ import contextlib
 import json
 import os
 import sys
-from collections.abc import Collection, Iterator, MutableMapping
+from collections.abc import Collection, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass
 from typing import Any
 
 from prefork.system import signals
 
 VARIABLE = "PREFORK_STATE"
+_PYTHONS = ("PYTHONHOME", "PYTHONPATH")
 # An environment variable has at most 128 KiB; who goes back tells why in it.
 _REASON_LIMIT = 4096
 # In bytes. A worker takes about 150 of them.
@@ -33,6 +34,9 @@ class Program:
     image: str  # the file that was executed
     prefix: tuple[str, ...]  # its arguments before the command: -m prefork, or the path of a script
     arguments: tuple[str, ...]  # those after it
+    home: str  # where that interpreter's library is
+    path: tuple[str, ...]  # where it imports from
+    variables: dict[str, str]  # what the environment says of both
 
     def line(self, command: str, *options: str) -> list[str]:
         """The command line that has it carry out ``command``."""
@@ -47,7 +51,15 @@ def started(command: str) -> Program | None:
     prefix = sys.orig_argv[1 : -len(given)]
     if prefix and prefix[-2:-1] not in (["-m"], ["-c"]):
         prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
-    return Program(sys.executable, os.readlink("/proc/self/exe"), tuple(prefix), tuple(given[1:]))
+    return Program(
+        executable=sys.executable,
+        image=os.readlink("/proc/self/exe"),
+        prefix=tuple(prefix),
+        arguments=tuple(given[1:]),
+        home=sys.base_prefix,
+        path=tuple(filter(None, sys.path)),
+        variables={name: os.environ[name] for name in _PYTHONS if name in os.environ},
+    )
 
 
 def keep_state(data: bytes) -> int:
@@ -126,6 +138,13 @@ def handed_over(environment: MutableMapping[str, str]) -> tuple[int, str] | None
     return int(fd), reason
 
 
+def put_back(variables: Mapping[str, str]) -> None:
+    """We are back: what helped the interpreter to find its library is nothing for those whom we start."""
+    for name in _PYTHONS:
+        os.environ.pop(name, None)
+    os.environ.update(variables)
+
+
 @contextlib.contextmanager
 def or_back() -> Iterator[None]:
     """Whatever goes wrong in the block, in a process that was handed a state: become the program again that handed it over.
@@ -150,7 +169,8 @@ def _go_back(fd: int, reason: str) -> None:
     os.set_inheritable(fd, True)
     for kept in state["kept"]:
         os.set_inheritable(kept, True)
-    environment = {**os.environ, VARIABLE: f"{fd}:{os.getpid()}:{told}"}
+    # The interpreter that we were, and not what the link names now; what its venv says may be another one's by now.
+    found = {"PYTHONHOME": before.home, "PYTHONPATH": os.pathsep.join(before.path)}
+    environment = {**os.environ, **found, VARIABLE: f"{fd}:{os.getpid()}:{told}"}
     signals.block()
-    # The interpreter that we were, and not what the link names now; it finds its venv by the name it is called by.
     os.execve(before.image, before.line("serve"), environment)  # noqa: S606
