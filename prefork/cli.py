@@ -286,7 +286,7 @@ def upgrade(name: str | None, control: str | None) -> None:
 
     \b
     Examples:
-      pip install -U prefork && prefork upgrade echo
+      prefork upgrade echo   after pip install -U prefork
     """
     with _errors():
         path = find(name, control)

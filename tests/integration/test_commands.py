@@ -335,7 +335,12 @@ def test_the_manual_page_is_whole_and_without_warnings(tmp_path: Path) -> None:
     text = shown.stdout
     for name, command in main.commands.items():
         assert f"   prefork {name}\n" in text
-        assert all(option in text for param in command.params for option in param.opts if isinstance(param, click.Option))
+        assert all(
+            option in text
+            for param in command.params
+            for option in param.opts
+            if isinstance(param, click.Option) and not param.hidden
+        )
     sections = re.findall(r"^[A-Z ]+$", text, re.MULTILINE)
     assert sections == [
         *("NAME", "SYNOPSIS", "DESCRIPTION", "COMMANDS", "OPTIONS OF SERVE AND CHECK", "OTHER OPTIONS", "SIGNALS", "EXIT STATUS"),
