@@ -11,12 +11,10 @@ import time
 from collections.abc import Callable
 from functools import partial
 
-from tests.faults.arena import Figures
+from tests.faults.arena import Figures, Rounds
 from tests.faults.campaign import FAULTS, together
 
-COLUMNS = ("fault", "workload", "count", "connections", "failures", "permitted", "worst", "took")
-# A fault may use so much of the time that is left; the next ones get what it leaves over.
-SHARE = 0.5
+COLUMNS = ("fault", "workload", "count", "planned", "connections", "failures", "permitted", "worst", "took", "FAILED")
 
 
 class Report:
@@ -25,14 +23,15 @@ class Report:
     def __init__(self) -> None:
         self.rows: list[Figures] = []
 
-    def add(self, fault: str, run: Callable[[], Figures]) -> None:
+    def add(self, fault: str, workload: str, planned: float, run: Callable[[], Figures]) -> None:
         """Run it and print its line."""
         begun = time.monotonic()
+        row: Figures = {"fault": fault, "workload": workload, "planned": planned}
         try:
-            figures = run()
-        except AssertionError as error:
-            figures = {"FAILED": str(error)}
-        row = {"fault": fault, **figures, "took": round(time.monotonic() - begun, 1)}
+            row |= run()
+        except Exception as error:  # whatever it is: it is told, and the other faults still have their turn
+            row["FAILED"] = f"{type(error).__name__}: {error}"
+        row["took"] = round(time.monotonic() - begun, 1)
         print(json.dumps(row), flush=True)
         self.rows.append(row)
 
@@ -53,7 +52,7 @@ class Report:
 def _cell(value: object) -> str:
     if isinstance(value, dict):
         return ", ".join(f"{count} {kind}" for kind, count in value.items()) or "0"
-    return "FAILED" if value is None else str(value)
+    return "" if value is None else str(value).partition("\n")[0][:40]
 
 
 def main() -> int:
@@ -67,14 +66,17 @@ def main() -> int:
     print(f"seed {given.seed}", flush=True)
     end = time.monotonic() + given.minutes * 60 if given.minutes else math.inf
     report = Report()
-    for name in given.fault or FAULTS:
+    runs = [(name, workload) for name in given.fault or FAULTS for workload in FAULTS[name].workloads]
+    for number, (name, workload) in enumerate(runs):
+        # What one does not need of its share of the time is for those after it, the last of which is all of them together.
+        now = time.monotonic()
+        deadline = now + (end - now) / (len(runs) + 1 - number)
         fault = FAULTS[name]
-        for workload in fault.workloads:
-            now = time.monotonic()
-            rounds = fault.share(given.count or fault.full, now + (end - now) * SHARE, given.seed)
-            report.add(name, partial(fault.run, rounds, workload))
+        rounds = Rounds(fault.share(given.count or fault.full), deadline, given.seed, alone=True)
+        report.add(name, workload, rounds.count, partial(fault.run, rounds, workload))
     if given.minutes and not given.fault:
-        report.add("together", partial(together, max(10.0, end - time.monotonic()), given.seed))
+        seconds = round(max(0.0, end - time.monotonic()), 1)
+        report.add("together", "mixed", seconds, partial(together, seconds, given.seed))
     print(report.table())
     return 1 if report.failed else 0
 

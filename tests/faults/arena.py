@@ -37,17 +37,22 @@ WORKLOADS = ("short", "long", "mixed")
 # What a module says that serves; a strike puts something that does not in front of it.
 MODULE = "from target import loop\n"
 FORK_SERVER = re.compile(r" gen (\d+)$")  # its title
+WARM = 50  # short connections
 # How much more memory of its own a master may have after a fault.
 MASTER_MAY_GROW_KIB = 2048
 
 
 @dataclass(slots=True)
 class Rounds:
-    """How much of a fault: ``count`` strikes, or as many as there is time for (monotonic). ``done`` are those that were."""
+    """How much of a fault: ``count`` strikes, or as many as there is time for (monotonic). ``done`` are those that were.
+
+    ``alone``: nothing else runs on this machine, so that clients' waits are the daemon's doing.
+    """
 
     count: int
     deadline: float = math.inf
     seed: int = 0
+    alone: bool = False
     done: int = 0
 
     def __iter__(self) -> Iterator[int]:
@@ -65,9 +70,9 @@ class Fault:
     small: int = 1
     workloads: tuple[str, ...] = WORKLOADS
 
-    def share(self, count: int, deadline: float = math.inf, seed: int = 0) -> Rounds:
+    def share(self, count: int) -> int:
         """Each workload's share of ``count``."""
-        return Rounds(-(-count // len(self.workloads)), deadline, seed)
+        return -(-count // len(self.workloads))
 
 
 @dataclass(frozen=True, slots=True)
@@ -232,12 +237,13 @@ def clients(address: Any, workload: str, rate: float | None = None, timeout: flo
 
 
 def serving(server: Server, loads: list[Load]) -> None:
-    """Wait until every kind of client has been served."""
+    """Wait until the load is at its full height, and the daemon has what it needs for it."""
     held = sum(load.clients for load in loads if load.held)
     watch.until(
         "the load runs",
-        lambda: server.status()["totals"]["serving"] >= held and all(load.held or load.connections for load in loads),
+        lambda: server.status()["totals"]["serving"] >= held and all(load.held or load.connections > WARM for load in loads),
     )
+    recovered(server, loads)
 
 
 def machine(server: Server) -> Machine:

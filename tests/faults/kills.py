@@ -9,11 +9,11 @@ import psutil
 from prefork.testing import serve
 from tests import watch
 from tests.faults import strikes
-from tests.faults.arena import Arena, Fault, Figures, Rounds, arena, clients, figures_of_ends, note_end, recovered, serving
+from tests.faults.arena import Arena, Fault, Figures, Rounds, arena, clients, figures_of_ends, note_end, serving
 
 IMPORT_TAKES_A_SECOND = "import time\ntime.sleep(1)\n"
-# The longest that a client may wait while a fork server is replaced whose import takes longer than that.
-LONGEST_WAIT = 0.2
+# The longest that a client may wait while such a fork server is replaced; and on a machine that others make wait, too.
+LONGEST_WAIT, SHORTER_THAN_THE_IMPORT = 0.2, 0.9
 
 
 def workers(rounds: Rounds, workload: str) -> Figures:
@@ -61,7 +61,7 @@ def fork_server(rounds: Rounds, workload: str) -> Figures:
             generation = ring.recovered()["generation"]
             strikes.kill_fork_server(ring)
             ring.replaced(generation)
-    assert ring.figures["worst"] < LONGEST_WAIT, ring.figures
+    assert ring.figures["worst"] < (LONGEST_WAIT if rounds.alone else SHORTER_THAN_THE_IMPORT), ring.figures
     return ring.figures
 
 
@@ -72,7 +72,6 @@ def master(rounds: Rounds, workload: str) -> Figures:
     for _ in rounds:
         with serve("echo:loop", workers=4) as server, clients(server.address, workload) as loads:
             serving(server, loads)
-            recovered(server, loads)
             held = [load for load in loads if load.held]
             family = watch.family(server.pid)
             # Busy workers and their fork server stay until the connections end.

@@ -9,7 +9,7 @@ from pathlib import Path
 from prefork.testing import serve
 from tests import watch
 from tests.faults import strikes
-from tests.faults.arena import Fault, Figures, Rounds, arena, clients, figures_of_ends, never_connected, note_end, serving
+from tests.faults.arena import Fault, Figures, Rounds, Strike, arena, clients, figures_of_ends, never_connected, note_end, serving
 from tests.load import Load
 
 
@@ -48,12 +48,22 @@ def refused(rounds: Rounds, workload: str) -> Figures:
     return ring.figures
 
 
+def hup_storm(rounds: Rounds, workload: str) -> Figures:
+    """SIGHUP faster than anybody can reload."""
+    return _storm(rounds, workload, strikes.hup)
+
+
 def scaling(rounds: Rounds, workload: str) -> Figures:
-    """TTIN and TTOU at random, faster than anybody can fork; and now and then a pause in which the daemon can follow."""
+    """TTIN and TTOU at random, faster than anybody can fork."""
+    return _storm(rounds, workload, strikes.ttin, strikes.ttou)
+
+
+def _storm(rounds: Rounds, workload: str, *signals: Strike) -> Figures:
+    """Signals coalesce: nothing is said of how many of them were heard. Now and then a pause in which the daemon can follow."""
     with arena(workload, rounds=rounds) as ring:
         for number in rounds:
-            ring.chance.choice((strikes.ttin, strikes.ttou))(ring)
-            time.sleep(ring.chance.choice((0.0, 0.001, 0.005)))
+            ring.chance.choice(signals)(ring)
+            time.sleep(ring.chance.choice((0.0, 0.001, 0.01)))
             if number % 50 == 0:
                 ring.recovered()
     return ring.figures
@@ -142,6 +152,7 @@ def graceful_stops(rounds: Rounds, workload: str) -> Figures:
 FAULTS = {
     "steady": Fault(steady, 60, 2),
     "reloads": Fault(reloads, 500, 10),
+    "hup_storm": Fault(hup_storm, 2000, 50),
     "refused": Fault(refused, 100, 2),
     "scaling": Fault(scaling, 2000, 100),
     "rotation": Fault(rotation, 200, 5),

@@ -30,7 +30,7 @@ def test_one_instance_of_each_fault(name: str) -> None:
 @pytest.mark.parametrize(("name", "workload"), [(name, w) for name, fault in campaign.FAULTS.items() for w in fault.workloads])
 def test_a_tenth_of_each_fault(name: str, workload: str) -> None:
     fault = campaign.FAULTS[name]
-    fault.run(fault.share(fault.full // 10), workload)
+    fault.run(Rounds(fault.share(fault.full // 10)), workload)
 
 
 def test_faults_at_random_together() -> None:
