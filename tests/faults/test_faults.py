@@ -1,6 +1,7 @@
-"""One instance of each fault; `python -m tests.faults` runs the same with full counts."""
+"""One instance of each fault, and with `-m slow` a tenth of its counts; `python -m tests.faults` runs the same with full ones."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
@@ -14,31 +15,39 @@ from prefork.testing import Server, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.faults import campaign
-from tests.load import Load
+from tests.faults.arena import Rounds
 
 Start = Callable[..., Server]
 
 
-def test_a_steady_load_loses_nobody() -> None:
-    # How few are forked is a figure: a starved machine makes it another one. The rule itself is tested in unit/test_policy.py.
-    campaign.steady(seconds=2.0)
+@pytest.mark.parametrize("name", campaign.FAULTS)
+def test_one_instance_of_each_fault(name: str) -> None:
+    fault = campaign.FAULTS[name]
+    fault.run(Rounds(fault.small), fault.workloads[-1])
 
 
-def test_reloads_under_load_lose_nobody() -> None:
-    campaign.reloads(count=10)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "workload"), [(name, w) for name, fault in campaign.FAULTS.items() for w in fault.workloads])
+def test_a_tenth_of_each_fault(name: str, workload: str) -> None:
+    fault = campaign.FAULTS[name]
+    fault.run(Rounds(fault.share(fault.full // 10)), workload)
 
 
-def test_reloads_that_add_and_remove_addresses_under_load_lose_nobody() -> None:
-    campaign.addresses(count=8)
+def test_faults_at_random_together() -> None:
+    at_random(3.0)
 
 
-def test_killed_workers_cost_at_most_a_connection_each() -> None:
-    campaign.kill_workers(count=20)
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_faults_at_random_together_for_a_minute() -> None:
+    at_random(60.0)
 
 
-def test_a_killed_fork_server_costs_nobody_anything() -> None:
-    figures = campaign.kill_fork_server(count=1)
-    assert figures["worst"] < 0.9, "a client waited for the import"
+def at_random(seconds: float) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # shown when it fails
+    campaign.together(seconds, seed)
 
 
 def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_serve_on(
@@ -62,44 +71,12 @@ def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_s
     watch.settled(server, 2)
 
 
-def test_a_killed_master_leaves_nothing() -> None:
-    campaign.kill_master(count=1)
-
-
-def test_stops_under_full_load_lose_nobody() -> None:
-    campaign.stops(count=3)
-
-
 def test_stops_without_the_right_to_a_filter_lose_nobody_either() -> None:
     if os.geteuid() != 0:
         pytest.skip("without root every test of a stop is this one, where the kernel wants CAP_NET_ADMIN for a filter")
-    command = ["setpriv", "--bounding-set=-net_admin", sys.executable, "-m", "tests.faults", "stops", "--count=3"]
+    command = ["setpriv", "--bounding-set=-net_admin", sys.executable, "-m", "tests.faults", "graceful_stops", "--count=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_stops_under_full_load_lose_nobody_and_none_hangs() -> None:
-    # A SIGCHLD that went unheard once made one stop in 200 wait for the next event.
-    figures = campaign.stops(count=50)
-    assert figures["slowest_stop"] < 10.0
-
-
-def test_a_master_that_is_stopped_for_a_while_punishes_nobody(prefork_server: Start) -> None:
-    server = prefork_server("echo:loop", workers=4, boot_timeout=1.5, drain_timeout=5, spare_timeout=1)
-    with Load(server.address, clients=2) as load:
-        os.kill(server.pid, signal.SIGHUP)
-        os.kill(server.pid, signal.SIGSTOP)
-        begun = load.connections
-        # The fault is time itself: longer than boot_timeout. The workers serve on meanwhile.
-        time.sleep(2.0)
-        assert load.connections > begun
-        os.kill(server.pid, signal.SIGCONT)
-        watch.logged(server, "generation 2 serves")
-    assert not load.failures
-    watch.settled(server, 4)
-    totals = server.status()["totals"]
-    assert (totals["killed"], totals["ok"]) == (0, load.connections)
 
 
 def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server: Start) -> None:
@@ -196,14 +173,15 @@ def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> No
 
 
 def test_a_fork_server_that_is_stopped_is_replaced(prefork_server: Start) -> None:
-    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=2)
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=1.5)
     watch.settled(server, 1)
     os.kill(watch.fork_server(server), signal.SIGSTOP)
     with server.connect() as held:
         # It can't fork the replacement that this connection needs.
         assert held.recv(64)
         watch.logged(server, "does not answer: it is killed")
-        watch.logged(server, "generation 2 serves")
+        log = watch.logged(server, "generation 2 serves")
+        assert log.count("does not answer") == 1
         with server.connect() as sock:
             assert sock.recv(64)
     watch.until("all is counted", lambda: server.status()["totals"]["ok"] == 2)
