@@ -99,7 +99,7 @@ class Hung:
     def _wait_for_stack(self, case: Case, now: float) -> None:
         came = self._link.stacks.look()
         if (came or not case.came) and now < case.until:
-            case.came, case.look_at = case.came or came, now + LOOK
+            case.came, case.look_at = case.came or came, min(case.until, now + LOOK)
             return
         self._case, self._scan_at = None, now
         board, worker = self._link.board, case.worker
