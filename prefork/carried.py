@@ -65,6 +65,7 @@ class CarriedLink:
     board: int
     orders: int
     gate: int
+    stacks: int
     outbox: tuple[str, ...]  # hexadecimal
 
 
@@ -181,7 +182,7 @@ class State:
         found += [listener.fd for listener in self.listeners]
         for generation in self.generations:
             link = generation.link
-            found += [link.channel, link.board, link.orders, link.gate]
+            found += [link.channel, link.board, link.orders, link.gate, link.stacks]
         return [fd for fd in found if fd != -1]
 
 
@@ -260,7 +261,15 @@ def _check_generation(generation: CarriedGeneration, listeners: int) -> None:
         raise ValueError("a slot that is not in use")
     if generation.link.pid is None and generation.link.channel != -1:
         raise ValueError("a channel to nobody")
-    if min(generation.link.board, generation.link.orders, generation.link.channel if generation.link.pid else 0) < 0:
+    if (
+        min(
+            generation.link.board,
+            generation.link.orders,
+            generation.link.stacks,
+            generation.link.channel if generation.link.pid else 0,
+        )
+        < 0
+    ):
         raise ValueError("no descriptor")
     for message in generation.link.outbox:
         bytes.fromhex(message)

@@ -108,6 +108,9 @@ class Config:
         plain=lambda value: values.size_text(value) if value else 0,
     )
     max_lifetime: float = _seconds(0.0, "A worker that is older is recycled after its connection; 0 is no limit.")
+    timeout: float = _seconds(
+        0.0, "A connection may take this long; then its stack is logged and its worker killed; 0 is no limit."
+    )
     socket_timeout: float = _seconds(0.0, "sock.settimeout() for each connection; 0 is none.")
     boot_timeout: float = _seconds(
         60.0, "How long the handler's import and hooks, and a worker's start, may take.", values.positive_seconds
@@ -116,6 +119,12 @@ class Config:
         0.0, "How long workers retired by a reload, scaling or recycling may finish; 0 is as long as they take."
     )
     graceful_timeout: float = _seconds(30.0, "How long connections may finish at stop.")
+    drain: str = _option(
+        "finish",
+        values.choice("finish", "eof"),
+        "What a connection sees of its worker being asked to leave: nothing (finish), or the end of its input (eof).",
+        "finish|eof",
+    )
     canary: float = _seconds(
         0.0, "Crashes of new workers take a reload back for so long, and prefork reload waits for the end of it; 0 is not at all."
     )
@@ -282,6 +291,12 @@ def check(config: Config, origins: Mapping[str, str]) -> None:
         raise ConfigError(
             f"{given('max_connections_jitter', config.max_connections_jitter)} adds to max_connections, which is not set: set it, "
             "or drop the jitter"
+        )
+    unix = [str(address) for address in config.bind if address.family == AF_UNIX]
+    if config.drain == "eof" and unix:
+        raise ConfigError(
+            f"{given('drain', config.drain)} does not work for {unix[0]}: on a Unix socket the client's next send fails at once; "
+            "listen on TCP, or take drain = finish"
         )
     taken: dict[str, str] = {}
     for key, path in _paths(config):

@@ -20,12 +20,13 @@ from typing import NoReturn
 
 from prefork import handler, log, worker
 from prefork.config import Config
+from prefork.ending import Ending
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Kind, Order, Report
-from prefork.system import credentials, process, signals
+from prefork.system import credentials, process, signals, stacks
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -34,6 +35,8 @@ COMMANDS_AT_ONCE = 64
 # With the master dead: how long the queue may take to empty before the listeners are closed under whoever is still in it.
 FAREWELL = 0.5
 REPEAT = 0.02
+# Orders that are a signal to a worker.
+SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
 TIMERS = {
     signal.ITIMER_REAL: signal.SIGALRM,
     signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
@@ -59,6 +62,7 @@ class Brief:
     doorbell: int
     gate: int
     devnull: int
+    stacks: int
 
 
 def main(brief: Brief) -> NoReturn:
@@ -159,9 +163,10 @@ class ForkServer:
         os.setsid()  # only the master hears the terminal
         signals.fresh()
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
+        self.ending = Ending(self.board)
         os.dup2(brief.devnull, 0)
         log.begin_fork_server(brief.config, f"gen {brief.generation}", self.board.order_words)
-        keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull}
+        keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull, brief.stacks}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
         self._tie_to_master()
@@ -196,6 +201,7 @@ class ForkServer:
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        stacks.tell(self.brief.stacks, dumps=self.brief.config.timeout > 0)
         process.settle()
         worker.freeze()
         return loaded
@@ -229,10 +235,12 @@ class ForkServer:
             match command.order:
                 case Order.FORK:
                     self._fork(command.slot, loaded)
-                case Order.RETIRE:
-                    self._signal(command.slot, signal.SIGTERM)
-                case Order.KILL:
-                    self._signal(command.slot, signal.SIGKILL)
+                case Order.RETIRE | Order.KILL | Order.DUMP as order:
+                    if (pid := self.by_slot.get(command.slot)) is not None:
+                        process.signal_child(pid, SIGNALS[order])
+                case Order.END:
+                    if (pid := self.by_slot.get(command.slot)) is not None:
+                        self.ending.ask(pid, command.slot, command.begun)
                 case Order.LEAVE:
                     # Who is still serving a connection becomes the master's child, and costs only itself.
                     self.leaving = True
@@ -269,6 +277,7 @@ class ForkServer:
                         doorbell=brief.doorbell,
                         gate=brief.gate,
                         devnull=brief.devnull,
+                        stacks=brief.stacks,
                         private=frozenset(ours - {listener.fileno()}),
                     ),
                     loaded,
@@ -276,10 +285,6 @@ class ForkServer:
         self.children[pid] = slot
         self.by_slot[slot] = pid
         self._send(Report(Kind.FORKED, slot, pid))
-
-    def _signal(self, slot: int, signo: int) -> None:
-        if (pid := self.by_slot.get(slot)) is not None:
-            process.signal_child(pid, signo)
 
     # -- what the kernel tells
 
@@ -290,7 +295,10 @@ class ForkServer:
                 continue  # a process that user code started
             if isinstance(change, process.Changed):
                 self._send(Report(Kind.STOPPED if change.stopped else Kind.CONTINUED, slot, change.pid))
+                if change.stopped:
+                    self.ending.stopped(change.pid)
                 continue
+            self.ending.forget(change.pid)
             del self.children[change.pid]
             del self.by_slot[slot]
             self._send(

@@ -14,6 +14,7 @@ from typing import Any
 from prefork import log
 from prefork.carried import CarriedGeneration, CarriedPool
 from prefork.config import Config, plain
+from prefork.hung import Hung
 from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import policy, scoreboard, wire
@@ -87,7 +88,8 @@ class Generation:
         self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
         self._left = False
         self.link = Link(number, self.layout, wiring)
-        self.retiring = Retiring(self.link, self.pool)
+        self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
+        self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
 
     # -- an upgrade
 
@@ -128,8 +130,10 @@ class Generation:
         self.retired, self._counted = set(carried.retired), dict(carried.counted)
         self.trouble, self.gossip, self.saturated_seconds = carried.trouble, carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
-        self.retiring = Retiring(self.link, self.pool)
+        self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
         self.retiring.ask_again(now)
+        self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
+        self.hung.looked(now)
         for worker in self.pool.workers.values():
             self._note_absence(worker)
         for place in self.retired:
@@ -206,6 +210,9 @@ class Generation:
         for worker in self.pool.workers.values():
             if worker.killed:
                 self.link.signal(worker, Order.KILL)
+            elif worker.hung is not None:
+                process.signal_child(worker.pid, signal.SIGCONT)  # the fork server may have stopped it, and died
+                self.link.end(worker)
         self.retiring.ask_again(now)
 
     def _may_be_a_worker(self, pid: int) -> bool:
@@ -238,26 +245,38 @@ class Generation:
         # It ended by itself, with an error, and never served anybody: the next one would do the same.
         useless = status is not None and os.WIFEXITED(status) and status != 0 and self._counted[slot].begun == before
         peer = self.board.peer(slot) if serving else None
-        cause = "reaped by its dead fork server" if status is None else process.describe(status)
+        cause, stack, told = self._post_mortem(worker, status, serving=serving)
         self._forget(worker)
         if not worker.retiring:
             self._vacated[worker.listener] += 1
         if (status != 0 or serving) and self.committed:
-            self.tally.deaths.append(Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024))
+            self.tally.deaths.append(
+                Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024, stack or None)
+            )
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
         if not worker.retiring and (not was_ready or useless):
-            self._failed_early(who, now, ready=was_ready)
+            self._failed_early(who, now, stack, ready=was_ready)
         elif (status != 0 or serving) and not worker.killed:
-            self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}")
-            log.event("worker_died", peer=peer or "nobody", **who)
+            self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}\n{stack}".rstrip())
+            log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who)
         else:
             log.event("worker_ended", **who)
         self.look_soon(worker.listener, now)
         return True
 
-    def _failed_early(self, who: dict[str, Any], now: float, *, ready: bool) -> None:
+    def _post_mortem(self, worker: Worker, status: int | None, *, serving: bool) -> tuple[str, str, bool]:
+        """What a worker died of, in words, where it was then, if that is known, and whether that has been logged."""
+        if status is None:
+            return "reaped by its dead fork server", "", False
+        sought = serving and worker.hung == self._counted[worker.slot].begun
+        if sought and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
+            late = "" if worker.stack else self.link.stacks.take_dump()
+            return f"timeout after {self.config.timeout:g} s (SIGKILL)", worker.stack or late, not late
+        return process.describe(status), self.link.stacks.take_crash(status), False
+
+    def _failed_early(self, who: dict[str, Any], now: float, stack: str, *, ready: bool) -> None:
         what = "ended before it served anybody" if ready else "died before it was ready"
-        last_words = "" if ready else self.board.take_last_words()
+        last_words = stack if ready else "\n".join(filter(None, (self.board.take_last_words(), stack)))
         said = f"worker {who['slot']} {what}: {who['cause']}\n{last_words}".rstrip()
         if not self.committed:
             self.failure = self.failure or said
@@ -301,6 +320,7 @@ class Generation:
 
     def _forget(self, worker: Worker) -> None:
         self.board.states[worker.slot] = FREE
+        self.link.ending.forget(worker.pid)
         self.retiring.forget(worker.slot)
         self.board.tired[worker.slot] = 0
         self._absent.discard(worker.slot)
@@ -367,6 +387,9 @@ class Generation:
                 if self.ready and place not in self.retired:
                     self._look(place, now, live_elsewhere)
         self.retiring.tend(now)
+        if self.retiring.waiting:
+            self.hung.looked(now)  # any of them may still take a connection
+        self.hung.tend(now, time.monotonic_ns())
         self._cut_unready(now)
         if self._hung(now):
             log.event("fork_server_hung", generation=self.number)
@@ -375,6 +398,7 @@ class Generation:
 
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
         self._looked_at[place] = now
+        self.hung.looked(now)
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
         if self.link.pid is None or self.suspended:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
@@ -458,7 +482,7 @@ class Generation:
             if worker is None or board.states[slot] != BUSY or slot in self._absent:
                 continue
             age = now_ns - board.words[board.record(slot) + scoreboard.SINCE]
-            if 0 <= age < young and process.is_runnable(worker.pid):
+            if 0 <= age < young and process.state(worker.pid) == b"R":
                 found += 1
                 if found >= missing:
                     break
@@ -513,10 +537,12 @@ class Generation:
         return late or (self._patience_at is not None and self._patience_at <= now)
 
     def note_stop(self, pid: int, now: float, *, stopped: bool) -> None:
-        """Somebody has stopped or continued a process of ours: a stopped fork server is replaced if it stays so."""
+        """A child of ours was stopped or goes on: a fork server that stays stopped is replaced."""
         if pid == self.link.pid:
             self.link.stopped = stopped
             self._patience_at = now + PATIENCE if stopped else None
+        elif stopped:
+            self.link.ending.stopped(pid)
 
     # -- retiring
 
@@ -544,6 +570,7 @@ class Generation:
         if (since := self.saturated_since[place]) is not None:
             self.saturated_since[place] = None
             self.saturated_seconds += now - since
+        self.hung.looked(now)  # nobody looks there again
         for worker in self.pool.workers.values():
             if worker.listener == place:
                 self._ask_to_leave(worker, now, deadline)
@@ -587,8 +614,12 @@ class Generation:
             self.link.send(Order.REOPEN)
 
     def announce_stop(self) -> None:
-        """From now on ``conn.stopping`` is true, and a closed listener no surprise."""
+        """From now on ``conn.stopping`` is true, and a closed listener no surprise; with drain = "eof" connections end now.
+
+        Workers that end so are replaced like any other as long as the queue is served: at the ceiling they make room for it.
+        """
         self.board.order_words[scoreboard.STOPPING] = 1
+        self.retiring.end_inputs(self.pool.workers.values())
 
     def _retire_some(self, place: int, count: int, now: float) -> None:
         """Ask ``count`` idle workers to leave, the highest slots first, so that rows stay short."""
@@ -706,7 +737,7 @@ class Generation:
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""
         times = [at for at in self._look_at if at is not None] if self.ready else []
-        times += [at for at in (self.retiring.wake_at(), self._limbo_at, self._patience_at) if at is not None]
+        times += [at for at in (self.retiring.wake_at(), self.hung.wake_at(), self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.link.pid is not None and not self.link.killed and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

@@ -1,10 +1,9 @@
-"""The master's end of one fork server: its process, the channel to it, the boards that its workers share, and their gate.
+"""The master's end of one fork server: its process, the channel to it, what its workers share: boards, gate, pipe for stacks.
 
 Effects only: what is sent and what a report means is `prefork.generation`'s business.
 """
 
 import os
-import signal
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ from dataclasses import dataclass
 from prefork import forkserver, log
 from prefork.carried import CarriedLink
 from prefork.config import Config
+from prefork.ending import Ending
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
@@ -21,6 +21,7 @@ from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Order, Report
 from prefork.system import process, signals
 from prefork.system.credentials import Credentials
+from prefork.system.stacks import Stacks
 
 # Reports taken in one turn: a fork server that floods its channel must not hold the loop.
 REPORTS_AT_ONCE = 256
@@ -59,13 +60,14 @@ class Link:
         self._gate = -1
 
     def prepare(self) -> tuple[socket.socket, int]:
-        """Make boards, gate and channel. Returns the fork server's ends of channel and gate."""
+        """Make boards, stacks, gate and channel. Returns the fork server's ends of channel and gate."""
         layout, keep = self.layout, self._resources
         self.board_fd = scoreboard.create(f"board-{self.number}", layout.board_bytes)
         keep.callback(os.close, self.board_fd)
         self.orders_fd = scoreboard.create(f"orders-{self.number}", layout.orders_bytes)
         keep.callback(os.close, self.orders_fd)
         self._map_boards()
+        self._read_stacks(Stacks())
         gate, self._gate = os.pipe2(os.O_CLOEXEC)
         keep.callback(self.open_gate)
         try:
@@ -79,6 +81,11 @@ class Link:
     def _map_boards(self) -> None:
         self.board = Scoreboard(self.board_fd, self.orders_fd, self.layout, Access.MASTER)
         self._resources.callback(self.board.close)
+        self.ending = Ending(self.board)  # for workers that are the master's children
+
+    def _read_stacks(self, stacks: Stacks) -> None:
+        self.stacks = stacks
+        self._resources.callback(stacks.close)
 
     def _talk(self, channel: socket.socket) -> None:
         self.channel = channel
@@ -96,6 +103,7 @@ class Link:
             board=self.board_fd,
             orders=self.orders_fd,
             gate=self._gate,
+            stacks=self.stacks.read_end,
             outbox=tuple(message.hex() for message in self._outbox),
         )
 
@@ -104,6 +112,7 @@ class Link:
         self.pid, self.stopped = carried.pid, carried.stopped
         self.board_fd, self.orders_fd, self._gate = carried.board, carried.orders, carried.gate
         self._map_boards()
+        self._read_stacks(Stacks(carried.stacks))
         for fd in (self.board_fd, self.orders_fd):
             self._resources.callback(os.close, fd)
         self._resources.callback(self.open_gate)
@@ -136,25 +145,36 @@ class Link:
                             doorbell=wiring.doorbell_write,
                             gate=gate,
                             devnull=wiring.devnull,
+                            stacks=self.stacks.write_end,
                         )
                     )
         finally:
+            self.stacks.close_write_end()
             theirs.close()
             os.close(gate)
         self.pid = pid
         log.event("booting", generation=self.number, module=config.module)
 
-    def send(self, order: Order, slot: int = 0) -> None:
+    def send(self, order: Order, slot: int = 0, begun: int = 0) -> None:
         """Give an order, after those that still wait."""
-        self._outbox.append(wire.pack_command(Command(order, slot)))
+        self._outbox.append(wire.pack_command(Command(order, slot, begun)))
         self.flush()
 
     def signal(self, worker: Worker, order: Order) -> None:
-        """RETIRE or KILL a worker through whoever is its parent: only a parent may signal it, a pid may be a stranger's."""
+        """RETIRE, KILL or DUMP a worker through whoever is its parent: only that may signal it, a pid may be a stranger's."""
         if self.pid is not None:
             self.send(order, worker.slot)
         elif worker.pid:
-            process.signal_child(worker.pid, signal.SIGKILL if order is Order.KILL else signal.SIGTERM)
+            process.signal_child(worker.pid, forkserver.SIGNALS[order])
+
+    def end(self, worker: Worker) -> None:
+        """Kill a worker that is ``hung``, through its parent, if it still serves that connection."""
+        if worker.hung is None:
+            return
+        if self.pid is not None:
+            self.send(Order.END, worker.slot, worker.hung)
+        elif worker.pid:
+            self.ending.ask(worker.pid, worker.slot, worker.hung)
 
     def flush(self) -> None:
         """Send what the channel takes; it holds 278 small messages, the rest waits."""
@@ -198,7 +218,7 @@ class Link:
         """SIGKILL to the fork server; its workers become the master's."""
         if self.pid is not None:
             self.killed = True
-            process.signal_child(self.pid, signal.SIGKILL)
+            process.signal_child(self.pid, forkserver.SIGNALS[Order.KILL])
 
     def ended(self) -> None:
         """It was reaped."""
@@ -207,5 +227,5 @@ class Link:
         self.channel.close()
 
     def close(self) -> None:
-        """Let go of boards, gate and channel."""
+        """Let go of boards, stacks, gate and channel."""
         self._resources.close()

@@ -7,11 +7,12 @@ were inherited (``fd:N``, a service manager's) belong to somebody else: they are
 
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
+from socket import AF_UNIX
 
 from prefork import log
 from prefork.carried import CarriedFarewell
 from prefork.config import Config
-from prefork.errors import AddressError
+from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
 from prefork.net.unix import UNCHANGED
@@ -67,6 +68,8 @@ class Listeners:
                 if kept is None:
                     opened.append(self._open(address, settings, owners[-1]))
                 places.append(kept or opened[-1])
+                if conf.drain == "eof" and places[-1].address.family == AF_UNIX:
+                    raise ConfigError(f"drain = eof does not work for {address}, a Unix socket: take drain = finish")
         except BaseException:
             Plan((), tuple(opened)).drop()
             raise

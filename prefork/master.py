@@ -79,7 +79,7 @@ class Master:
                 self._reap()
                 self._obey_signals(arrived)
                 self._tend()
-                if self.upgrading.ready:
+                if self.upgrading.due:
                     self._hand_over()
         except Exception:
             log.event("bug", where="master", text=traceback.format_exc())

@@ -1,10 +1,12 @@
 """Workers of one generation that were asked to leave: asked again until they have heard it, cut when their time is over.
 
 Being asked is a byte on the orders, which a worker reads before each accept, and a signal for one that waits there; one that
-serves a connection is left alone until it is done. The signal is repeated only while the slot says that its worker waits: one
-that lands just before the system call is entered is not seen by it (signal(7)). Who is cut is never one that waits in accept():
-the kernel completes the accept for a process that is dying.
+serves a connection is left alone until it is done, but for one signal with drain = "eof", which ends its input. The signal is
+repeated only while the slot says that its worker waits: one that lands just before the system call is entered is not seen by it
+(signal(7)). Who is cut is never one that waits in accept(): the kernel completes the accept for a process that is dying.
 """
+
+from collections.abc import Iterable
 
 from prefork import log
 from prefork.link import Link
@@ -18,12 +20,13 @@ NAG_FIRST, NAG_AGAIN, NAG_SELDOM, NAG_PATIENCE = 0.001, 0.020, 1.0, 50
 
 
 class Retiring:
-    """``waiting``: slots of those who were asked and may still be in accept()."""
+    """``waiting``: slots of those who were asked and may still be in accept(). ``end_input``: who serves is signalled, too."""
 
-    def __init__(self, link: Link, pool: Pool) -> None:
+    def __init__(self, link: Link, pool: Pool, *, end_input: bool = False) -> None:
         self.waiting: set[int] = set()
         self._link = link
         self._pool = pool
+        self._end_input = end_input
         self._nag_at: float | None = None
         self._nags = 0
         self._deadline_at: float | None = None
@@ -40,9 +43,18 @@ class Retiring:
         self._nag_at, self._nags = now + NAG_FIRST, 0
         if board.states[worker.slot] not in (BUSY, LEAVING):
             self._link.signal(worker, Order.RETIRE)
+        self.end_inputs([worker])
+
+    def end_inputs(self, workers: Iterable[Worker]) -> None:
+        """With drain = "eof": have those of them who serve a connection shut down its reading side. Twice does no harm."""
+        if self._end_input:
+            for worker in workers:
+                if self._link.board.states[worker.slot] == BUSY:
+                    self._link.signal(worker, Order.RETIRE)
 
     def ask_again(self, now: float) -> None:
         """Their parent is another one: whoever was asked has perhaps not heard it."""
+        self.end_inputs(worker for worker in self._pool.workers.values() if worker.retiring)
         self.waiting |= {worker.slot for worker in self._pool.workers.values() if worker.retiring}
         if self.waiting:
             self._nag_at, self._nags = now, 0

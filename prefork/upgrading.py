@@ -31,6 +31,7 @@ from prefork.system.program import Program
 
 # What the trial may take beyond boot_timeout, which is for its import.
 START = 10.0
+LOOK = 0.005
 # A process that the trial has left behind may go on talking: so many reads are enough.
 LAST_WORDS = 64
 # Of what the trial says the end is kept: the error.
@@ -58,7 +59,7 @@ class Trial:
 
 
 class Upgrading:
-    """The upgrades of a daemon. ``ready``: the successor was tried, and `become` is due."""
+    """The upgrades of a daemon. ``ready``: the successor was tried and found good."""
 
     def __init__(self, daemon: Daemon, changeover: Changeover, how: Program | None) -> None:
         self.daemon = daemon
@@ -149,8 +150,13 @@ class Upgrading:
     def wake_at(self) -> float | None:
         """When to `tend`."""
         if self.ready:
-            return self.daemon.now
+            return self.daemon.now + LOOK
         return self.trial.deadline if self.trial is not None else None
+
+    @property
+    def due(self) -> bool:
+        """Whether `become` can be called: nobody's SIGCONT is due from us."""
+        return self.ready and not any(generation.link.ending.under_way for generation in self.daemon.generations())
 
     def drop(self, reason: str) -> None:
         """It is not to be."""

@@ -36,7 +36,7 @@ from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.request import RequestServer
-from prefork.system import process, signals
+from prefork.system import process, signals, stacks
 from prefork.system.credentials import offer_to_the_oom_killer
 from prefork.values import RLIMITS
 
@@ -64,6 +64,7 @@ class Brief:
     doorbell: int
     gate: int
     devnull: int
+    stacks: int
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
@@ -97,6 +98,8 @@ class Worker:
         self.forked = False
         self.pauses = 0
         self.accepted: tuple[socket.socket, Any]  # the latest connection, and what accept() said of its peer
+        self.ends_input = brief.config.drain == "eof"
+        self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
         self.listener_stat = os.fstat(brief.listener.fileno())
         self.devnull_stat = os.fstat(brief.devnull)
@@ -188,6 +191,7 @@ class Worker:
         last, worn = self._last_connection(begun), self._worn_out()
         slot_number = slot + 1
         log_access = self._log_access if log.access_is_logged() else None
+        ends_input = self.ends_input
 
         while True:
             states[slot] = IDLE
@@ -216,6 +220,8 @@ class Worker:
                 self._tire()
             sock = new_socket(family, kind, protocol, fd)
             self.accepted = sock, address
+            if ends_input:
+                self._note_input(fd)
             if default_timeout() is not timeout:
                 sock.settimeout(timeout)
             failed = False
@@ -412,6 +418,8 @@ class Worker:
                 for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
                     signal.setitimer(timer, 0)
                 handlers()
+                if not stacks.SIGNALS.isdisjoint(signals.replaced()):
+                    stacks.tell_again()
                 self._take_signals()
                 signals.unblock()
                 signals.forget()
@@ -430,7 +438,8 @@ class Worker:
         self.forked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
-        for fd in (self.brief.listener.fileno(), self.brief.doorbell):
+        stacks.be_silent()
+        for fd in (self.brief.listener.fileno(), self.brief.doorbell, self.brief.stacks):
             try:
                 os.close(fd)
             except OSError as error:
@@ -451,6 +460,26 @@ class Worker:
             self._unplug(self.brief.gate, None)
         elif state != BUSY:
             self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)
+        elif self.ends_input:
+            self._end_input()
+
+    def _note_input(self, fd: int) -> None:
+        """A connection was accepted, whose input may have to be ended."""
+        self.input = fd, os.fstat(fd)
+        if self.retiring:  # the signal came before there was anything to end
+            self._end_input()
+
+    def _end_input(self) -> None:
+        """Let the handler see the end of its connection's input, unless user code has put something else at the descriptor."""
+        if self.input is None:
+            return
+        fd, accepted = self.input
+        try:
+            if os.path.samestat(os.fstat(fd), accepted):
+                process.end_input(fd)
+        except OSError:
+            # Closed or detached by user code, or the peer has gone: then there is no input to end.
+            return
 
     def _on_parent_died(self, signo: int, frame: object) -> None:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""

@@ -97,6 +97,7 @@ EVENT_FIELDS = {
     "fork_server_hung": ["generation"],
     "restarting": ["seconds", "reason"],
     "worker_died": ["slot", "generation", "pid", "cause", "peer"],
+    "hung": ["slot", "generation", "pid", "peer", "duration", "seconds"],
     "worker_ended": ["slot", "generation", "pid", "cause"],
     "recycled": ["slot", "generation", "pid", "connections"],
     "worker_early": ["slot", "generation", "pid", "what", "cause", "failures", "seconds"],

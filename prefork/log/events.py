@@ -75,6 +75,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "fork_server_hung": (Level.ERROR, "the fork server of generation {generation} does not answer: it is killed"),
     "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
     "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),
+    "hung": (
+        Level.ERROR,
+        "worker {slot} of generation {generation} (pid {pid}) has served {peer} for {duration:.1f} s: "
+        "it is killed (timeout = {seconds:g} s)",
+    ),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
     "recycled": (
         Level.DEBUG,

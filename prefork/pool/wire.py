@@ -18,7 +18,7 @@ from enum import IntEnum
 VERSION = 1
 
 _DOORBELL = struct.Struct("<HHIII")
-_COMMAND = struct.Struct("<BxxxI")
+_COMMAND = struct.Struct("<BxxxIQ")
 _REPORT = struct.Struct("<BxxxIIiQQQ")
 
 DOORBELL_MAGIC = 0x7066
@@ -61,14 +61,17 @@ class Order(IntEnum):
     LEAVE = 4
     QUIT = 5
     REOPEN = 6
+    DUMP = 7
+    END = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One order; ``slot`` is 0 where the order is for the fork server itself."""
+    """One order; ``slot`` is 0 where the order is for the fork server itself. END is for the slot's ``begun``-th connection."""
 
     order: Order
     slot: int = 0
+    begun: int = 0
 
 
 class Kind(IntEnum):
@@ -122,16 +125,16 @@ def read_doorbells(data: bytes) -> tuple[list[Doorbell], int]:
 
 def pack_command(command: Command) -> bytes:
     """One SEQPACKET message."""
-    return _COMMAND.pack(command.order, command.slot)
+    return _COMMAND.pack(command.order, command.slot, command.begun)
 
 
 def read_command(message: bytes) -> Command | None:
     """The order in a message, or None when it is not one."""
     if len(message) != _COMMAND.size:
         return None
-    order, slot = _COMMAND.unpack(message)
+    order, slot, begun = _COMMAND.unpack(message)
     try:
-        return Command(Order(order), slot)
+        return Command(Order(order), slot, begun)
     except ValueError:
         return None
 

@@ -186,20 +186,27 @@ def signal_child(pid: int, signo: int) -> bool:
     return True
 
 
-def is_runnable(pid: int) -> bool:
-    """Whether the process runs or waits for a CPU (state R of proc_pid_stat(5)); false when it has gone."""
+def state(pid: int) -> bytes:
+    """The process's state as proc_pid_stat(5) has it: R (runs, or waits for a CPU), T (stopped), ...; nothing when it has gone."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
-        return False
+        return b""
     try:
         stat = os.read(fd, 512)
     except ProcessLookupError:
-        return False
+        return b""
     finally:
         os.close(fd)
     # The command's name is in parentheses and may hold anything: the state follows the last one.
-    return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3] == b"R"
+    return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3]
+
+
+def end_input(fd: int) -> None:
+    """Shut down the reading side of a socket, by its descriptor: an SSLSocket's shutdown() drops the TLS layer. Raises OSError."""
+    if _libc.shutdown(fd, socket.SHUT_RD) != 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
 
 
 def resident_memory() -> int:

@@ -155,6 +155,11 @@ def touched() -> bool:
     return _touched
 
 
+def replaced() -> frozenset[int]:
+    """The signals whose handlers user code has replaced since `forget` was called last."""
+    return frozenset(_replaced)
+
+
 def put_back() -> None:
     """Install the handlers again that were there when `forget` was called last."""
     for signo, before in list(_replaced.items()):

@@ -49,11 +49,11 @@ def test_a_worker_has_the_signals_of_a_fresh_process_but_for_its_own(prefork_ser
 def test_a_worker_has_no_descriptor_that_it_does_not_need(prefork_server: Start) -> None:
     server = prefork_server("tiny:state", folder=HANDLERS, workers=1, bind=["127.0.0.1:0", "[::1]:0"])
     told = json.loads(tell(server, ""))
-    # Standard three, listener, doorbell, /dev/null, and the connection.
-    assert len(told["fds"]) == 7
+    # Standard three, listener, doorbell, /dev/null, the pipe for stacks, and the connection.
+    assert len(told["fds"]) == 8
     worker = watch.until("it is idle again", lambda: watch.workers(server, "idle"))[0]["pid"]
     kinds = sorted(what.split(":")[0] for fd, what in watch.descriptors(worker).items() if fd > 2)
-    assert kinds == ["/dev/null", "pipe", "socket"]
+    assert kinds == ["/dev/null", "pipe", "pipe", "socket"]
 
 
 def test_a_reload_leaves_no_descriptor_of_its_client_or_of_older_generations(prefork_server: Start) -> None:
@@ -210,8 +210,8 @@ def test_a_worker_holds_none_of_the_fork_servers_descriptors(prefork_server: Sta
     server = prefork_server("echo:loop", workers=1, bind=["127.0.0.1:0", "127.0.0.1:0"])
     worker = watch.settled(server, 1)["workers"][0]["pid"]
     ours = set(watch.descriptors(watch.fork_server(server)).values())
-    # Standard descriptors, listener, doorbell, /dev/null; and its own copy of the log, when that is a pipe.
-    assert len(watch.descriptors(worker)) <= 6
+    # Standard descriptors, listener, doorbell, /dev/null, the pipe for stacks; and its own copy of the log, when that is a pipe.
+    assert len(watch.descriptors(worker)) <= 7
     shared = ours & {what for what in watch.descriptors(worker).values() if what.startswith("socket:")}
     assert len(shared) == 1, "one listener, and not the channel to the master"
 

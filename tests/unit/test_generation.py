@@ -24,8 +24,8 @@ PID = 4_000_000  # more than this kernel gives
 class Peer:
     """A generation, and the fork server's end of its channel in our hands."""
 
-    def __init__(self, workers: int) -> None:
-        config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5}).load()
+    def __init__(self, workers: int, **options: object) -> None:
+        config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5, **options}).load()
         self.listener = open_listener(address.parse("127.0.0.1:0"), Settings(backlog=8))
         self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2), Tally(), 0.0)
         self.end, self.gate = self.generation.link.prepare()
@@ -99,6 +99,24 @@ def test_a_busy_worker_is_asked_by_the_word_alone(peer: Peer) -> None:
     generation.retire(0, 1.0, None)
     assert peer.asked() == [Command(Order.RETIRE, 1)]
     assert list(generation.board.retire[:2]) == [1, 1]
+
+
+def test_a_busy_worker_whose_input_is_to_end_is_signalled_once() -> None:
+    peer = Peer(2, drain="eof")
+    peer.boot(2)
+    generation = peer.generation
+    generation.board.states[0] = scoreboard.BUSY
+    generation.announce_stop()
+    assert peer.asked() == [Command(Order.RETIRE, 0)]
+    assert list(generation.board.retire[:2]) == [0, 0], "the queue is served first"
+    generation.retire(0, 1.0, None)
+    assert peer.asked() == [Command(Order.RETIRE, 0), Command(Order.RETIRE, 1)]
+    generation.tend(1.0 + NAG_FIRST, 0)
+    generation.tend(1.0 + NAG_FIRST + NAG_AGAIN, 0)
+    assert set(peer.asked()) == {Command(Order.RETIRE, 1)}
+    generation.retiring.ask_again(2.0)
+    assert peer.asked() == [Command(Order.RETIRE, 0)], "a dead fork server may have taken it with it"
+    peer.close()
 
 
 def test_only_busy_workers_are_killed_at_their_deadline(peer: Peer) -> None:

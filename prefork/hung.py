@@ -1,0 +1,122 @@
+"""Connections that take longer than ``timeout``: found without polling, told with their worker's stack, ended with the worker.
+
+A worker rings when the master has not looked at its pool for a second. So whatever begins is found by a scan that comes a second
+after each look, and once a connection is known, the next scan comes when it is due: an idle daemon scans nothing. A connection's
+age is what the master's own clock has counted since then. That clock leaves out what the master itself was stopped or starved
+for, and before a connection was known as much is taken off its age: nobody is punished for time in which nobody watched.
+
+One worker of a generation at a time, because all write their stacks to one pipe: DUMP, its stack, END (`prefork.ending`).
+"""
+
+from dataclasses import dataclass
+
+from prefork import log
+from prefork.link import Link
+from prefork.pool.scoreboard import BEGUN, BUSY, SINCE
+from prefork.pool.state import Pool, Worker
+from prefork.pool.wire import Order
+
+# A scan comes so long after a look: `prefork.worker.UNSEEN_NS`, after which a worker rings.
+SCAN = 1.0
+# A stack is complete when nothing more of it has come from one look to the next; it is waited for no longer than this.
+LOOK, ENOUGH = 0.01, 0.5
+
+
+@dataclass(slots=True)
+class Case:
+    """A worker that was asked for its stack, because it has served the slot's ``begun``-th connection since ``began``."""
+
+    worker: Worker
+    begun: int
+    began: float
+    until: float
+    look_at: float
+    came: bool = False
+
+
+class Hung:
+    """Watches one generation; without a ``timeout`` it does nothing. ``lost``: what the master's clock is behind the real one."""
+
+    def __init__(self, link: Link, pool: Pool, timeout: float, lost: float) -> None:
+        self._link = link
+        self._pool = pool
+        self._timeout = timeout
+        self._lost = lost
+        self._began: dict[int, tuple[int, float]] = {}  # of each connection that is known, by slot: its number, and since when
+        self._looked_at = 0.0
+        self._scan_at: float | None = None
+        self._case: Case | None = None
+
+    def looked(self, now: float) -> None:
+        """The master has looked at the pool: who begins a connection in the next second does not ring."""
+        if self._timeout:
+            self._looked_at = now
+            if self._scan_at is None or self._scan_at > now + SCAN:
+                self._scan_at = now + SCAN
+
+    def tend(self, now: float, now_ns: int) -> None:
+        """Do what is due. ``now_ns`` is the real time, in which workers count."""
+        if self._case is not None and self._case.look_at <= now:
+            self._wait_for_stack(self._case, now)
+        if self._case is None and self._scan_at is not None and self._scan_at <= now:
+            self._scan(now, now_ns)
+
+    def wake_at(self) -> float | None:
+        """When to `tend`."""
+        return self._scan_at if self._case is None else self._case.look_at
+
+    def _scan(self, now: float, now_ns: int) -> None:
+        lost = now_ns / 1e9 - now
+        unwatched, self._lost = max(0.0, lost - self._lost), lost
+        states, words = self._link.board.states, self._link.board.words
+        began: dict[int, tuple[int, float]] = {}
+        for slot, worker in self._pool.workers.items():
+            if states[slot] != BUSY or worker.killed:
+                continue
+            record = self._link.board.record(slot)
+            begun = words[record + BEGUN]  # before SINCE: the worker writes them the other way round, and seems too young at worst
+            if begun == worker.hung:
+                continue
+            known = self._began.get(slot)
+            if known is None or known[0] != begun:
+                age = (now_ns - words[record + SINCE]) / 1e9
+                known = begun, now - max(0.0, age - unwatched)
+            began[slot] = known
+        self._began = began
+        slot, (begun, since) = min(began.items(), key=lambda item: item[1][1], default=(0, (0, 0.0)))
+        if began and since + self._timeout <= now:
+            self._ask(self._pool.workers[slot], begun, since, now)
+            return
+        times = [since + self._timeout] if began else []
+        times += [self._looked_at + SCAN] if self._looked_at + SCAN > now else []
+        self._scan_at = min(times, default=None)
+
+    def _ask(self, worker: Worker, begun: int, since: float, now: float) -> None:
+        self._link.stacks.begin_dump()
+        self._link.signal(worker, Order.DUMP)
+        self._case = Case(worker, begun, since, now + ENOUGH, now + LOOK)
+
+    def _wait_for_stack(self, case: Case, now: float) -> None:
+        came = self._link.stacks.look()
+        if (came or not case.came) and now < case.until:
+            case.came, case.look_at = case.came or came, min(case.until, now + LOOK)
+            return
+        self._case, self._scan_at = None, now
+        board, worker = self._link.board, case.worker
+        stack = self._link.stacks.take_dump()
+        if self._pool.workers.get(worker.slot) is not worker or worker.killed or board.states[worker.slot] != BUSY:
+            return
+        if board.words[board.record(worker.slot) + BEGUN] != case.begun:
+            return
+        worker.hung, worker.stack = case.begun, stack
+        log.event(
+            "hung",
+            text=stack,
+            slot=worker.slot,
+            generation=self._link.number,
+            pid=worker.pid,
+            peer=board.peer(worker.slot),
+            duration=now - case.began,
+            seconds=self._timeout,
+        )
+        self._link.end(worker)

@@ -1,0 +1,107 @@
+"""Handlers that hang, or crash, in the way that the client's line names."""
+
+import ctypes
+import os
+import re
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+
+FOREVER = 600.0
+
+
+def loop(sock: socket.socket) -> None:
+    """Say who serves, do what the client's line says, then echo."""
+    sock.sendall(f"{os.getpid()}\n".encode())
+    deed = DEEDS.get(sock.recv(64).decode())
+    if deed is not None:
+        deed()
+    sock.sendall(b"done\n")
+
+
+def lines(sock: socket.socket) -> None:
+    """Answer each line, until the input ends; then say goodbye."""
+    with sock.makefile("rwb") as file:
+        file.write(f"{os.getpid()}\n".encode())
+        file.flush()
+        for line in file:
+            file.write(line)
+            file.flush()
+        file.write(b"goodbye\n")
+
+
+def sleeps_for_ever() -> None:
+    time.sleep(FOREVER)
+
+
+def computes_for_ever() -> None:
+    while True:
+        pass
+
+
+def keeps_the_gil_in_c() -> None:
+    re.match("(a+)+$", "a" * 64 + "b")
+
+
+def waits_for_a_thread() -> None:
+    thread = threading.Thread(target=sleeps_for_ever)
+    thread.start()
+    thread.join()
+
+
+def waits_for_its_child() -> None:
+    """Who ends with it: children of killed workers are left alone."""
+    here, there = os.pipe()
+    if os.fork() == 0:
+        os.close(there)
+        os.read(here, 1)
+        os._exit(0)
+    os.wait()
+
+
+def blocks_every_signal() -> None:
+    signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
+    time.sleep(FOREVER)
+
+
+def reads_at_zero() -> None:
+    ctypes.string_at(0)
+
+
+def aborts() -> None:
+    os.abort()
+
+
+def kills_itself_with_sigbus() -> None:
+    os.kill(os.getpid(), signal.SIGBUS)
+
+
+def replaces_the_handlers() -> None:
+    for signo in (signal.SIGSEGV, signal.SIGRTMIN + 3):
+        signal.signal(signo, signal.SIG_IGN)
+
+
+def has_a_child_that_crashes() -> None:
+    if os.fork() == 0:
+        reads_at_zero()
+    os.wait()
+
+
+DEEDS: dict[str, Callable[[], None]] = {
+    deed.__name__.replace("_", " "): deed
+    for deed in (
+        sleeps_for_ever,
+        computes_for_ever,
+        keeps_the_gil_in_c,
+        waits_for_a_thread,
+        waits_for_its_child,
+        blocks_every_signal,
+        reads_at_zero,
+        aborts,
+        kills_itself_with_sigbus,
+        replaces_the_handlers,
+        has_a_child_that_crashes,
+    )
+}
