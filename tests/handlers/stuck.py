@@ -83,12 +83,6 @@ def replaces_the_handlers() -> None:
         signal.signal(signo, signal.SIG_IGN)
 
 
-def has_a_child_that_crashes() -> None:
-    if os.fork() == 0:
-        reads_at_zero()
-    os.wait()
-
-
 DEEDS: dict[str, Callable[[], None]] = {
     deed.__name__.replace("_", " "): deed
     for deed in (
@@ -102,6 +96,5 @@ DEEDS: dict[str, Callable[[], None]] = {
         aborts,
         kills_itself_with_sigbus,
         replaces_the_handlers,
-        has_a_child_that_crashes,
     )
 }

@@ -142,6 +142,18 @@ def test_nor_one_that_was_not_known_yet(watched: Watched) -> None:
     assert watched.run(131.0)[0] == (130.5, Command(Order.DUMP, 0))
 
 
+def test_after_its_generation_was_retired_a_connection_is_still_found() -> None:
+    peer = Peer(1, timeout=TIMEOUT)
+    peer.boot(1)
+    generation = peer.generation
+    generation.tend(2.0, 0)
+    generation.board.states[0] = BUSY
+    generation.retire(0, 100.0, None)
+    generation.tend(100.5, 0)
+    assert generation.wake_at() == 100 + SCAN
+    peer.close()
+
+
 def test_what_was_lost_before_a_scan_is_nobodys_gain_after_it(watched: Watched) -> None:
     watched.lost = 3600.0
     watched.tend(101.0)
