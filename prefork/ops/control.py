@@ -12,6 +12,7 @@ import re
 import selectors
 import socket
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -195,9 +196,13 @@ class ControlServer:
         return min((at for at in times if at is not None), default=None)
 
     def dismiss(self, reason: str, now: float) -> None:
-        """Tell everybody that there will be no answer; who only wants to know something asks again."""
+        """Tell everybody that there will be no answer; ``again`` that nothing was done, so that it can be asked once more."""
         for client in list(self.clients):
-            self.answer(client, {"ok": False, "again": True, "reason": reason}, now)
+            unheard = client.deadline is not None and client.answer is None
+            if unheard:
+                with suppress(OSError):  # nothing has come, or it has gone
+                    client.sock.recv(REQUEST_LIMIT)  # closed with this unread, the answer would be lost
+            self.answer(client, {"ok": False, "again": unheard, "reason": reason}, now)
 
     def close(self) -> None:
         """Take no more commands; the path goes only if it is still ours."""

@@ -112,8 +112,9 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
         except ConnectionResetError:
             data, descriptors = b"", []
         answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
-        # An upgrade cuts what is being said; what changes nothing can be asked once more.
-        if (answer is None or answer.get("again")) and command in _QUESTIONS and tries_left:
+        # An upgrade cuts what is being said: what was not heard is said again, and what changes nothing.
+        cut = answer is None or "again" in answer
+        if tries_left and ((answer is not None and answer.get("again")) or (cut and command in _QUESTIONS)):
             _close(descriptors)
             continue
         break

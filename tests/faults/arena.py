@@ -133,9 +133,9 @@ class Arena:
         """So many clients may fail."""
         return sum(strike.permits for strike in self.struck)
 
-    def write_module(self, first: str = "") -> None:
+    def write_module(self, first: str = "", last: str = MODULE) -> None:
         """Change the handler's module: these lines, then what serves."""
-        (self.folder / "mine.py").write_text(first + MODULE)
+        (self.folder / "mine.py").write_text(first + last)
 
     def end_load(self) -> None:
         """Stop all clients, and wait until the daemon serves nobody."""

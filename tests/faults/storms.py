@@ -38,6 +38,27 @@ def reloads(rounds: Rounds, workload: str) -> Figures:
     return ring.figures
 
 
+def upgrades(rounds: Rounds, workload: str) -> Figures:
+    """One upgrade after the other: the pid stays."""
+    with arena(workload, rounds=rounds) as ring:
+        for _ in rounds:
+            generation = ring.generation()
+            strikes.usr2(ring)
+            ring.replaced(generation)
+            watch.until("the upgrade has ended", lambda: ring.server.status()["state"] == "running")
+    return ring.figures
+
+
+def canaries(rounds: Rounds, workload: str) -> Figures:
+    """Reloads to code that crashes, on trial: each takes itself back, at the cost of the connections that crashed."""
+    with arena(workload, rounds=rounds, canary=60) as ring:
+        for _ in rounds:
+            strikes.crashing_code(ring)
+            status = ring.recovered()
+            assert status["reload"]["result"] == "rolled back", status["reload"]
+    return ring.figures
+
+
 def refused(rounds: Rounds, workload: str) -> Figures:
     """Reloads that are refused, because the import raises or hangs: the generation that serves stays."""
     with arena(workload, rounds=rounds, boot_timeout=1.5) as ring:
@@ -152,6 +173,8 @@ def graceful_stops(rounds: Rounds, workload: str) -> Figures:
 FAULTS = {
     "steady": Fault(steady, 60, 2),
     "reloads": Fault(reloads, 500, 10),
+    "upgrades": Fault(upgrades, 100, 2),
+    "canaries": Fault(canaries, 34, 2, ("short", "mixed")),
     "hup_storm": Fault(hup_storm, 2000, 50),
     "refused": Fault(refused, 100, 2),
     "scaling": Fault(scaling, 2000, 100),

@@ -6,7 +6,7 @@ import signal
 import time
 from collections.abc import Callable
 
-from tests.faults.arena import Arena, Strike
+from tests.faults.arena import MODULE, Arena, Strike
 
 # How long a process is stopped: a fork server that stays stopped for 2 s is replaced.
 BRIEFLY, LONGER_THAN_PATIENCE = 0.3, 2.5
@@ -50,6 +50,12 @@ def hup(ring: Arena) -> None:
 
 
 @strike()
+def usr2(ring: Arena) -> None:
+    """An upgrade."""
+    os.kill(ring.server.pid, signal.SIGUSR2)
+
+
+@strike()
 def usr1(ring: Arena) -> None:
     """The log is rotated."""
     with contextlib.suppress(FileNotFoundError):  # the last rotation is not done yet
@@ -81,10 +87,18 @@ def import_hangs(ring: Arena) -> None:
     _refused(ring, "import time\ntime.sleep(600)\n")
 
 
-def _refused(ring: Arena, first: str) -> None:
+@strike(permits=12)
+def crashing_code(ring: Arena) -> None:
+    """A reload to code that crashes at each connection: with a canary it takes itself back after the first few."""
+    _refused(ring, "import os\nloop = lambda sock: os.abort()\n", last="")
+
+
+def _refused(ring: Arena, first: str, last: str = MODULE) -> None:
     with ring.module_lock:
-        ring.write_module(first)
+        ring.write_module(first, last)
         answer = ring.server.command("reload")
+        if "upgrade" in answer:  # one was under way, and has taken this along
+            answer = ring.server.command("outcome", upgrade=answer["upgrade"])
         ring.write_module()
     assert not answer["ok"], answer
 
