@@ -99,7 +99,7 @@ def _status(master: Master, client: Client) -> None:
     for generation in generations[most:]:  # more than an answer can carry: their totals only
         ended += generation.accepted()
     generations = generations[:most]
-    troubled = [t for t in (master.trouble, master.current.trouble if master.current else None) if t and t.until > master.now]
+    troubled = max(master.troubles(), key=lambda trouble: trouble.until)
     # While it starts, what it is about to listen on.
     listeners = master.listeners.current or (master.reloading.plan.listeners if master.reloading is not None else ())
     facts: dict[str, Any] = {
@@ -112,7 +112,9 @@ def _status(master: Master, client: Client) -> None:
         "started_at": master.started,
         "generation": master.current.number if master.current is not None else 0,
         "reload": master.last_reload,
-        "backoff": {"until": time.time() + troubled[0].until - master.now, "reason": troubled[0].reason} if troubled else None,
+        "backoff": {"until": time.time() + troubled.until - master.now, "reason": troubled.reason}
+        if troubled.until > master.now
+        else None,
         "max_workers": master.config.max_workers,
         "saturated_seconds": master.saturated_before + (master.current.saturated_for(master.now) if master.current else 0.0),
         "listeners": [_listener_facts(listener) for listener in listeners],

@@ -63,7 +63,8 @@ class Generation:
         self.committed = False
         self.retired: set[int] = set()  # listeners for which nobody is forked any more
         self.suspended = False
-        self.trouble = Trouble()
+        self.trouble = Trouble()  # of workers that do not start
+        self.fork_trouble = Trouble()
         self.gossip = 0
         self.saturated_since: list[float | None] = [None] * len(listeners)
         self.saturated_seconds = 0.0
@@ -113,6 +114,8 @@ class Generation:
                 if not self._may_be_a_worker(report.pid) or self.pool.forked(report.slot, report.pid) is None:
                     return False
                 self.tally.forked += 1
+                if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
+                    self.fork_trouble = self._overcome(self.fork_trouble)
             case Kind.FORK_FAILED:
                 worker = self.pool.fork_failed(report.slot)
                 if worker is None:
@@ -134,8 +137,14 @@ class Generation:
         return True
 
     def _fork_failed(self, error: OSError, now: float) -> None:
-        seconds = self.trouble.add(now, f"fork failed: {error.strerror}")
-        log.event("fork_failed", reason=error.strerror, failures=self.trouble.failures, seconds=seconds)
+        trouble = self.fork_trouble
+        seconds = trouble.add(now, f"fork failed: {error.strerror}", wait=policy.fork_backoff)
+        log.event("fork_failed", reason=error.strerror, failures=trouble.failures, seconds=seconds)
+
+    def _overcome(self, trouble: Trouble) -> Trouble:
+        if trouble.failures:
+            log.event("fork_again", failures=trouble.failures)
+        return Trouble()
 
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
@@ -257,9 +266,8 @@ class Generation:
             return False
         first = ring.why is wire.Ring.READY and self.pool.unready.pop(worker.slot, None) is not None
         healed = ring.why is wire.Ring.ACCEPTED if self.trouble.until_served else first
-        if healed and self.trouble.failures:
-            log.event("fork_again", failures=self.trouble.failures)
-            self.trouble = Trouble()
+        if healed:
+            self.trouble = self._overcome(self.trouble)
         # A storm of accepts must not wake the master more often than a look is worth.
         self._wake(worker.listener, max(now, self._looked_at[worker.listener] + policy.LOOK_AGAIN))
         return True
@@ -314,8 +322,9 @@ class Generation:
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
         if self.link.pid is None or self.suspended:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
-        if now < self.trouble.until:
-            self._wake(place, self.trouble.until)
+        quiet_until = max(self.trouble.until, self.fork_trouble.until)
+        if now < quiet_until:
+            self._wake(place, quiet_until)
             return
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:

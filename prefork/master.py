@@ -27,7 +27,7 @@ from prefork.listeners import DRAIN_LOOK, Listeners, Plan
 from prefork.net.listener import Listener
 from prefork.ops import control, instances
 from prefork.ops.control import Client, ControlServer, Outcome
-from prefork.pool import wire
+from prefork.pool import policy, wire
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import Tally, Trouble
 from prefork.system import credentials, limits, pidfile, process, signals
@@ -228,6 +228,10 @@ class Master:
         pending = [self.reloading.generation] if self.reloading is not None else []
         return [*([self.current] if self.current is not None else []), *pending, *self.draining]
 
+    def troubles(self) -> list[Trouble]:
+        """What is backed off from, or was."""
+        return [self.trouble, *([self.current.trouble, self.current.fork_trouble] if self.current is not None else [])]
+
     def _answer_the_door(self, now: float) -> None:
         try:
             data = os.read(self.wiring.doorbell_read, wire.PIPE_READ)
@@ -413,7 +417,7 @@ class Master:
             plan = Plan(self.current.listeners)
             self._boot("restart of the fork server", self.current.config, plan, [], targets=self.current.targets)
         except PreforkError as error:
-            self._refused("restart of the fork server", str(error), [])
+            self._refused("restart of the fork server", str(error), [], policy.fork_backoff)
 
     def _tend_reload(self) -> None:
         reload = self.reloading
@@ -498,14 +502,14 @@ class Master:
             return
         self._refused(reload.what, reason, reload.clients)
 
-    def _refused(self, what: str, reason: str, clients: Sequence[Client]) -> None:
+    def _refused(self, what: str, reason: str, clients: Sequence[Client], wait: Callable[[int], float] = policy.backoff) -> None:
         current = self.current
         first, _, rest = reason.partition("\n")
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
         self._remember("refused", reason)
         self.tell(clients, {"ok": False, "reason": reason})
         if current is not None and current.link.pid is None and self.stopping is None:
-            seconds = self.trouble.add(self.now, reason)
+            seconds = self.trouble.add(self.now, reason, wait=wait)
             self.restart_at = self.now + seconds
             log.event("restarting", seconds=seconds, reason=first)
 
@@ -750,6 +754,8 @@ class Master:
 
 def _what_hangs(generation: Generation) -> str:
     conf = generation.config
+    if generation.fork_trouble.failures:
+        return f"{generation.fork_trouble.reason}: its workers are not there after boot_timeout = {conf.boot_timeout:g} s"
     if generation.ready:
         started = f"on_worker_start = {conf.on_worker_start} has not ended" if conf.on_worker_start else "its workers are not ready"
         return f"{conf.module}: {started} after boot_timeout = {conf.boot_timeout:g} s"
