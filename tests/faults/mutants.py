@@ -151,6 +151,27 @@ MUTANTS = [
         "",
         ("tests/unit/test_log.py::test_a_fork_does_not_tell_again_what_its_parent_has_begun",),
     ),
+    Mutant(
+        "a report that raises in who reads it",
+        "pool/wire.py",
+        "        return Report(Kind(kind), *fields)\n    except ValueError:\n",
+        "        return Report(Kind(kind), *fields)\n    except KeyError:\n",
+        ("tests/faults/test_fuzz.py::test_a_reader_takes_whatever_there_is[reports]",),
+    ),
+    Mutant(
+        "a configuration that takes an hour to read",
+        "config.py",
+        "        if _DEEP_KEY.search(",
+        "        if False and _DEEP_KEY.search(",
+        ("tests/unit/test_config.py::test_a_key_of_thousands_of_parts_is_refused_before_it_costs_seconds",),
+    ),
+    Mutant(
+        "forks that are tried again as seldom as boots",
+        "generation.py",
+        ", wait=policy.fork_backoff)",
+        ")",
+        ("tests/unit/test_generation.py::test_a_fork_that_fails_backs_off_and_says_when",),
+    ),
 ]
 
 
