@@ -451,7 +451,7 @@ class Generation:
 
     def _hung(self, now: float) -> bool:
         """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
-        if self.link.pid is None:
+        if self.link.pid is None or self.link.killed:
             return False
         oldest = next(iter(self.pool.unborn.values()), None)
         late = oldest is not None and oldest.since + self.config.boot_timeout <= now
@@ -643,7 +643,7 @@ class Generation:
         times = [at for at in self._look_at if at is not None] if self.ready else []
         times += [at for at in (self.retiring.wake_at(), self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
-        if self.link.pid is not None and oldest is not None:
+        if self.link.pid is not None and not self.link.killed and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)
         oldest = next(iter(self.pool.unready.values()), None)
         if oldest is not None:

@@ -39,7 +39,7 @@ class Wiring:
 
 
 class Link:
-    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by a signal of somebody's."""
+    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by a signal of somebody's; ``killed``: by us."""
 
     def __init__(self, number: int, layout: Layout, wiring: Wiring) -> None:
         self.number = number
@@ -47,6 +47,7 @@ class Link:
         self.wiring = wiring
         self.pid: int | None = None
         self.stopped = False
+        self.killed = False
         self._outbox: deque[bytes] = deque()
         self._resources = ExitStack()
         self._gate = -1
@@ -157,6 +158,7 @@ class Link:
     def kill(self) -> None:
         """SIGKILL to the fork server; its workers become the master's."""
         if self.pid is not None:
+            self.killed = True
             process.signal_child(self.pid, signal.SIGKILL)
 
     def ended(self) -> None:

@@ -1,4 +1,6 @@
-"""Clients to count with: short connections in a closed loop or at a steady pace, each byte checked, each failure classed."""
+"""Clients to count with: short connections in a closed loop or at a steady pace, or held ones, each byte checked, each failure
+classed.
+"""
 
 import os
 import socket
@@ -8,35 +10,64 @@ import time
 from collections import Counter
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 from prefork.testing import connect
 
 SIZE = 64
+# Between two round trips on a connection that is held.
+PAUSE = 0.05
+
+
+class Failure(NamedTuple):
+    """A connection that was not answered in full: when (monotonic), its class, and its own address as the daemon knows it."""
+
+    at: float
+    kind: str
+    peer: str = ""
 
 
 @dataclass(slots=True)
 class Tally:
-    """What one client saw. ``failures``: (monotonic time, class) of each; latencies in seconds, connect to last byte."""
+    """What one client saw. Latencies in seconds, of a round trip; a connection's first one begins with the connect."""
 
     connections: int = 0
-    failures: list[tuple[float, str]] = field(default_factory=list)
+    failures: list[Failure] = field(default_factory=list)
     refused: int = 0
     worst: float = 0.0
+
+    def waited_since(self, begun: float) -> None:
+        """A wait that began then is over."""
+        self.worst = max(self.worst, time.monotonic() - begun)
+
+    def failed(self, begun: float, kind: str, peer: str = "") -> None:
+        """It ended in a failure."""
+        self.waited_since(begun)
+        self.failures.append(Failure(time.monotonic(), kind, peer))
 
 
 class Load:
     """``clients`` threads that connect, send 64 bytes, check the echo and close, until the block ends.
 
     ``rate`` (connections a second, all clients together) paces them; without it each connects again at once. ``reset`` closes
-    with RST. ``may_be_refused``: a refused connection is counted apart and the client goes on (a stop, a dead master).
+    with RST. ``held``: each keeps its connection until the end, with a round trip now and then. A refused connection is counted
+    apart and the client goes on (a stop, a dead master).
     """
 
     def __init__(
-        self, address: Any, clients: int = 4, rate: float | None = None, *, reset: bool = False, timeout: float = 10.0
+        self,
+        address: Any,
+        clients: int = 4,
+        rate: float | None = None,
+        *,
+        reset: bool = False,
+        held: bool = False,
+        timeout: float = 10.0,
     ) -> None:
         self.address = address
         self.reset = reset
+        self.held = held
+        self.clients = clients
         self.timeout = timeout
         self.interval = clients / rate if rate else 0.0
         self._stopped = threading.Event()
@@ -53,9 +84,13 @@ class Load:
 
     def stop(self) -> None:
         """End all clients, each after its connection."""
-        self._stopped.set()
+        self.end_soon()
         for thread in self._threads:
             thread.join()
+
+    def end_soon(self) -> None:
+        """Tell all clients to end, and do not wait for it."""
+        self._stopped.set()
 
     @property
     def connections(self) -> int:
@@ -63,14 +98,14 @@ class Load:
         return sum(tally.connections for tally in self._tallies)
 
     @property
-    def failures(self) -> list[tuple[float, str]]:
+    def failures(self) -> list[Failure]:
         """Everything else, but for the refused, in order of time."""
         return sorted(failure for tally in self._tallies for failure in tally.failures)
 
     @property
     def classes(self) -> dict[str, int]:
         """The failures by class."""
-        return dict(Counter(kind for _, kind in self.failures))
+        return dict(Counter(failure.kind for failure in self.failures))
 
     @property
     def refused(self) -> int:
@@ -85,15 +120,13 @@ class Load:
     def _run(self, tally: Tally) -> None:
         due = time.monotonic()
         while not self._stopped.is_set():
-            begun = time.monotonic()
             self._one(tally)
-            tally.worst = max(tally.worst, time.monotonic() - begun)
             if self.interval:
                 due = max(due + self.interval, time.monotonic() - self.interval)
                 self._stopped.wait(max(0.0, due - time.monotonic()))
 
     def _one(self, tally: Tally) -> None:
-        sent = os.urandom(SIZE)
+        begun = time.monotonic()
         try:
             sock = connect(self.address, self.timeout)
         except (ConnectionRefusedError, FileNotFoundError):
@@ -101,20 +134,40 @@ class Load:
             self._stopped.wait(0.01)
             return
         except OSError as error:
-            tally.failures.append((time.monotonic(), f"connect: {type(error).__name__}"))
+            tally.failed(begun, f"connect: {type(error).__name__}")
             return
         with sock:
+            peer = _name(sock)
             try:
-                sock.sendall(sent)
-                got = b""
-                while len(got) < SIZE and (data := sock.recv(SIZE)):
-                    got += data
+                failure = _round_trip(sock)
+                tally.waited_since(begun)
+                while failure is None and self.held and not self._stopped.wait(PAUSE):
+                    begun = time.monotonic()
+                    failure = _round_trip(sock)
+                    tally.waited_since(begun)
                 if self.reset:
                     sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
             except OSError as error:
-                tally.failures.append((time.monotonic(), type(error).__name__))
-                return
-        if got == sent:
+                failure = type(error).__name__
+        if failure is None:
             tally.connections += 1
         else:
-            tally.failures.append((time.monotonic(), "cut" if sent.startswith(got) else "wrong bytes"))
+            tally.failed(begun, failure, peer)
+
+
+def _round_trip(sock: socket.socket) -> str | None:
+    """Send, receive, compare. Returns the class of a failure."""
+    sent = os.urandom(SIZE)
+    sock.sendall(sent)
+    got = b""
+    while len(got) < SIZE and (data := sock.recv(SIZE)):
+        got += data
+    if got == sent:
+        return None
+    return "cut" if sent.startswith(got) else "wrong bytes"
+
+
+def _name(sock: socket.socket) -> str:
+    """This end's address, as the daemon logs its peers."""
+    name = sock.getsockname()
+    return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)

@@ -133,7 +133,7 @@ def addresses(count: int = 10) -> Figures:
                         watch.until("the other address serves", lambda other=other: other.connections > 3)  # type: ignore[misc]
                         reload(stays)
                     # Who comes while an address is removed is refused, or turned away in the handshake: never connected.
-                    lost = [kind for _, kind in other.failures if not kind.startswith("connect")]
+                    lost = [kind for _, kind, _ in other.failures if not kind.startswith("connect")]
                     assert not lost, lost
                     figures["connections_elsewhere"] += other.connections
                     figures["turned_away_elsewhere"] += other.refused + len(other.failures)
@@ -169,7 +169,7 @@ def kill_workers(count: int = 20, interval: float = 0.05, workers: int = 8, seed
                 os.kill(victim, signal.SIGKILL)
                 figures["restored"].append(_time_to_restore(server, victim, workers))
         _balance(server, load, figures, kills=count)
-        for at, kind in load.failures:
+        for at, kind, _ in load.failures:
             assert any(kill <= at <= kill + load.timeout for kill in kills), f"{kind} without a kill"
         watch.until("every place is filled", lambda: server.status()["listeners"][0]["workers"]["idle"] >= workers)
         figures["after"] = _machine(server)
@@ -240,7 +240,7 @@ def stops(count: int = 3, handler: str = "echo:loop") -> Figures:
             figures["slowest_stop"] = max(figures["slowest_stop"], time.monotonic() - begun)
             load.stop()
             # Who is turned away in the handshake was never connected.
-            lost = [kind for _, kind in load.failures if not kind.startswith("connect")]
+            lost = [kind for _, kind, _ in load.failures if not kind.startswith("connect")]
             assert not lost, lost
             accepted = int(server.log().rpartition("stopped: ")[2].split()[0])
             assert accepted == load.connections, f"{accepted} accepted, {load.connections} answered"

@@ -196,14 +196,15 @@ def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> No
 
 
 def test_a_fork_server_that_is_stopped_is_replaced(prefork_server: Start) -> None:
-    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=2)
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, boot_timeout=1.5)
     watch.settled(server, 1)
     os.kill(watch.fork_server(server), signal.SIGSTOP)
     with server.connect() as held:
         # It can't fork the replacement that this connection needs.
         assert held.recv(64)
         watch.logged(server, "does not answer: it is killed")
-        watch.logged(server, "generation 2 serves")
+        log = watch.logged(server, "generation 2 serves")
+        assert log.count("does not answer") == 1
         with server.connect() as sock:
             assert sock.recv(64)
     watch.until("all is counted", lambda: server.status()["totals"]["ok"] == 2)

@@ -1,0 +1,285 @@
+"""Where faults strike: a daemon under a load whose clients are counted, and the checks that all is as before once they are over.
+
+    with arena("mixed", workers=4) as ring:
+        for _ in rounds:
+            strikes.hup(ring)
+            ring.recovered()
+    return ring.figures
+
+The block's end is the check: the clients stop, nobody is served any more, the acceptors are back to their number, the failures
+of clients are at most those that the strikes have permitted, each is one of a worker that died, clients and daemon have counted
+the same, and processes, slots, descriptors and memory are what they were at the start. AssertionError names what is not.
+"""
+
+import random
+import re
+import shutil
+import tempfile
+import threading
+import time
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager, suppress
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from prefork.testing import Server, serve
+from tests import watch
+from tests.load import Load
+
+Figures = dict[str, Any]
+HANDLERS = Path(__file__).parents[1] / "handlers"
+WORKLOADS = ("short", "long", "mixed")
+# What a module says that serves; a strike puts something that does not in front of it.
+MODULE = "from target import loop\n"
+# How much more memory of its own a master may have after a fault.
+MASTER_MAY_GROW_KIB = 2048
+
+
+@dataclass(slots=True)
+class Rounds:
+    """How much of a fault: ``count`` strikes, or as many as there is time for. ``done`` are those that were."""
+
+    count: int
+    deadline: float = float("inf")
+    done: int = 0
+
+    def __iter__(self) -> Iterator[int]:
+        while self.done < self.count and time.monotonic() < self.deadline:
+            yield self.done
+            self.done += 1
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    """A fault with its counts: ``run(rounds, workload)`` strikes and checks. ``full``: by hand; ``small``: in the suite.
+
+    A fault that brings its own load has only one of the ``workloads``.
+    """
+
+    run: Callable[[Rounds, str], Figures]
+    full: int
+    small: int = 1
+    workloads: tuple[str, ...] = WORKLOADS
+
+
+@dataclass(frozen=True, slots=True)
+class Strike:
+    """Something bad that is done to a running daemon, once. ``permits``: so many clients may fail of it.
+
+    It waits for nothing that the daemon does, so that others can strike meanwhile: who wants to see it recover calls
+    `Arena.recovered`.
+    """
+
+    name: str
+    hit: "Callable[[Arena], None]"
+    permits: int = 0
+
+    def __call__(self, ring: "Arena") -> None:
+        """Strike."""
+        ring.struck.append(self)
+        self.hit(ring)
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What a daemon has of the machine. Memory is not compared, but for the master's."""
+
+    acceptors: int
+    slots: int
+    processes: int
+    zombies: int
+    master_fds: int
+    worker_fds: tuple[int, ...]
+    fork_server_fds: int
+    master_pss_kib: int = field(compare=False)
+
+
+@dataclass(slots=True)
+class Arena:
+    """A daemon under load. ``figures`` is complete after the block."""
+
+    server: Server
+    folder: Path
+    workers: int
+    loads: list[Load]
+    chance: random.Random
+    before: Machine
+    struck: list[Strike] = field(default_factory=list)
+    # How the connections that strikes made themselves have ended: True when they were answered.
+    own: list[bool] = field(default_factory=list)
+    figures: Figures = field(default_factory=dict)
+    module_lock: threading.Lock = field(default_factory=threading.Lock)  # one strike at a time spoils the module
+
+    @property
+    def connections(self) -> int:
+        """Those that were answered in full."""
+        return sum(load.connections for load in self.loads)
+
+    @property
+    def permitted(self) -> int:
+        """So many clients may fail."""
+        return sum(strike.permits for strike in self.struck)
+
+    def write_module(self, first: str = "") -> None:
+        """Change the handler's module: these lines, then what serves."""
+        (self.folder / "mine.py").write_text(first + MODULE)
+
+    def worker(self) -> int | None:
+        """The pid of a random worker, if there is one just now."""
+        workers = watch.workers(self.server, "idle", "busy")
+        return self.chance.choice(workers)["pid"] if workers else None
+
+    def fork_server(self) -> int | None:
+        """The pid of a generation's fork server, if there is one just now: the newest."""
+        found = []
+        for child in psutil.Process(self.server.pid).children():
+            with suppress(psutil.NoSuchProcess):
+                title = (child.cmdline() or [""])[0]
+                if generation := re.search(r" gen (\d+)$", title):
+                    found.append((int(generation[1]), child.pid))
+        return max(found)[1] if found else None
+
+    def recovered(self) -> dict[str, Any]:
+        """Wait until the daemon has a fork server and all its acceptors, and nothing is under way. Returns the status."""
+
+        def look() -> dict[str, Any] | None:
+            status = self.server.status()
+            workers = status["listeners"][0]["workers"]
+            back = workers["idle"] + workers["busy"] >= workers["target"] and not workers["starting"]
+            return status if back and status["state"] == "running" and self.fork_server() is not None else None
+
+        return watch.until("it has recovered", look, 3 * watch.DEADLINE)
+
+
+@contextmanager
+def arena(
+    workload: str = "mixed", *, workers: int = 4, seed: int = 0, rate: float | None = None, **options: Any
+) -> Iterator[Arena]:
+    """A daemon with this load, and the checks at the end. ``rate`` paces the short connections; options are the daemon's."""
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
+        shutil.copy(HANDLERS / "target.py", folder)
+        (folder / "mine.py").write_text(MODULE)
+        settings = {"spare_timeout": 1, "boot_timeout": 10, **options}
+        with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
+            watch.settled(server, workers)
+            before = machine(server)
+            with clients(server.address, workload, rate) as loads:
+                ring = Arena(server, folder, workers, loads, random.Random(seed), before)
+                ring.figures["workload"] = workload
+                watch.until("the load runs", lambda: runs(server, loads))
+                yield ring
+            check(ring)
+
+
+@contextmanager
+def clients(address: Any, workload: str, rate: float | None = None, timeout: float = 10.0) -> Iterator[list[Load]]:
+    """Clients whose connections are short, held, or both, until the block ends."""
+    loads = []
+    if workload in ("short", "mixed"):
+        loads.append(Load(address, clients=4 if rate is None else 2, rate=rate, timeout=timeout))
+    if workload in ("long", "mixed"):
+        loads.append(Load(address, clients=4, held=True, timeout=timeout))
+    with ExitStack() as stack:
+        for load in loads:
+            stack.enter_context(load)
+        yield loads
+        for load in loads:
+            load.end_soon()
+
+
+def runs(server: Server, loads: list[Load]) -> bool:
+    """Whether every kind of client has been served."""
+    held = sum(load.clients for load in loads if load.held)
+    return server.status()["totals"]["serving"] >= held and all(load.held or load.connections for load in loads)
+
+
+def machine(server: Server) -> Machine:
+    """What this daemon has now, when nobody is served."""
+    status = server.status()
+    family = watch.family(server.pid)
+    titles = {}
+    zombies = 0
+    for process in family:
+        with suppress(psutil.NoSuchProcess):
+            zombies += process.status() == psutil.STATUS_ZOMBIE
+            titles[process.pid] = (process.cmdline() or [""])[0]
+    pids = [worker["pid"] for worker in status["workers"]]
+    fork_servers = [pid for pid, title in titles.items() if re.search(r" gen \d+$", title)]
+    return Machine(
+        acceptors=status["listeners"][0]["workers"]["idle"],
+        slots=len(pids),
+        processes=len(family) + 1,
+        zombies=zombies,
+        master_fds=len(watch.descriptors(server.pid)),
+        worker_fds=tuple(sorted({_descriptors(pid) for pid in pids})),
+        fork_server_fds=sum(map(_descriptors, fork_servers)),
+        master_pss_kib=watch.pss_kib(server.pid),
+    )
+
+
+def _descriptors(pid: int) -> int:
+    try:
+        return len(watch.descriptors(pid))
+    except FileNotFoundError:
+        return 0  # it has gone meanwhile
+
+
+def check(ring: Arena) -> None:
+    """What is promised of a daemon after any fault, once the clients have stopped. Fills in the figures."""
+    server, figures = ring.server, ring.figures
+    ring.recovered()
+    # Signals coalesce: nobody knows how many acceptors a storm of TTIN and TTOU has left wanted.
+    assert server.command("scale", workers=str(ring.workers))["ok"]
+    totals = watch.quiet(server)
+    watch.settled(server, ring.workers)
+    failures = [failure for load in ring.loads for failure in load.failures]
+    figures |= {
+        "strikes": dict(Counter(strike.name for strike in ring.struck)),
+        "connections": ring.connections,
+        "failures": dict(Counter(failure.kind for failure in failures)),
+        "permitted": ring.permitted,
+        "worst": round(max(load.worst for load in ring.loads), 4),
+        "totals": totals,
+    }
+    assert sum(load.refused for load in ring.loads) == 0, figures
+    assert "report it" not in server.log(), server.log()
+    _compare_counts(ring, len(failures), totals)
+    _attribute(server.log(), [failure.peer for failure in failures])
+    figures["before"], figures["after"] = asdict(ring.before), asdict(_as_before(ring))
+
+
+def _compare_counts(ring: Arena, failed: int, totals: dict[str, int]) -> None:
+    """What the clients counted is what the daemon counted."""
+    assert watch.identity_holds(totals), totals
+    assert failed <= ring.permitted, ring.figures
+    answered, cut = ring.connections + ring.own.count(True), ring.own.count(False)
+    if ring.permitted == 0:
+        assert (totals["accepted"], totals["ok"]) == (answered + cut, answered), (ring.figures, answered, cut)
+    else:
+        assert answered <= totals["accepted"] <= answered + failed + cut, (ring.figures, answered, cut)
+
+
+def _attribute(log: str, peers: list[str]) -> None:
+    """Each failure is of a worker that died serving this peer, or else of one that died between its accept and its word of it."""
+    served = re.findall(r"\) died: .*, serving (\S+)$", log, re.MULTILINE)
+    unnamed = [peer for peer in peers if peer not in served]
+    assert len(unnamed) <= served.count("nobody"), f"served by no worker that died: {unnamed}"
+
+
+def _as_before(ring: Arena) -> Machine:
+    def look() -> Machine | None:
+        found = machine(ring.server)
+        return found if found == ring.before else None
+
+    try:
+        after = watch.until("all is as before", look)
+    except AssertionError as error:
+        raise AssertionError(f"{error}: {ring.before}, now {machine(ring.server)}\n{ring.server.log()}") from None
+    grown = after.master_pss_kib - ring.before.master_pss_kib
+    assert grown < MASTER_MAY_GROW_KIB, f"the master has grown by {grown} KiB"
+    return after

@@ -1,0 +1,134 @@
+"""The strikes: each does something bad to a running daemon once, and says how many clients may fail of it."""
+
+import os
+import signal
+import time
+from collections.abc import Callable
+
+from tests.faults.arena import Arena, Strike
+from tests.handlers.target import SEGFAULT
+
+# How long a process is stopped: a fork server that stays stopped for 2 s is replaced.
+BRIEFLY, LONGER_THAN_PATIENCE = 0.3, 2.5
+STRIKES: dict[str, Strike] = {}
+
+
+def strike(permits: int = 0) -> Callable[[Callable[[Arena], None]], Strike]:
+    """A decorator: this is a strike of which so many clients may fail."""
+
+    def register(hit: Callable[[Arena], None]) -> Strike:
+        name = hit.__name__
+        STRIKES[name] = Strike(name, hit, permits)
+        return STRIKES[name]
+
+    return register
+
+
+def _kill(pid: int | None, signo: int) -> bool:
+    """Send a signal, unless there is nobody to send it to. Whether it was sent."""
+    if pid is None:
+        return False
+    try:
+        os.kill(pid, signo)
+    except ProcessLookupError:
+        return False  # it has left meanwhile
+    return True
+
+
+def _stop(pid: int | None, seconds: float) -> None:
+    if _kill(pid, signal.SIGSTOP):
+        time.sleep(seconds)  # the fault is time itself
+        _kill(pid, signal.SIGCONT)
+
+
+@strike()
+def hup(ring: Arena) -> None:
+    """A reload."""
+    os.kill(ring.server.pid, signal.SIGHUP)
+
+
+@strike()
+def usr1(ring: Arena) -> None:
+    """The log is opened again."""
+    os.kill(ring.server.pid, signal.SIGUSR1)
+
+
+@strike()
+def ttin(ring: Arena) -> None:
+    """An acceptor more."""
+    os.kill(ring.server.pid, signal.SIGTTIN)
+
+
+@strike()
+def ttou(ring: Arena) -> None:
+    """An acceptor fewer."""
+    os.kill(ring.server.pid, signal.SIGTTOU)
+
+
+@strike()
+def import_error(ring: Arena) -> None:
+    """A reload whose import raises."""
+    _refused(ring, "raise ImportError('as told')\n")
+
+
+@strike()
+def import_hangs(ring: Arena) -> None:
+    """A reload whose import never returns."""
+    _refused(ring, "import time\ntime.sleep(600)\n")
+
+
+def _refused(ring: Arena, first: str) -> None:
+    with ring.module_lock:
+        ring.write_module(first)
+        answer = ring.server.command("reload")
+        ring.write_module()
+    assert not answer["ok"], answer
+
+
+@strike(permits=1)
+def kill_worker(ring: Arena) -> None:
+    """SIGKILL to a worker."""
+    _kill(ring.worker(), signal.SIGKILL)
+
+
+@strike()
+def segfault(ring: Arena) -> None:
+    """A client whose handler runs into a segmentation fault: it fails, and nobody else."""
+    with ring.server.connect() as sock:
+        sock.sendall(SEGFAULT)
+        try:
+            answered = sock.recv(64) != b""
+        except ConnectionResetError:
+            answered = False  # as the kernel ends a dead process' connection
+    ring.own.append(answered)
+    assert not answered
+
+
+@strike()
+def stop_worker(ring: Arena) -> None:
+    """SIGSTOP to a worker, and SIGCONT after a while: it ends what it was doing."""
+    _stop(ring.worker(), BRIEFLY)
+
+
+@strike()
+def kill_fork_server(ring: Arena) -> None:
+    """SIGKILL to the fork server."""
+    _kill(ring.fork_server(), signal.SIGKILL)
+
+
+@strike()
+def stop_fork_server(ring: Arena) -> None:
+    """The fork server is stopped for less than the master's patience."""
+    _stop(ring.fork_server(), BRIEFLY)
+
+
+@strike()
+def stop_fork_server_for_long(ring: Arena) -> None:
+    """The fork server is stopped until the master has replaced it."""
+    _stop(ring.fork_server(), LONGER_THAN_PATIENCE)
+
+
+@strike()
+def stop_master(ring: Arena) -> None:
+    """The master is stopped for a moment."""
+    _stop(ring.server.pid, BRIEFLY)
