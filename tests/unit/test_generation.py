@@ -235,3 +235,14 @@ def test_a_worker_that_does_not_become_ready_is_killed_at_boot_timeout() -> None
     peer.generation.tend(5.0, 0)
     assert peer.asked() == [Command(Order.KILL, 0)]
     peer.close()
+
+
+def test_a_fork_server_that_is_late_with_an_order_is_killed_once() -> None:
+    peer = Peer(1)
+    peer.generation.tend(0.0, 0)
+    peer.generation.tend(2.0, 0)
+    assert (peer.generation.wake_at(), peer.generation.link.killed) == (5.0, False)
+    peer.generation.tend(5.0, 0)
+    # Until it has gone there is nothing to wake for.
+    assert (peer.generation.wake_at(), peer.generation.link.killed) == (None, True)
+    peer.close()
