@@ -110,6 +110,7 @@ def _status(master: Master, client: Client) -> None:
         "pid": os.getpid(),
         "state": master.state,
         "started_at": master.started,
+        "uptime": time.monotonic() - master.started_monotonic,  # the clock may have been set since
         "generation": master.current.number if master.current is not None else 0,
         "reload": master.last_reload,
         "backoff": {"until": time.time() + troubled.until - master.now, "reason": troubled.reason}

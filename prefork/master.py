@@ -8,6 +8,7 @@ The verbs: `reload` starts the next generation, `commit` puts it in the place of
 everything as it was; `stop` turns new clients away, serves the queue, lets connections finish, and ends.
 """
 
+import errno
 import os
 import selectors
 import signal
@@ -96,7 +97,7 @@ class Master:
         self.obey = obey
         self.lost = 0.0  # seconds in which this process was stopped or starved
         self.now = time.monotonic()
-        self.started = time.time()
+        self.started, self.started_monotonic = time.time(), time.monotonic()
         self.listeners = Listeners()
         self.current: Generation | None = None
         self.reloading: Reload | None = None
@@ -364,9 +365,7 @@ class Master:
             generation.link.start(conf, plan.listeners)
         except OSError as error:
             generation.close()
-            raise RefusedError(
-                f"can't start a fork server: {error.strerror}: see RLIMIT_NPROC (ulimit -u), pids.max and memory"
-            ) from None
+            raise RefusedError(f"can't start a fork server: {error.strerror}: {_what_is_short(error)}") from None
         self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
         self.reloading = Reload(what, self.now, generation, plan, list(clients), targets is not None)
         self._retire_where_closed(generation)
@@ -750,6 +749,12 @@ class Master:
         """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
+
+
+def _what_is_short(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "see RLIMIT_NOFILE (ulimit -n) and fs.file-max"
+    return "see RLIMIT_NPROC (ulimit -u), pids.max and memory"
 
 
 def _what_hangs(generation: Generation) -> str:

@@ -112,6 +112,7 @@ class Arena:
     # How the connections that strikes made themselves have ended: True when they were answered.
     own: list[bool] = field(default_factory=list)
     figures: Figures = field(default_factory=dict)
+    exact: bool = True  # whether the daemon's counts have to be the clients'
     module_lock: threading.Lock = field(default_factory=threading.Lock)  # one strike at a time spoils the module
 
     @property
@@ -157,19 +158,33 @@ class Arena:
 
 @contextmanager
 def arena(
-    workload: str = "mixed", *, workers: int = 4, seed: int = 0, rate: float | None = None, **options: Any
+    workload: str = "mixed",
+    *,
+    workers: int = 4,
+    seed: int = 0,
+    rate: float | None = None,
+    module: str = MODULE,
+    place: Path | None = None,
+    exact: bool = True,
+    **options: Any,
 ) -> Iterator[Arena]:
-    """A daemon with this load, and the checks at the end. ``rate`` paces the short connections; options are the daemon's."""
-    with tempfile.TemporaryDirectory() as name:
+    """A daemon with this load, and the checks at the end. ``rate`` paces the short connections; options are the daemon's.
+
+    ``module`` is what its handler's module says, and ``place`` where its folder is, for everybody to read. With ``exact`` off
+    what it counts need not be what its clients count: somebody spoils its counters.
+    """
+    with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
+        if place is not None:
+            folder.chmod(0o755)
         shutil.copy(HANDLERS / "target.py", folder)
-        (folder / "mine.py").write_text(MODULE)
+        (folder / "mine.py").write_text(module)
         settings = {"spare_timeout": 1, "boot_timeout": 10, **options}
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
             before = machine(server)
             with clients(server.address, workload, rate) as loads:
-                ring = Arena(server, folder, workers, loads, random.Random(seed), before)
+                ring = Arena(server, folder, workers, loads, random.Random(seed), before, exact=exact)
                 ring.figures["workload"] = workload
                 watch.until("the load runs", lambda: runs(server, loads))
                 yield ring
@@ -257,6 +272,8 @@ def _compare_counts(ring: Arena, failed: int, totals: dict[str, int]) -> None:
     """What the clients counted is what the daemon counted."""
     assert watch.identity_holds(totals), totals
     assert failed <= ring.permitted, ring.figures
+    if not ring.exact:
+        return
     answered, cut = ring.connections + ring.own.count(True), ring.own.count(False)
     if ring.permitted == 0:
         assert (totals["accepted"], totals["ok"]) == (answered + cut, answered), (ring.figures, answered, cut)
