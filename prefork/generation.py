@@ -326,6 +326,7 @@ class Generation:
         if now < quiet_until:
             self._wake(place, quiet_until)
             return
+        self._strike_off(place)
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
@@ -344,6 +345,15 @@ class Generation:
         if decision.ring_below > self._armed[place]:
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
+
+    def _strike_off(self, place: int) -> None:
+        """Free the slots where a stray write has put workers that do not exist: they would count as acceptors, for good."""
+        row = self.board.row(place, self.pool.high[place])
+        if len(row) - row.count(FREE) > self.pool.live[place]:
+            first = place * self.layout.capacity
+            for slot in range(first, first + len(row)):
+                if slot not in self.pool.workers:
+                    self.board.states[slot] = FREE
 
     def _note_tired(self, place: int) -> bool:
         """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""

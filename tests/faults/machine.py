@@ -315,7 +315,6 @@ def _limit_processes(pid: int, limit: str) -> None:
 
 # -- the clock
 
-FAKETIME = Path("/usr/lib/x86_64-linux-gnu/faketime/libfaketime.so.1")
 JUMPS = ("+400d", "-400d", "+0", "+3h", "-3h")
 
 
@@ -326,7 +325,7 @@ def clock(rounds: Rounds, workload: str) -> Figures:
         file = Path(folder) / "faketime"
         file.write_text("+0")
         environment = {
-            "LD_PRELOAD": str(FAKETIME),
+            "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))),
             "FAKETIME_TIMESTAMP_FILE": str(file),
             "FAKETIME_NO_CACHE": "1",
             "FAKETIME_DONT_FAKE_MONOTONIC": "1",

@@ -152,6 +152,13 @@ MUTANTS = [
         ("tests/unit/test_log.py::test_a_fork_does_not_tell_again_what_its_parent_has_begun",),
     ),
     Mutant(
+        "acceptors that exist on the board only",
+        "generation.py",
+        "        self._strike_off(place)\n",
+        "",
+        ("tests/unit/test_generation.py::test_acceptors_that_do_not_exist_are_struck_off",),
+    ),
+    Mutant(
         "a report that raises in who reads it",
         "pool/wire.py",
         "        return Report(Kind(kind), *fields)\n    except ValueError:\n",

@@ -2,10 +2,10 @@
 
 import pytest
 
-from tests.faults import machine
+from tests.faults import hostile, machine
 from tests.faults.arena import Fault, Rounds
 
-FAULTS = [pytest.param(fault, id=name) for name, fault in machine.FAULTS.items()]
+FAULTS = [pytest.param(fault, id=name) for name, fault in {**machine.FAULTS, **hostile.FAULTS}.items()]
 
 
 def strike(fault: Fault, count: int) -> None:

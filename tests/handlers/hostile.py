@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterator
 
 import prefork
 from prefork.pool import scoreboard, wire
-from prefork.pool.scoreboard import Layout
+from prefork.pool.scoreboard import IDLE, Layout
 
 ORDER = b"hostile: "
 resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
@@ -43,11 +43,11 @@ def clock() -> str:
 
 
 def spoil(what: str, capacity: str) -> str:
-    """Random bytes over a part of the board, through the mapping that /proc/self/maps tells of."""
+    """Random bytes over a part of the board, through the mapping that /proc/self/maps tells of; ``forged``: all say IDLE."""
     with open("/proc/self/maps") as maps:
         start = next(int(line.split("-")[0], 16) for line in maps if "prefork-board" in line)
     for at, length in _places(what, Layout(1, int(capacity))):
-        ctypes.memmove(start + at, secrets.token_bytes(length), length)
+        ctypes.memmove(start + at, bytes([IDLE]) * length if what == "forged" else secrets.token_bytes(length), length)
     return "spoilt"
 
 
@@ -59,7 +59,7 @@ def _places(what: str, layout: Layout) -> Iterator[tuple[int, int]]:
     elif what == "others":
         yield layout.records_at, own - layout.records_at
         yield own + record, layout.board_bytes - own - record
-    elif what == "states":
+    elif what in ("states", "forged"):
         yield 4096, layout.slots
     elif what == "tired":
         yield layout.tired_at, layout.slots

@@ -167,6 +167,15 @@ def test_a_connection_that_ends_with_its_worker_is_counted_as_killed(peer: Peer)
     assert (counts.begun, counts.killed, counts.serving) == (1, 1, 0)
 
 
+def test_acceptors_that_do_not_exist_are_struck_off(peer: Peer) -> None:
+    generation, board = peer.generation, peer.generation.board
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    board.states[0] = scoreboard.IDLE  # a stray write, or a lie: nobody is there
+    generation.tend(1.0, 0)
+    assert board.states[0] == scoreboard.STARTING
+    assert peer.asked() == [Command(Order.FORK, 0)]
+
+
 def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID), 1.0)
