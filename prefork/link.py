@@ -39,7 +39,7 @@ class Wiring:
 
 
 class Link:
-    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by a signal of somebody's; ``killed``: by us."""
+    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by somebody's signal; ``killed``: by us."""
 
     def __init__(self, number: int, layout: Layout, wiring: Wiring) -> None:
         self.number = number

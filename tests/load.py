@@ -29,7 +29,7 @@ class Failure(NamedTuple):
 
 @dataclass(slots=True)
 class Tally:
-    """What one client saw. Latencies in seconds, of a round trip; a connection's first one begins with the connect."""
+    """What one client saw. ``worst``: the longest round trip in seconds; a connection's first one begins with the connect."""
 
     connections: int = 0
     failures: list[Failure] = field(default_factory=list)
@@ -40,8 +40,8 @@ class Tally:
         """A wait that began then is over."""
         self.worst = max(self.worst, time.monotonic() - begun)
 
-    def failed(self, begun: float, kind: str, peer: str = "") -> None:
-        """It ended in a failure."""
+    def failed(self, begun: float, kind: str, peer: str) -> None:
+        """A connection ended in a failure, and so did a wait that began then."""
         self.waited_since(begun)
         self.failures.append(Failure(time.monotonic(), kind, peer))
 
@@ -134,7 +134,7 @@ class Load:
             self._stopped.wait(0.01)
             return
         except OSError as error:
-            tally.failed(begun, f"connect: {type(error).__name__}")
+            tally.failures.append(Failure(time.monotonic(), f"connect: {type(error).__name__}"))
             return
         with sock:
             peer = _name(sock)

@@ -19,7 +19,7 @@ import psutil
 from prefork.testing import Server, serve
 from tests import watch
 from tests.faults.arena import Arena, Fault, Figures, Rounds, arena
-from tests.faults.machine import HOSTILE, ask
+from tests.faults.machine import HOSTILE, ask, logged
 from tests.load import SIZE, Load
 
 # Slots of each listener are twice as many (prefork.generation).
@@ -40,7 +40,7 @@ def _calm(ring: Arena) -> None:
 
 def garbage_on_the_board(rounds: Rounds, workload: str) -> Figures:
     """A worker writes random bytes over its generation's board: acceptors are there again, and a reload puts the totals right."""
-    with arena(workload, module=HOSTILE, max_workers=MAX_WORKERS, exact=False) as ring:
+    with arena(workload, rounds=rounds, module=HOSTILE, max_workers=MAX_WORKERS, exact=False) as ring:
         for number in rounds:
             with ExitStack() as held:
                 for _ in range(EARLIER):
@@ -65,7 +65,7 @@ def _is_true(ring: Arena) -> bool:
 
 def garbage_on_the_doorbell(rounds: Rounds, workload: str) -> Figures:
     """A worker writes random bytes and forged records where workers ring: nothing is believed, and the master does not spin."""
-    with arena(workload, module=HOSTILE) as ring:
+    with arena(workload, rounds=rounds, module=HOSTILE) as ring:
         for _ in rounds:
             assert ask(ring, "ring 300").endswith(" rung")
         _calm(ring)
@@ -73,20 +73,20 @@ def garbage_on_the_doorbell(rounds: Rounds, workload: str) -> Figures:
     return ring.figures
 
 
-def full_doorbell(rounds: Rounds, workload: str, seconds: float = 0.5) -> Figures:
-    """The master is stopped, and the pipe where workers ring is full: workers serve on, and the master catches up."""
-    with arena(workload, module=HOSTILE) as ring:
-        for _ in rounds:
-            os.kill(ring.server.pid, signal.SIGSTOP)
-            try:
-                ask(ring, "ring 100000")
-                assert _unread(ring.server.pid) > 60_000, "it is not full"
-                before = ring.connections
-                watch.until("clients are served", lambda before=before: ring.connections > before + 200)  # type: ignore[misc]
-                time.sleep(seconds)  # the fault is time itself
-            finally:
-                os.kill(ring.server.pid, signal.SIGCONT)
-            ring.recovered()
+def full_doorbell(rounds: Rounds, workload: str) -> Figures:
+    """The master is stopped for ``count`` seconds with the workers' pipe full: they serve on, and the master catches up."""
+    with arena(workload, rounds=rounds, module=HOSTILE) as ring:
+        os.kill(ring.server.pid, signal.SIGSTOP)
+        try:
+            ask(ring, "ring 100000")
+            assert _unread(ring.server.pid) > 60_000, "it is not full"
+            before = ring.connections
+            for _ in rounds:
+                time.sleep(1.0)  # the fault is time itself
+            assert ring.connections > before
+        finally:
+            os.kill(ring.server.pid, signal.SIGCONT)
+        ring.recovered()
         _calm(ring)
     return ring.figures
 
@@ -109,7 +109,7 @@ TOO_MUCH = 12_000
 
 def lies_on_the_channel(rounds: Rounds, workload: str) -> Figures:
     """User code in a fork server says nonsense to the master: it is counted; a fork server that goes on with it is replaced."""
-    with arena(workload, module=HOSTILE) as ring:
+    with arena(workload, rounds=rounds, module=HOSTILE) as ring:
         for number in rounds:
             count = 100 if number % 2 == 0 else TOO_MUCH
             generation = ring.server.status()["generation"]
@@ -118,7 +118,7 @@ def lies_on_the_channel(rounds: Rounds, workload: str) -> Figures:
             if count == TOO_MUCH:
                 watch.until("it is replaced", lambda at=generation: ring.server.status()["generation"] > at)  # type: ignore[misc]
             else:
-                watch.logged(ring.server, f"reports from processes of generation {generation} made no sense")
+                logged(ring, f"reports from processes of generation {generation} made no sense")
             ring.recovered()
             os.kill(ring.server.pid, signal.SIGTTOU)
     return ring.figures
@@ -201,7 +201,7 @@ LONGEST_RETRY = 32.0
 def syn_burst(rounds: Rounds, workload: str) -> Figures:
     """More clients at once than the queue holds: the kernel lets them try again, and each is served."""
     waits: list[float] = []
-    with arena(workload, backlog=BACKLOG) as ring:
+    with arena(workload, rounds=rounds, backlog=BACKLOG) as ring:
         for _ in rounds:
             waits += _burst(ring, BURST)
     return ring.figures | {"burst": BURST, "waited_worst": max(waits)}
@@ -234,8 +234,8 @@ def _burst(ring: Arena, count: int) -> list[float]:
 FAULTS = {
     "garbage_on_the_board": Fault(garbage_on_the_board, 100, len(PARTS), ("short",)),
     "garbage_on_the_doorbell": Fault(garbage_on_the_doorbell, 100, 3, ("mixed",)),
-    "full_doorbell": Fault(full_doorbell, 10, 1, ("short",)),
+    "full_doorbell": Fault(full_doorbell, 30, 2, ("short",)),
     "lies_on_the_channel": Fault(lies_on_the_channel, 20, 2, ("mixed",)),
-    "silent_clients": Fault(silent_clients, 10_000, 1_000, ("none",)),
+    "silent_clients": Fault(silent_clients, 10_000, 1_000, ("short",)),
     "syn_burst": Fault(syn_burst, 30, 1, ("short",)),
 }

@@ -47,8 +47,13 @@ def healed(ring: Arena, is_well: Callable[[], bool]) -> float:
     begun = time.monotonic()
     watch.until("it is well", is_well)
     took = time.monotonic() - begun
-    assert took < HEALED, f"healed {took:.2f} s after the cause had gone\n{ring.server.log()}"
+    assert took < HEALED, f"healed {took:.2f} s after the cause had gone\n{ring.log()}"
     return round(took, 3)
+
+
+def logged(ring: Arena, text: str, times: int = 1) -> None:
+    """Wait until this was logged so often."""
+    watch.until(f"{text!r} in the log", lambda: ring.log().count(text) >= times)
 
 
 def _short_of(ring: Arena) -> int:
@@ -114,7 +119,7 @@ def _removed(folder: Path) -> bool:
 
 def oom(rounds: Rounds, workload: str) -> Figures:
     """The daemon's control group is out of memory because of one worker: the kernel takes that one, and nobody else is lost."""
-    with memory_group(GROUP_MIB) as group, arena(workload, module=HOSTILE) as ring:
+    with memory_group(GROUP_MIB) as group, arena(workload, rounds=rounds, module=HOSTILE) as ring:
         group.add(ring.server.pid)
         for _ in range(2):  # a worker may be forked before its fork server is there
             for child in watch.family(ring.server.pid):
@@ -137,7 +142,7 @@ NO_MORE = 3
 def no_descriptors_in_workers(rounds: Rounds, workload: str) -> Figures:
     """Every worker is at its RLIMIT_NOFILE: all pause, clients wait in the queue, and are served at once when it is raised."""
     took = []
-    with arena(workload) as ring:
+    with arena(workload, rounds=rounds) as ring:
         for _ in rounds:
             before: dict[int, tuple[int, int]] = {}
             watch.until("all pause", lambda before=before: _pausing(ring, before))  # type: ignore[misc]
@@ -145,7 +150,7 @@ def no_descriptors_in_workers(rounds: Rounds, workload: str) -> Figures:
                 with suppress(ProcessLookupError):  # it was surplus
                     resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
             took.append(healed(ring, lambda: _serves(ring)))
-        log = ring.server.log()
+        log = ring.log()
         assert "accept failed 1 times: Too many open files; trying again every 0.1 s" in log
         assert "accept works again, after" in log
     return ring.figures | {"healed_worst": max(took)}
@@ -176,18 +181,18 @@ def _serves(ring: Arena) -> bool:
 def no_descriptors_in_master(rounds: Rounds, workload: str) -> Figures:
     """The master is at its RLIMIT_NOFILE: commands wait, a reload is refused with the reason, and clients notice nothing."""
     took = []
-    with arena(workload) as ring:
+    with arena(workload, rounds=rounds) as ring:
         pid = ring.server.pid
         limits = resource.prlimit(pid, resource.RLIMIT_NOFILE)
         for number in rounds:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (NO_MORE, limits[1]))
             os.kill(pid, signal.SIGHUP)
             refused = "can't start a fork server: Too many open files: see RLIMIT_NOFILE (ulimit -n) and fs.file-max"
-            watch.logged(ring.server, refused, times=number + 1)
+            logged(ring, refused, times=number + 1)
             with socket.socket(socket.AF_UNIX) as command:
                 command.connect(ring.server.control)
                 command.sendall(b'{"command": "status"}\n')
-                watch.logged(ring.server, "control client refused: Too many open files", times=number + 1)
+                logged(ring, "control client refused: Too many open files", times=number + 1)
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
                 command.settimeout(HEALED)
                 assert b'"ok": true' in command.recv(65536)
@@ -199,19 +204,19 @@ def no_descriptors_in_master(rounds: Rounds, workload: str) -> Figures:
 
 
 @contextmanager
-def refusing(workload: str) -> Iterator[tuple[Arena, Refusals]]:
+def refusing(rounds: Rounds, workload: str) -> Iterator[tuple[Arena, Refusals]]:
     """An arena whose accepts and forks fail when they are told to."""
     with (
         tempfile.TemporaryDirectory() as folder,
         refusals(Path(folder)) as orders,
-        arena(workload, environment=orders.environment) as ring,
+        arena(workload, rounds=rounds, environment=orders.environment) as ring,
     ):
         yield ring, orders
 
 
 def accept_errors(rounds: Rounds, workload: str) -> Figures:
     """accept() fails in every way there is: each is retried, waited out, or ends a worker, and no client is lost."""
-    with refusing(workload) as (ring, orders):
+    with refusing(rounds, workload) as (ring, orders):
         for _ in rounds:
             for number, verdict in ACCEPT_ERRORS.items():
                 _fail_accepts(ring, orders, number or 0, verdict)
@@ -220,16 +225,16 @@ def accept_errors(rounds: Rounds, workload: str) -> Figures:
 
 def _fail_accepts(ring: Arena, orders: Refusals, number: int, verdict: Verdict) -> None:
     ends = verdict in (Verdict.UNPLUGGED, Verdict.CLOSED)
-    before = ring.server.log()
+    before = ring.log()
     exited = ring.server.status()["totals"]["exited"]
     orders.accepts(number, 2 if ends else 20)
     watch.until(f"all have met {errno.errorcode[number]}", lambda: orders.left == 0)
     watch.until("nobody is missing", lambda: _short_of(ring) == 0)
-    said = ring.server.log().removeprefix(before)
+    said = ring.log().removeprefix(before)
     match verdict:
         case Verdict.PAUSE:
             assert f"accept failed 1 times: {os.strerror(number)}; trying again" in said, said
-            watch.until("accept works again", lambda: "accept works again" in ring.server.log().removeprefix(before))
+            watch.until("accept works again", lambda: "accept works again" in ring.log().removeprefix(before))
         case Verdict.BLOCK_AGAIN:
             assert said.count("somebody made the listening socket non-blocking") == 20, said
         case Verdict.RETRY:
@@ -242,7 +247,7 @@ def _fail_accepts(ring: Arena, orders: Refusals, number: int, verdict: Verdict) 
 def unknown_accept_errors(rounds: Rounds, workload: str) -> Figures:
     """accept() fails in a way that is not in the table: workers end loudly and are replaced, ever more seldom, until it works."""
     assert errno.EIO not in ACCEPT_ERRORS
-    with refusing(workload) as (ring, orders):
+    with refusing(rounds, workload) as (ring, orders):
         for _ in rounds:
             # Twice as many as there are: those who have served somebody are replaced at once, those who have not are not.
             orders.accepts(errno.EIO, 4 * ring.workers)
@@ -250,21 +255,21 @@ def unknown_accept_errors(rounds: Rounds, workload: str) -> Figures:
             watch.until("all have met it", lambda: orders.left == 0, 2 * watch.DEADLINE)
             ring.recovered()
             watch.until("nothing is backed off from", lambda: ring.server.status()["backoff"] is None)
-        log = ring.server.log()
+        log = ring.log()
         assert "accept failed: OSError: [Errno 5] Input/output error; this worker ends and is replaced" in log
         assert "workers start again, after" in log
     return ring.figures
 
 
 def _forks_again(ring: Arena, times: int) -> bool:
-    return ring.server.log().count("workers start again, after") >= times
+    return ring.log().count("workers start again, after") >= times
 
 
 def fork_errors(rounds: Rounds, workload: str) -> Figures:
     """fork() fails, in the fork server and in the master: it is said, and heals within a second of the cause."""
     took = []
     failures = 4
-    with refusing(workload) as (ring, orders):
+    with refusing(rounds, workload) as (ring, orders):
         for number in rounds:
             failure = (errno.EAGAIN, errno.ENOMEM, errno.ENOSYS)[number % 3]
             reason = os.strerror(failure)
@@ -292,7 +297,7 @@ def no_processes(rounds: Rounds, workload: str) -> Figures:
     took = []
     with (
         public.interpreter() as (place, environment),
-        arena(workload, place=place, user=str(SOMEBODY), environment=environment) as ring,
+        arena(workload, rounds=rounds, place=place, user=str(SOMEBODY), environment=environment) as ring,
     ):
         for number in rounds:
             pid = ring.fork_server()
@@ -300,7 +305,7 @@ def no_processes(rounds: Rounds, workload: str) -> Figures:
             _limit_processes(pid, "1:")
             os.kill(ring.server.pid, signal.SIGTTIN)
             _verdict(ring, "fork failed: Resource temporarily unavailable")
-            watch.logged(ring.server, "fork failed: Resource temporarily unavailable; 3 in a row", times=number + 1)
+            logged(ring, "fork failed: Resource temporarily unavailable; 3 in a row", times=number + 1)
             _limit_processes(pid, "4096:")
             took.append(healed(ring, partial(_forks_again, ring, number + 1)))
             assert ring.server.command("reload")["ok"]
@@ -334,7 +339,7 @@ def clock(rounds: Rounds, workload: str) -> Figures:
         }
         limits: dict[str, Any] = {"max_lifetime": "1h", "socket_timeout": "1h", "drain_timeout": "1h"}
         begun = time.monotonic()
-        with arena(workload, module=HOSTILE, environment=environment, **limits) as ring:
+        with arena(workload, rounds=rounds, module=HOSTILE, environment=environment, **limits) as ring:
             for number in rounds:
                 jump = JUMPS[number % len(JUMPS)]
                 file.write_text(jump)
@@ -347,7 +352,7 @@ def clock(rounds: Rounds, workload: str) -> Figures:
                 assert ring.server.command("scale", workers=str(ring.workers + number % 2))["ok"]
                 if number % 4 == 3:
                     assert ring.server.command("reload")["ok"]
-            assert " is killed" not in ring.server.log()
+            assert " is killed" not in ring.log()
     return ring.figures
 
 
@@ -367,7 +372,7 @@ def _tell(ring: Arena, times: int) -> None:
 
 def full_log_disk(rounds: Rounds, workload: str) -> Figures:
     """The disk of the log is full: lines are dropped and counted, nobody waits, and it goes on when there is room."""
-    with small_disk() as disk, arena(workload, log_file=f"{disk}/log", access_log=f"{disk}/access") as ring:
+    with small_disk() as disk, arena(workload, rounds=rounds, log_file=f"{disk}/log", access_log=f"{disk}/access") as ring:
         dropped = 0
         for _ in rounds:
             watch.until("it is full", lambda: os.statvfs(disk).f_bavail == 0)
@@ -409,7 +414,7 @@ def full_log_pipe(rounds: Rounds, workload: str) -> Figures:
         os.mkfifo(path)
         reader = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
         try:
-            with arena(workload, access_log=str(path)) as ring:
+            with arena(workload, rounds=rounds, access_log=str(path)) as ring:
                 for _ in rounds:
                     before = ring.connections
                     watch.until("clients are served", lambda before=before: ring.connections > before + 2000)  # type: ignore[misc]

@@ -29,7 +29,7 @@ MUTANTS = [
         "worker.py",
         "            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)\n",
         "            os._exit(0)\n",
-        ("tests/faults/test_faults.py::test_reloads_under_load_lose_nobody",),
+        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[reloads]",),
     ),
     Mutant(
         "no repeat of the signal",
@@ -71,7 +71,7 @@ MUTANTS = [
         "worker.py",
         "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",
         "        if True:\n            self._on_retire",
-        ("tests/faults/test_faults.py::test_a_killed_fork_server_costs_nobody_anything",),
+        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_fork_server]",),
     ),
     Mutant(
         "workers that stay when the master is dead",
@@ -85,7 +85,7 @@ MUTANTS = [
         "link.py",
         "        keep.callback(os.close, self.orders_fd)\n",
         "",
-        ("tests/faults/test_faults.py::test_reloads_under_load_lose_nobody",),
+        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[reloads]",),
     ),
     Mutant(
         "a recycled worker that leaves before its replacement is there",

@@ -1,15 +1,17 @@
 """The strikes: each does something bad to a running daemon once, and says how many clients may fail of it."""
 
+import contextlib
 import os
 import signal
 import time
 from collections.abc import Callable
 
 from tests.faults.arena import Arena, Strike
-from tests.handlers.target import SEGFAULT
 
 # How long a process is stopped: a fork server that stays stopped for 2 s is replaced.
 BRIEFLY, LONGER_THAN_PATIENCE = 0.3, 2.5
+# What a handler may do to its worker (`tests.handlers.bad`) that keeps it from leaving or serving, unless somebody sees to it.
+SPOILT = ("blocks sigterm", "replaces sigterm", "leaves an alarm", "closes every descriptor")
 STRIKES: dict[str, Strike] = {}
 
 
@@ -49,7 +51,9 @@ def hup(ring: Arena) -> None:
 
 @strike()
 def usr1(ring: Arena) -> None:
-    """The log is opened again."""
+    """The log is rotated."""
+    with contextlib.suppress(FileNotFoundError):  # the last rotation is not done yet
+        os.rename(ring.folder / "log", ring.folder / f"log.{time.monotonic_ns()}")
     os.kill(ring.server.pid, signal.SIGUSR1)
 
 
@@ -88,20 +92,33 @@ def _refused(ring: Arena, first: str) -> None:
 @strike(permits=1)
 def kill_worker(ring: Arena) -> None:
     """SIGKILL to a worker."""
-    _kill(ring.worker(), signal.SIGKILL)
+    victim = ring.worker()
+    if victim is not None and _kill(victim, signal.SIGKILL):
+        ring.victims.append(victim)
 
 
 @strike()
 def segfault(ring: Arena) -> None:
     """A client whose handler runs into a segmentation fault: it fails, and nobody else."""
+    assert not _ask(ring, "segfaults")
+
+
+@strike()
+def spoil_worker(ring: Arena) -> None:
+    """A client whose handler leaves its worker in a state in which it would not leave or not serve."""
+    _ask(ring, ring.chance.choice(SPOILT))
+
+
+def _ask(ring: Arena, deed: str) -> bool:
+    """Be the client that makes a handler misbehave. Whether it was answered."""
     with ring.server.connect() as sock:
-        sock.sendall(SEGFAULT)
         try:
-            answered = sock.recv(64) != b""
+            sock.sendall(deed.encode())
+            answered = sock.recv(64) == deed.encode()
         except ConnectionResetError:
             answered = False  # as the kernel ends a dead process' connection
     ring.own.append(answered)
-    assert not answered
+    return answered
 
 
 @strike()

@@ -1,4 +1,4 @@
-"""One instance of each fault; `python -m tests.faults` runs the same with full counts."""
+"""One instance of each fault, and with `-m slow` a tenth of its counts; `python -m tests.faults` runs the same with full ones."""
 
 import os
 import signal
@@ -14,31 +14,33 @@ from prefork.testing import Server, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.faults import campaign
-from tests.load import Load
+from tests.faults.arena import Rounds
 
 Start = Callable[..., Server]
 
 
-def test_a_steady_load_loses_nobody() -> None:
-    # How few are forked is a figure: a starved machine makes it another one. The rule itself is tested in unit/test_policy.py.
-    campaign.steady(seconds=2.0)
+@pytest.mark.parametrize("name", campaign.FAULTS)
+def test_one_instance_of_each_fault(name: str) -> None:
+    fault = campaign.FAULTS[name]
+    fault.run(Rounds(fault.small), fault.workloads[-1])
 
 
-def test_reloads_under_load_lose_nobody() -> None:
-    campaign.reloads(count=10)
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("name", "workload"), [(name, w) for name, fault in campaign.FAULTS.items() for w in fault.workloads])
+def test_a_tenth_of_each_fault(name: str, workload: str) -> None:
+    fault = campaign.FAULTS[name]
+    fault.run(Rounds(fault.share(fault.full // 10)), workload)
 
 
-def test_reloads_that_add_and_remove_addresses_under_load_lose_nobody() -> None:
-    campaign.addresses(count=8)
+def test_faults_at_random_together() -> None:
+    campaign.together(3.0, seed=int(time.time()))
 
 
-def test_killed_workers_cost_at_most_a_connection_each() -> None:
-    campaign.kill_workers(count=20)
-
-
-def test_a_killed_fork_server_costs_nobody_anything() -> None:
-    figures = campaign.kill_fork_server(count=1)
-    assert figures["worst"] < 0.9, "a client waited for the import"
+@pytest.mark.slow
+@pytest.mark.timeout(300)
+def test_faults_at_random_together_for_a_minute() -> None:
+    campaign.together(60.0, seed=int(time.time()))
 
 
 def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_serve_on(
@@ -62,44 +64,12 @@ def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_s
     watch.settled(server, 2)
 
 
-def test_a_killed_master_leaves_nothing() -> None:
-    campaign.kill_master(count=1)
-
-
-def test_stops_under_full_load_lose_nobody() -> None:
-    campaign.stops(count=3)
-
-
 def test_stops_without_the_right_to_a_filter_lose_nobody_either() -> None:
     if os.geteuid() != 0:
         pytest.skip("without root every test of a stop is this one, where the kernel wants CAP_NET_ADMIN for a filter")
-    command = ["setpriv", "--bounding-set=-net_admin", sys.executable, "-m", "tests.faults", "stops", "--count=3"]
+    command = ["setpriv", "--bounding-set=-net_admin", sys.executable, "-m", "tests.faults", "graceful_stops", "--count=3"]
     done = subprocess.run(command, capture_output=True, text=True, check=False, cwd=Path(__file__).parents[2])
     assert done.returncode == 0, done.stdout + done.stderr
-
-
-@pytest.mark.slow
-def test_stops_under_full_load_lose_nobody_and_none_hangs() -> None:
-    # A SIGCHLD that went unheard once made one stop in 200 wait for the next event.
-    figures = campaign.stops(count=50)
-    assert figures["slowest_stop"] < 10.0
-
-
-def test_a_master_that_is_stopped_for_a_while_punishes_nobody(prefork_server: Start) -> None:
-    server = prefork_server("echo:loop", workers=4, boot_timeout=1.5, drain_timeout=5, spare_timeout=1)
-    with Load(server.address, clients=2) as load:
-        os.kill(server.pid, signal.SIGHUP)
-        os.kill(server.pid, signal.SIGSTOP)
-        begun = load.connections
-        # The fault is time itself: longer than boot_timeout. The workers serve on meanwhile.
-        time.sleep(2.0)
-        assert load.connections > begun
-        os.kill(server.pid, signal.SIGCONT)
-        watch.logged(server, "generation 2 serves")
-    assert not load.failures
-    watch.settled(server, 4)
-    totals = server.status()["totals"]
-    assert (totals["killed"], totals["ok"]) == (0, load.connections)
 
 
 def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server: Start) -> None:

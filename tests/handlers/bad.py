@@ -3,6 +3,7 @@
 import ctypes
 import json
 import os
+import resource
 import signal
 import socket
 import subprocess
@@ -103,6 +104,20 @@ def sets_the_default_timeout(sock: socket.socket) -> None:
     socket.setdefaulttimeout(0.01)
 
 
+def segfaults(sock: socket.socket) -> None:
+    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+    ctypes.string_at(0)
+
+
+def leaves_an_alarm(sock: socket.socket) -> None:
+    signal.signal(signal.SIGALRM, _ring)
+    signal.setitimer(signal.ITIMER_REAL, 0.001, 0.001)
+
+
+def _ring(signo: int, frame: object) -> None:
+    raise TimeoutError("a left-over alarm")
+
+
 DEEDS: dict[str, Callable[[socket.socket], object]] = {
     deed.__name__.replace("_", " "): deed
     for deed in (
@@ -120,5 +135,7 @@ DEEDS: dict[str, Callable[[socket.socket], object]] = {
         changes_the_working_directory,
         changes_it_and_raises,
         sets_the_default_timeout,
+        segfaults,
+        leaves_an_alarm,
     )
 }

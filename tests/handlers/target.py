@@ -1,16 +1,16 @@
-"""Echo, and a segmentation fault for who asks: what faults strike at. They serve a copy: it imports no neighbour."""
+"""Echo, and what `bad` does for who asks by its name: what faults strike at. They serve copies of both."""
 
-import ctypes
-import resource
+import importlib
 import socket
 
-SEGFAULT = b"segfault"
-resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
+bad = importlib.import_module("bad")  # beside this copy
 
 
 def loop(sock: socket.socket) -> None:
     """Send back everything that arrives on ``sock``."""
     while data := sock.recv(4096):
-        if data == SEGFAULT:
-            ctypes.string_at(0)
+        if deed := bad.DEEDS.get(data.decode("latin-1")):
+            deed(sock)
+            if sock.fileno() == -1:
+                return
         sock.sendall(data)

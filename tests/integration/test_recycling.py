@@ -8,7 +8,6 @@ import pytest
 from prefork.testing import Server
 from tests import watch
 from tests.conftest import HANDLERS
-from tests.faults import campaign
 
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
@@ -115,10 +114,6 @@ def test_a_worker_that_is_too_large_leaves_after_its_connection(prefork_server: 
     assert asked(b"grow") == first
     watch.until("it has left", lambda: watch.is_gone(first))
     assert asked(b"stay") != first
-
-
-def test_recycling_under_load_loses_nobody() -> None:
-    campaign.recycling(count=100)
 
 
 def test_at_the_ceiling_recycling_goes_on_while_a_recycled_worker_still_serves(prefork_server: Start) -> None:
