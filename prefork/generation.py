@@ -122,6 +122,7 @@ class Generation:
                     return False
                 self._forget(worker)
                 self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
+                self.look_soon(worker.listener, now)
             case Kind.EXITED if os.WIFEXITED(report.status) or os.WIFSIGNALED(report.status):
                 cpu = (report.utime_us + report.stime_us) / 1e6
                 return self.exited(report.slot, report.pid, report.status, cpu, report.max_rss_kib, now)

@@ -209,7 +209,7 @@ def refusing(rounds: Rounds, workload: str) -> Iterator[tuple[Arena, Refusals]]:
     with (
         tempfile.TemporaryDirectory() as folder,
         refusals(Path(folder)) as orders,
-        arena(workload, rounds=rounds, environment=orders.environment) as ring,
+        arena(workload, rounds=rounds, spare_timeout=3, environment=orders.environment) as ring,
     ):
         yield ring, orders
 
@@ -225,23 +225,27 @@ def accept_errors(rounds: Rounds, workload: str) -> Figures:
 
 def _fail_accepts(ring: Arena, orders: Refusals, number: int, verdict: Verdict) -> None:
     ends = verdict in (Verdict.UNPLUGGED, Verdict.CLOSED)
-    before = ring.log()
+    count = 2 if ends else 20
+    before = len(ring.log())
     exited = ring.server.status()["totals"]["exited"]
-    orders.accepts(number, 2 if ends else 20)
+    orders.accepts(number, count)
     watch.until(f"all have met {errno.errorcode[number]}", lambda: orders.left == 0)
     watch.until("nobody is missing", lambda: _short_of(ring) == 0)
-    said = ring.log().removeprefix(before)
+
+    def said(text: str) -> int:
+        return ring.log()[before:].count(text)
+
     match verdict:
         case Verdict.PAUSE:
-            assert f"accept failed 1 times: {os.strerror(number)}; trying again" in said, said
-            watch.until("accept works again", lambda: "accept works again" in ring.log().removeprefix(before))
+            paused = f"accept failed 1 times: {os.strerror(number)}; trying again every 0.1 s"
+            watch.until("all accept again", lambda: said("accept works again") == said(paused) > 0)
         case Verdict.BLOCK_AGAIN:
-            assert said.count("somebody made the listening socket non-blocking") == 20, said
+            watch.until("it is told", lambda: said("somebody made the listening socket non-blocking") == count)
         case Verdict.RETRY:
-            assert "accept" not in said, said
+            assert said("accept") == 0, ring.log()
         case _:
-            assert said.count(f"accept failed: OSError: [Errno {number}]") == 2, said
-            assert ring.server.status()["totals"]["exited"] >= exited + 2
+            watch.until("it is told", lambda: said(f"accept failed: OSError: [Errno {number}]") == count)
+            watch.until("they have ended", lambda: ring.server.status()["totals"]["exited"] >= exited + count)
 
 
 def unknown_accept_errors(rounds: Rounds, workload: str) -> Figures:

@@ -159,6 +159,13 @@ MUTANTS = [
         ("tests/unit/test_generation.py::test_acceptors_that_do_not_exist_are_struck_off",),
     ),
     Mutant(
+        "a fork that fails and is forgotten",
+        "generation.py",
+        "                self.look_soon(worker.listener, now)\n            case Kind.EXITED",
+        "            case Kind.EXITED",
+        ("tests/unit/test_generation.py::test_a_fork_that_fails_late_is_tried_again_too",),
+    ),
+    Mutant(
         "a report that raises in who reads it",
         "pool/wire.py",
         "        return Report(Kind(kind), *fields)\n    except ValueError:\n",

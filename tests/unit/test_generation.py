@@ -192,6 +192,18 @@ def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
     assert (generation.fork_trouble.failures, generation.fork_trouble.until) == (0, 0.0)
 
 
+def test_a_fork_that_fails_late_is_tried_again_too(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    generation.tend(1.003, 0)  # nobody is missing: one is about to start
+    generation.tend(1.004, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+    peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.1)
+    generation.tend(1.1, 0)
+    assert generation.wake_at() == 1.1 + policy.fork_backoff(1)
+
+
 def test_forks_that_fail_together_are_one_failure_and_who_was_forked_with_them_proves_nothing() -> None:
     peer = Peer(4)
     generation = peer.generation
