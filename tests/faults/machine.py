@@ -292,6 +292,28 @@ def fork_errors(rounds: Rounds, workload: str) -> Figures:
     return ring.figures | {"healed_worst": max(took)}
 
 
+BOOTS_FAIL = """
+import os
+os.register_at_fork(after_in_child=lambda: os._exit(3) if os.path.exists("broken") else None)
+"""
+
+
+def failing_boots(rounds: Rounds, workload: str) -> Figures:
+    """Workers die before they are ready: ever fewer are forked and it is said why; a reload with the cause gone heals at once."""
+    took = []
+    with arena(workload, rounds=rounds, first=BOOTS_FAIL) as ring:
+        for number in rounds:
+            broken = ring.folder / "broken"
+            broken.touch()
+            os.kill(ring.server.pid, signal.SIGTTIN)
+            _verdict(ring, "a worker died before it was ready: exit status 3")
+            logged(ring, "2 in a row, next try in 2.2 s", times=number + 1)
+            broken.unlink()
+            os.kill(ring.server.pid, signal.SIGHUP)
+            took.append(healed(ring, lambda: ring.server.status()["backoff"] is None and _short_of(ring) == 0))
+    return ring.figures | {"healed_worst": max(took)}
+
+
 # A user whom nobody else is: the limit counts all processes of a user.
 SOMEBODY = 64_321
 
@@ -453,6 +475,7 @@ FAULTS = {
     "accept_errors": Fault(accept_errors, 20, 1, ("short",)),
     "unknown_accept_errors": Fault(unknown_accept_errors, 20, 1, ("short",)),
     "fork_errors": Fault(fork_errors, 60, 2, ("long",)),
+    "failing_boots": Fault(failing_boots, 30, 1, ("long",)),
     "no_processes": Fault(no_processes, 60, 1, ("long",)),
     "clock": Fault(clock, 100, 4, ("mixed",)),
     "full_log_disk": Fault(full_log_disk, 30, 1, ("short",)),
