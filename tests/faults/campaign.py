@@ -12,13 +12,13 @@ from tests.faults.strikes import STRIKES
 
 FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS, **machine.FAULTS, **hostile.FAULTS}
 # So many threads strike at once.
-STRIKERS = 2
+STRIKERS = 3
 
 
 def together(seconds: float, seed: int, workload: str = "mixed") -> Figures:
     """All strikes, at random moments and several at a time, for so long."""
     deadline = time.monotonic() + seconds
-    with arena(workload, workers=8, rounds=Rounds(0, seed=seed), boot_timeout=3) as ring:
+    with arena(workload, workers=8, rounds=Rounds(0, seed=seed), boot_timeout=1.5) as ring:
         with ThreadPoolExecutor(STRIKERS) as pool:
             strikers = [pool.submit(_strike, ring, random.Random(seed + number), deadline) for number in range(STRIKERS)]
         for striker in strikers:

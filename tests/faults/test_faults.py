@@ -1,10 +1,10 @@
 """One instance of each fault, and with `-m slow` a tenth of its counts; `python -m tests.faults` runs the same with full ones."""
 
 import os
+import random
 import signal
 import subprocess
 import sys
-import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -34,13 +34,19 @@ def test_a_tenth_of_each_fault(name: str, workload: str) -> None:
 
 
 def test_faults_at_random_together() -> None:
-    campaign.together(3.0, seed=int(time.time()))
+    at_random(3.0)
 
 
 @pytest.mark.slow
 @pytest.mark.timeout(300)
 def test_faults_at_random_together_for_a_minute() -> None:
-    campaign.together(60.0, seed=int(time.time()))
+    at_random(60.0)
+
+
+def at_random(seconds: float) -> None:
+    seed = random.randrange(1 << 32)
+    print(f"seed {seed}")  # shown when it fails
+    campaign.together(seconds, seed)
 
 
 def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_serve_on(
