@@ -93,6 +93,7 @@ class CarriedGeneration:
     suspended: bool
     left: bool
     trouble: Trouble
+    fork_trouble: Trouble
     gossip: int
     saturated_seconds: float
     counted: dict[int, Counts]
@@ -156,6 +157,7 @@ class State:
     upgrade: Upgrade
     name: str
     started: float  # since the epoch
+    began: float  # the same moment, on the system's monotonic clock
     lost: float
     suspended: bool
     next_number: int

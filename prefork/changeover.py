@@ -7,7 +7,7 @@ new one crash.
 """
 
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 from prefork import __version__, config, log
@@ -18,6 +18,7 @@ from prefork.generation import Generation
 from prefork.listeners import Plan
 from prefork.net.listener import Listener
 from prefork.ops.control import Client, Outcome
+from prefork.pool import policy
 from prefork.pool.tally import LastReload, Trouble
 
 # After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
@@ -125,7 +126,7 @@ class Changeover:
                 "restart of the fork server", daemon.current.config, Plan(daemon.current.listeners), [], daemon.current.targets
             )
         except PreforkError as error:
-            self._refused("restart of the fork server", str(error), [])
+            self._refused("restart of the fork server", str(error), [], policy.fork_backoff)
 
     # -- what becomes of it
 
@@ -307,7 +308,7 @@ class Changeover:
             return
         self._refused(reload.what, reason, reload.clients)
 
-    def _refused(self, what: str, reason: str, clients: Sequence[Client]) -> None:
+    def _refused(self, what: str, reason: str, clients: Sequence[Client], wait: Callable[[int], float] = policy.backoff) -> None:
         daemon = self.daemon
         current = daemon.current
         first, _, rest = reason.partition("\n")
@@ -316,7 +317,7 @@ class Changeover:
         daemon.notifier.send(STATUS=f"{what} refused: {first}")
         daemon.tell(clients, {"ok": False, "reason": reason})
         if current is not None and current.link.pid is None and daemon.stopping is None:
-            seconds = daemon.trouble.add(daemon.now, reason)
+            seconds = daemon.trouble.add(daemon.now, reason, wait=wait)
             self.restart_at = daemon.now + seconds
             log.event("restarting", seconds=seconds, reason=first)
 
@@ -326,6 +327,8 @@ class Changeover:
 
 def _what_hangs(generation: Generation) -> str:
     conf = generation.config
+    if generation.fork_trouble.failures:
+        return f"{generation.fork_trouble.reason}: its workers are not there after boot_timeout = {conf.boot_timeout:g} s"
     if generation.ready:
         started = f"on_worker_start = {conf.on_worker_start} has not ended" if conf.on_worker_start else "its workers are not ready"
         return f"{conf.module}: {started} after boot_timeout = {conf.boot_timeout:g} s"

@@ -116,7 +116,7 @@ def _status(daemon: Daemon, client: Client) -> None:
     for generation in generations[most:]:  # more than an answer can carry: their totals only
         ended += generation.accepted()
     generations = generations[:most]
-    troubled = [t for t in (daemon.trouble, daemon.current.trouble if daemon.current else None) if t and t.until > daemon.now]
+    troubled = max(daemon.troubles(), key=lambda trouble: trouble.until)
     # While it starts, what it is about to listen on.
     listeners = daemon.listeners.current or (daemon.reloading.plan.listeners if daemon.reloading is not None else ())
     facts: dict[str, Any] = {
@@ -127,9 +127,12 @@ def _status(daemon: Daemon, client: Client) -> None:
         "pid": os.getpid(),
         "state": daemon.state,
         "started_at": daemon.started,
+        "uptime": time.monotonic() - daemon.began,  # the clock may have been set since
         "generation": daemon.current.number if daemon.current is not None else 0,
         "reload": asdict(daemon.last_reload) if daemon.last_reload is not None else None,
-        "backoff": {"until": time.time() + troubled[0].until - daemon.now, "reason": troubled[0].reason} if troubled else None,
+        "backoff": {"until": time.time() + troubled.until - daemon.now, "reason": troubled.reason}
+        if troubled.until > daemon.now
+        else None,
         "max_workers": daemon.config.max_workers,
         "saturated_seconds": daemon.saturated(),
         "listeners": [_listener_facts(listener) for listener in listeners],

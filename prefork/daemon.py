@@ -5,6 +5,7 @@ time, `prefork.master` is the loop around them. All clocks are monotonic; `Daemo
 was stopped, so that nobody's deadline passes in it.
 """
 
+import errno
 import os
 import selectors
 import time
@@ -77,7 +78,7 @@ class Daemon:
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
         self.pid = os.getpid()
-        self.started = time.time()
+        self.started, self.began = time.time(), time.monotonic()
         self.lost = 0.0  # seconds in which this process was stopped or starved
         self.now = time.monotonic()
         self.listeners = Listeners()
@@ -143,6 +144,10 @@ class Daemon:
         pending = [self.reloading.generation] if self.reloading is not None and self.reloading.canary is None else []
         return [*([self.current] if self.current is not None else []), *pending, *self.draining]
 
+    def troubles(self) -> list[Trouble]:
+        """What is backed off from, or was."""
+        return [self.trouble, *([self.current.trouble, self.current.fork_trouble] if self.current is not None else [])]
+
     def boot(self, conf: Config, listeners: Sequence[Listener], targets: Sequence[int] | None = None) -> Generation:
         """Start the next generation's fork server. Raises RefusedError when the machine does not let us."""
         generation = Generation(self.next_number, conf, listeners, self.wiring, self.tally, self.now, targets)
@@ -151,9 +156,7 @@ class Daemon:
             generation.link.start(conf, listeners)
         except OSError as error:
             generation.close()
-            raise RefusedError(
-                f"can't start a fork server: {error.strerror}: see RLIMIT_NPROC (ulimit -u), pids.max and memory"
-            ) from None
+            raise RefusedError(f"can't start a fork server: {error.strerror}: {_what_is_short(error)}") from None
         self.hear(generation)
         return generation
 
@@ -242,3 +245,9 @@ class Daemon:
         """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
+
+
+def _what_is_short(error: OSError) -> str:
+    if error.errno in (errno.EMFILE, errno.ENFILE):
+        return "see RLIMIT_NOFILE (ulimit -n) and fs.file-max"
+    return "see RLIMIT_NPROC (ulimit -u), pids.max and memory"

@@ -70,7 +70,8 @@ class Generation:
         self.suspended = False
         self.kept = False  # its fork server stays although it is retired: it may have to serve again
         self.crashes: list[str] = []  # what was said of the first workers that ended by themselves before they should
-        self.trouble = Trouble()
+        self.trouble = Trouble()  # of workers that do not start
+        self.fork_trouble = Trouble()
         self.gossip = 0
         self.saturated_since: list[float | None] = [None] * len(listeners)
         self.saturated_seconds = 0.0
@@ -106,6 +107,7 @@ class Generation:
             suspended=self.suspended,
             left=self._left,
             trouble=self.trouble,
+            fork_trouble=self.fork_trouble,
             gossip=self.gossip,
             saturated_seconds=self.saturated_seconds,
             counted=self._counted,
@@ -128,7 +130,8 @@ class Generation:
         self.pool = Pool.restored(layout.listeners, layout.capacity, pool.workers, pool.unready, pool.unborn, pool.high)
         self.ready, self.committed, self.suspended, self._left = carried.ready, True, carried.suspended, carried.left
         self.retired, self._counted = set(carried.retired), dict(carried.counted)
-        self.trouble, self.gossip, self.saturated_seconds = carried.trouble, carried.gossip, carried.saturated_seconds
+        self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
+        self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
         self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
         self.retiring.ask_again(now)
@@ -174,12 +177,15 @@ class Generation:
                 if not self._may_be_a_worker(report.pid) or self.pool.forked(report.slot, report.pid) is None:
                     return False
                 self.tally.forked += 1
+                if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
+                    self.fork_trouble = self._overcome(self.fork_trouble)
             case Kind.FORK_FAILED:
                 worker = self.pool.fork_failed(report.slot)
                 if worker is None:
                     return False
                 self._forget(worker)
                 self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
+                self.look_soon(worker.listener, now)
             case Kind.EXITED if os.WIFEXITED(report.status) or os.WIFSIGNALED(report.status):
                 cpu = (report.utime_us + report.stime_us) / 1e6
                 return self.exited(report.slot, report.pid, report.status, cpu, report.max_rss_kib, now)
@@ -195,8 +201,14 @@ class Generation:
         return True
 
     def _fork_failed(self, error: OSError, now: float) -> None:
-        seconds = self.trouble.add(now, f"fork failed: {error.strerror}")
-        log.event("fork_failed", reason=error.strerror, failures=self.trouble.failures, seconds=seconds)
+        trouble = self.fork_trouble
+        seconds = trouble.add(now, f"fork failed: {error.strerror}", wait=policy.fork_backoff)
+        log.event("fork_failed", reason=error.strerror, failures=trouble.failures, seconds=seconds)
+
+    def _overcome(self, trouble: Trouble) -> Trouble:
+        if trouble.failures:
+            log.event("fork_again", failures=trouble.failures)
+        return Trouble()
 
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
@@ -341,9 +353,8 @@ class Generation:
             return False
         first = ring.why is wire.Ring.READY and self.pool.unready.pop(worker.slot, None) is not None
         healed = ring.why is wire.Ring.ACCEPTED if self.trouble.until_served else first
-        if healed and self.trouble.failures:
-            log.event("fork_again", failures=self.trouble.failures)
-            self.trouble = Trouble()
+        if healed:
+            self.trouble = self._overcome(self.trouble)
         # A storm of accepts must not wake the master more often than a look is worth.
         self._wake(worker.listener, max(now, self._looked_at[worker.listener] + policy.LOOK_AGAIN))
         return True
@@ -402,9 +413,11 @@ class Generation:
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
         if self.link.pid is None or self.suspended:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
-        if now < self.trouble.until:
-            self._wake(place, self.trouble.until)
+        quiet_until = max(self.trouble.until, self.fork_trouble.until)
+        if now < quiet_until:
+            self._wake(place, quiet_until)
             return
+        self._strike_off(place)
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
@@ -423,6 +436,15 @@ class Generation:
         if decision.ring_below > self._armed[place]:
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
+
+    def _strike_off(self, place: int) -> None:
+        """Free the slots where a stray write has put workers that do not exist: they would count as acceptors, for good."""
+        row = self.board.row(place, self.pool.high[place])
+        if len(row) - row.count(FREE) > self.pool.live[place]:
+            first = place * self.layout.capacity
+            for slot in range(first, first + len(row)):
+                if slot not in self.pool.workers:
+                    self.board.states[slot] = FREE
 
     def _note_tired(self, place: int) -> bool:
         """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""

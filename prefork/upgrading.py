@@ -227,6 +227,7 @@ class Upgrading:
             upgrade=daemon.upgrade,
             name=daemon.name,
             started=daemon.started,
+            began=daemon.began,
             lost=daemon.lost,
             suspended=daemon.suspended,
             next_number=daemon.next_number,
@@ -259,7 +260,7 @@ class Upgrading:
         daemon = self.daemon
         if state.pid != daemon.pid:
             raise ValueError(f"the state is that of process {state.pid}")
-        daemon.name, daemon.started, daemon.lost = state.name, state.started, state.lost
+        daemon.name, daemon.started, daemon.began, daemon.lost = state.name, state.started, state.began, state.lost
         daemon.suspended, daemon.next_number, daemon.last_reload = state.suspended, state.next_number, state.last_reload
         daemon.now, daemon.upgrade, daemon.activated = daemon.clock(), state.upgrade, state.activated
         counted = state.tally

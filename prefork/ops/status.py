@@ -47,10 +47,8 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
     finally:
         for fd in descriptors:
             os.close(fd)
-    now = time.time()
     return {
-        **{key: facts[key] for key in ("name", "module", "version", "pid", "state", "started_at")},
-        "uptime": now - facts["started_at"],
+        **{key: facts[key] for key in ("name", "module", "version", "pid", "state", "started_at", "uptime")},
         **{key: facts[key] for key in ("generation", "reload", "backoff", "max_workers", "saturated_seconds")},
         "listeners": [
             {**listener, "workers": _summary(workers, listener["address"], target)}

@@ -27,6 +27,8 @@ YOUNG = 0.050
 SATURATED_LOOK = 1.0
 BACKOFF_BASE = 1.5
 BACKOFF_LIMIT = 30.0
+# A fork that fails costs next to nothing, and clients wait for it: a want of processes or memory that has gone is noticed soon.
+FORK_BACKOFF, FORK_BACKOFF_LIMIT = 0.1, 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -132,6 +134,15 @@ def rooms(max_workers: int, targets: Sequence[int], live: Sequence[int], live_el
 
 
 def backoff(failures: int) -> float:
-    """Seconds to wait after this many failures in a row (1, 2, ...)."""
+    """Seconds to wait after this many failures in a row (1, 2, ...) of what runs somebody's code."""
+    return min(BACKOFF_LIMIT, _growth(failures))
+
+
+def fork_backoff(failures: int) -> float:
+    """The same for forks that the kernel has refused."""
+    return min(FORK_BACKOFF_LIMIT, FORK_BACKOFF * _growth(failures))
+
+
+def _growth(failures: int) -> float:
     # The exponent is bounded so that a week of failures does not overflow a float.
-    return min(BACKOFF_LIMIT, BACKOFF_BASE ** min(failures, 20))
+    return BACKOFF_BASE ** min(failures, 20)

@@ -52,8 +52,9 @@ VERSION = 1
 _MAGIC = int.from_bytes(b"prefork" + bytes([VERSION]), "little")
 # Slot numbers have 32 bits on the wire.
 SLOTS_LIMIT = 1 << 32
+NO_SCOREBOARD = "not a prefork scoreboard of this version"
 
-# The header page of the board, in words (word 0 is the magic): how many tracebacks were logged in which second, and how many
+# The header page of the board, in words (word 0 is not used): how many tracebacks were logged in which second, and how many
 # were not since.
 TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
 # The rest of that page, in bytes: why the latest worker that could not start did not. Only ever shown.
@@ -182,6 +183,9 @@ class Scoreboard:
 
     def __init__(self, board_fd: int, orders_fd: int, layout: Layout, access: Access) -> None:
         write_board, write_orders = access.value
+        # Only on the orders, where no worker can write: a spoilt board must still be read.
+        if os.pread(orders_fd, _WORD, 0) != _MAGIC.to_bytes(_WORD, "little"):
+            raise ValueError(NO_SCOREBOARD)
         self.layout = layout
         self.board = _map(board_fd, layout.board_bytes, writable=write_board)
         self.orders = _map(orders_fd, layout.orders_bytes, writable=write_orders)
@@ -322,7 +326,7 @@ def create(name: str, size: int) -> int:
 
 
 def _map(fd: int, size: int, *, writable: bool) -> mmap.mmap:
-    if os.fstat(fd).st_size < size or os.pread(fd, _WORD, 0) != _MAGIC.to_bytes(_WORD, "little"):
-        raise ValueError("not a prefork scoreboard of this version")
+    if os.fstat(fd).st_size < size:
+        raise ValueError(NO_SCOREBOARD)
     protection = mmap.PROT_READ | (mmap.PROT_WRITE if writable else 0)
     return mmap.mmap(fd, size, mmap.MAP_SHARED, protection)

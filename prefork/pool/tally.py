@@ -1,6 +1,7 @@
 """What is kept of workers that have gone: totals, durations, the last deaths, and failures in a row. Values only."""
 
 from collections import deque
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from prefork.pool import policy, scoreboard
@@ -52,10 +53,10 @@ class Trouble:
     reason: str = ""
     until_served: bool = False  # a worker that is ready proves nothing; one that has accepted does
 
-    def add(self, now: float, reason: str, *, until_served: bool = False) -> float:
-        """One more failure. Returns the seconds to wait."""
-        self.until_served = until_served
-        self.failures += 1
-        seconds = policy.backoff(self.failures)
-        self.until, self.reason = now + seconds, reason
-        return seconds
+    def add(self, now: float, reason: str, *, until_served: bool = False, wait: Callable[[int], float] = policy.backoff) -> float:
+        """One more failure; those that come while nothing is tried belong to the same try. Returns the seconds to wait."""
+        self.until_served, self.reason = until_served, reason
+        if now >= self.until:
+            self.failures += 1
+            self.until = now + wait(self.failures)
+        return self.until - now

@@ -121,6 +121,7 @@ class Arena:
     own: list[bool] = field(default_factory=list)  # connections that strikes made themselves: whether they were answered
     victims: list[int] = field(default_factory=list)  # pids of workers that were killed
     figures: Figures = field(default_factory=dict)
+    exact: bool = True  # whether the daemon's counts have to be the clients'
     module_lock: threading.Lock = field(default_factory=threading.Lock)  # one strike at a time spoils the module
 
     @property
@@ -195,24 +196,36 @@ def recovered(server: Server, loads: list[Load]) -> dict[str, Any]:
 
 @contextmanager
 def arena(
-    workload: str, *, rounds: Rounds, workers: int = 4, rate: float | None = None, first: str = "", **options: Any
+    workload: str,
+    *,
+    rounds: Rounds,
+    workers: int = 4,
+    rate: float | None = None,
+    first: str = "",
+    module: str = MODULE,
+    place: Path | None = None,
+    exact: bool = True,
+    **options: Any,
 ) -> Iterator[Arena]:
     """A daemon with this load, and the checks at the end. Options are the daemon's.
 
     ``rounds`` gives the seed, and is told in the figures. ``rate`` paces the short connections. ``first``: see
-    `Arena.write_module`.
+    `Arena.write_module`; ``module``: what follows it. ``place``: where the daemon's folder is, for everybody to read. With
+    ``exact`` off the daemon need not have counted what the clients have: somebody spoils its counters.
     """
-    with tempfile.TemporaryDirectory() as name:
+    with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
+        if place is not None:
+            folder.chmod(0o755)
         for handler in ("target.py", "bad.py"):
             shutil.copy(HANDLERS / handler, folder)
-        (folder / "mine.py").write_text(first + MODULE)
+        (folder / "mine.py").write_text(first + module)
         settings = {"spare_timeout": 0.5, "boot_timeout": 10, "log_file": f"{folder}/log", **options}
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
             before = machine(server)
             with clients(server.address, workload, rate) as loads:
-                ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before)
+                ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact)
                 ring.figures["workload"] = workload
                 serving(server, loads)
                 yield ring
@@ -330,6 +343,8 @@ def _compare_counts(ring: Arena, failed: int, totals: dict[str, int]) -> None:
     """What the clients counted is what the daemon counted."""
     assert watch.identity_holds(totals), totals
     assert failed <= ring.permitted, ring.figures
+    if not ring.exact:
+        return
     least, most = ring.connections + ring.own.count(True), ring.connections + len(ring.own)
     if ring.permitted == 0:
         assert totals["accepted"] == most, (ring.figures, ring.own)

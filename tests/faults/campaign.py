@@ -6,11 +6,11 @@ import random
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.faults import kills, stops, storms
+from tests.faults import hostile, kills, machine, stops, storms
 from tests.faults.arena import Arena, Fault, Figures, Rounds, arena
 from tests.faults.strikes import STRIKES
 
-FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS}
+FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS, **machine.FAULTS, **hostile.FAULTS}
 # So many threads strike at once.
 STRIKERS = 3
 

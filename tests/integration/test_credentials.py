@@ -10,10 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-import sys
-import tempfile
 from collections.abc import Iterator
-from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +19,9 @@ import pytest
 
 from prefork.testing import Server, connect
 from tests import watch
+from tests.public import PYTHON, copy
 
 NOBODY = 65534
-PYTHON = "/usr/bin/python3"
 AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
 WHO = """
 import ctypes, grp, json, os, resource
@@ -57,33 +54,14 @@ def loop(sock):
 """
 
 
-def _missing() -> str | None:
-    if os.geteuid() != 0:
-        return "only root can run a daemon as several users"
-    found = subprocess.run([PYTHON, "-c", "import sys; print(*sys.version_info[:2])"], capture_output=True, text=True, check=False)
-    if found.stdout.split() != [str(part) for part in sys.version_info[:2]]:
-        return f"{PYTHON} is not there, or of another version than this one: it can't run the packages of this environment"
-    return None
-
-
 @pytest.fixture(scope="module")
 def public() -> Iterator[Path]:
     """A folder that everybody can read, with prefork and what it needs in it, and ``run``, which belongs to nobody."""
-    if (reason := _missing()) is not None:
-        assert os.environ.get("CI") != "true", reason
-        pytest.skip(reason)
-    folder = Path(tempfile.mkdtemp(prefix="prefork-public-", dir="/tmp"))
-    try:
-        folder.chmod(0o755)
-        for name in ("prefork", "click", "psutil", "setproctitle"):
-            source = Path(str(import_module(name).__file__)).parent
-            shutil.copytree(source, folder / name, ignore=shutil.ignore_patterns("__pycache__"))
+    with copy() as folder:
         (folder / "run").mkdir()
         os.chown(folder / "run", NOBODY, NOBODY)
         (folder / "mine.py").write_text(WHO % 1)
         yield folder
-    finally:
-        shutil.rmtree(folder)
 
 
 @contextlib.contextmanager

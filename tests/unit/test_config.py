@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import time
 import tomllib
 from pathlib import Path
 from typing import Any
@@ -122,6 +123,20 @@ def written(folder: Path, text: str) -> str:
 
 
 # -- wrong values
+
+
+@pytest.mark.parametrize("before", ["", "[", "[[", "a = {"])
+@pytest.mark.parametrize("part", ["a.", '"a" . ', "'a'."])
+def test_a_key_of_thousands_of_parts_is_refused_before_it_costs_seconds(before: str, part: str, tmp_path: Path) -> None:
+    begun = time.process_time()
+    assert "a key of more than 20 parts" in refusal(Sources(file=written(tmp_path, before + part * 10_000 + "a = 1")))
+    assert time.process_time() - begun < 1.0
+
+
+def test_dots_in_values_and_comments_are_no_keys(tmp_path: Path) -> None:
+    addresses = [f"127.0.0.1:{port}" for port in range(1000, 3000)]
+    text = f"# a.b.c.d.e.f.g.h.i.j\n# don't. \nmodule = 'echo:loop'\nmax_workers = 20000\nbind = {addresses}\n"
+    assert len(Sources(file=written(tmp_path, text)).load().bind) == 2000
 
 
 def test_the_tables_of_this_file_know_every_option() -> None:

@@ -13,7 +13,7 @@ from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
-from prefork.pool import scoreboard, wire
+from prefork.pool import policy, scoreboard, wire
 from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
 from prefork.retiring import NAG_AGAIN, NAG_FIRST
@@ -185,6 +185,15 @@ def test_a_connection_that_ends_with_its_worker_is_counted_as_killed(peer: Peer)
     assert (counts.begun, counts.killed, counts.serving) == (1, 1, 0)
 
 
+def test_acceptors_that_do_not_exist_are_struck_off(peer: Peer) -> None:
+    generation, board = peer.generation, peer.generation.board
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    board.states[0] = scoreboard.IDLE  # a stray write, or a lie: nobody is there
+    generation.tend(1.0, 0)
+    assert board.states[0] == scoreboard.STARTING
+    assert peer.asked() == [Command(Order.FORK, 0)]
+
+
 def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID), 1.0)
@@ -193,11 +202,49 @@ def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
     peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.0)
     generation.tend(1.003, 0)
     assert peer.asked() == []
-    assert generation.trouble.until == 2.5
-    assert generation.wake_at() == 2.5
-    generation.tend(2.5, 0)
-    generation.tend(2.504, 0)
+    assert generation.fork_trouble.until == generation.wake_at() == 1.0 + policy.fork_backoff(1)
+    generation.tend(1.16, 0)
+    generation.tend(1.164, 0)
     assert peer.asked() == [Command(Order.FORK, 0)]
+    peer.say(Report(Kind.FORKED, 0, PID), 1.164)
+    assert (generation.fork_trouble.failures, generation.fork_trouble.until) == (0, 0.0)
+
+
+def test_a_fork_that_fails_late_is_tried_again_too(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    generation.tend(1.003, 0)  # nobody is missing: one is about to start
+    generation.tend(1.004, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+    peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.1)
+    generation.tend(1.1, 0)
+    assert generation.wake_at() == 1.1 + policy.fork_backoff(1)
+
+
+def test_forks_that_fail_together_are_one_failure_and_who_was_forked_with_them_proves_nothing() -> None:
+    peer = Peer(4)
+    generation = peer.generation
+    generation.tend(0.0, 0)
+    assert len(peer.asked()) == 4
+    peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.0)
+    peer.say(Report(Kind.FORK_FAILED, 1, status=11), 1.01)
+    peer.say(Report(Kind.FORKED, 2, PID), 1.02)
+    peer.say(Report(Kind.FORK_FAILED, 3, status=11), 1.03)
+    assert (generation.fork_trouble.failures, generation.fork_trouble.until) == (1, 1.0 + policy.fork_backoff(1))
+    peer.close()
+
+
+def test_a_failed_fork_shortens_no_back_off_of_workers_that_do_not_start(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 0)]
+    generation.trouble.add(1.0, "a worker died before it was ready")
+    peer.say(Report(Kind.FORK_FAILED, 0, status=11), 1.0)
+    generation.tend(1.2, 0)
+    assert peer.asked() == []
+    assert generation.wake_at() == 2.5
 
 
 def test_a_burst_of_orders_waits_for_the_channel_and_none_is_lost() -> None:

@@ -11,6 +11,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prefork.pool.policy import (
     BACKOFF_LIMIT,
+    FORK_BACKOFF_LIMIT,
     LOOK_AGAIN,
     SATURATED_LOOK,
     YOUNG,
@@ -19,6 +20,7 @@ from prefork.pool.policy import (
     View,
     backoff,
     decide,
+    fork_backoff,
     released,
     rooms,
 )
@@ -235,6 +237,13 @@ def test_the_back_off_grows_up_to_its_limit_and_never_overflows() -> None:
     assert waits[:3] == [1.5, 2.25, 3.375]
     assert waits == sorted(waits)
     assert waits[-1] == BACKOFF_LIMIT
+
+
+def test_a_fork_is_tried_again_within_a_second() -> None:
+    waits = [fork_backoff(failures) for failures in (1, 2, 3, 5, 6, 100, 10**9)]
+    assert waits[:3] == pytest.approx([0.15, 0.225, 0.3375])
+    assert waits == sorted(waits)
+    assert waits[4] == waits[-1] == FORK_BACKOFF_LIMIT == 1.0
 
 
 # -- the simulation
