@@ -18,13 +18,15 @@ from typing import Any, NoReturn
 from hypothesis import HealthCheck, Phase, given, seed, settings
 from hypothesis import strategies as st
 
-from prefork import config
+from prefork import carried, config
+from prefork.carried import StateError
 from prefork.config import OPTIONS, Sources, variable
 from prefork.errors import ConfigError
 from prefork.net import address
 from prefork.ops import control
 from prefork.pool import wire
 from prefork.pool.wire import Command, Doorbell, Kind, Order, Report, Ring
+from tests import states
 
 # CPU seconds that a reader may take for one input: the master reads while it should be supervising.
 LONGEST = 2.0
@@ -265,6 +267,16 @@ def scale(text: str) -> None:
     with suppress(ValueError):
         assert isinstance(control.scaled(text, 8), int)
         assert re.fullmatch(r"[+-]?[0-9]+", text)
+
+
+@target(states.spoilt())
+def state(data: bytes) -> None:
+    """What an upgrade carries."""
+    try:
+        found = carried.read(data)
+    except StateError:
+        return
+    assert carried.read(carried.write(found)) == found
 
 
 def main() -> int:
