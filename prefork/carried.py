@@ -26,7 +26,8 @@ from prefork.system.credentials import Credentials
 from prefork.system.program import STATE_LIMIT, Program
 
 FORMAT = 1
-_LARGEST = 1 << 63
+# Sums of what workers may have written in 8 bytes each.
+_LARGEST = 1 << 100
 
 
 class StateError(RefusedError):
@@ -121,6 +122,7 @@ class CarriedWiring:
     doorbell_read: int
     doorbell_write: int
     devnull: int
+    logs: tuple[tuple[str, int], ...]  # paths and descriptors
     strangers: tuple[int, ...]
     credentials: Credentials | None
 
@@ -162,6 +164,7 @@ class State:
     suspended: bool
     next_number: int
     last_reload: LastReload | None
+    reload_wanted: bool
     inherited: tuple[int, ...]
     activated: tuple[tuple[str, int], ...]
     wiring: CarriedWiring
@@ -179,7 +182,7 @@ class State:
     def descriptors(self) -> list[int]:
         """Every descriptor that has to outlive the exec."""
         wiring = self.wiring
-        found = [wiring.doorbell_read, wiring.doorbell_write, wiring.devnull, *self.inherited]
+        found = [wiring.doorbell_read, wiring.doorbell_write, wiring.devnull, *(fd for _, fd in wiring.logs), *self.inherited]
         found += [file.fd for file in (self.control, self.pid_file) if file is not None]
         found += [listener.fd for listener in self.listeners]
         for generation in self.generations:
@@ -349,10 +352,8 @@ def _restore_scalar(kind: Any, plain: Any, where: str) -> Any:
     if kind is float and type(plain) is int:
         plain = float(plain) if abs(plain) < _LARGEST else plain
     _expect(kind, plain, where)
-    if kind is int and abs(plain) >= _LARGEST * 2:
-        raise ValueError(f"{where} is no number of 64 bits")
-    if kind is str and "\0" in plain:
-        raise ValueError(f"{where} has a NUL")
+    if kind is int and abs(plain) >= _LARGEST:
+        raise ValueError(f"{where} is no number of 100 bits")
     return plain
 
 

@@ -132,7 +132,7 @@ class Changeover:
 
     def tend(self) -> None:
         """Do what is due."""
-        # The canary first: a dead fork server of its is not to be replaced.
+        # The canary first: a dead fork server of its is not to be replaced while there is a way back.
         if self.daemon.reloading is not None and self.daemon.reloading.canary is not None:
             self._tend_canary(self.daemon.reloading, self.daemon.reloading.canary)
         self._tend_restart()
@@ -155,6 +155,8 @@ class Changeover:
     def wake_at(self) -> float | None:
         """When to `tend`."""
         reload = self.daemon.reloading
+        if reload is None and self.wanted is not None and not self.daemon.trying:
+            return self.daemon.now
         times = [self.restart_at]
         if reload is not None:
             times.append(reload.canary.until if reload.canary is not None else reload.generation.boot_deadline)
@@ -246,14 +248,15 @@ class Changeover:
 
     def _tend_canary(self, reload: Reload, canary: Canary) -> None:
         new, seconds = reload.generation, reload.generation.config.canary
-        if new.link.pid is None:
+        if canary.old.link.pid is None:
+            # Nor would a new fork server for it be a way back: it would import the new code.
+            log.event("canary_lost", generation=canary.old.number)
+            self._end_canary(reload, canary)
+        elif new.link.pid is None:
             self._roll_back(reload, canary, f"its fork server died within canary = {seconds:g} s")
         elif len(new.crashes) >= canary.most:
             what = f"{len(new.crashes)} of its workers crashed within canary = {seconds:g} s"
             self._roll_back(reload, canary, f"{what}\n" + "\n".join(new.crashes))
-        elif canary.old.link.pid is None:
-            log.event("canary_lost", generation=canary.old.number)
-            self._end_canary(reload, canary)
         elif canary.until <= self.daemon.now:
             log.event("canary_passed", generation=new.number, crashes=len(new.crashes))
             self._end_canary(reload, canary)

@@ -94,7 +94,7 @@ class Generation:
 
     # -- an upgrade
 
-    def carry(self, places: Mapping[Listener, int]) -> CarriedGeneration:
+    def carry(self, places: Mapping[Listener, int], now: float) -> CarriedGeneration:
         """What another program has to know to go on with it (`adopted`). ``places``: of the listeners in the state's list."""
         return CarriedGeneration(
             number=self.number,
@@ -109,7 +109,7 @@ class Generation:
             trouble=self.trouble,
             fork_trouble=self.fork_trouble,
             gossip=self.gossip,
-            saturated_seconds=self.saturated_seconds,
+            saturated_seconds=self.saturated_for(now),
             counted=self._counted,
             pool=CarriedPool(
                 workers=tuple(self.pool.workers.values()),

@@ -18,7 +18,7 @@ from prefork import carried, config, log
 from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
-from prefork.errors import ConfigError, InUseError, PreforkError
+from prefork.errors import InUseError, PreforkError
 from prefork.link import Wiring
 from prefork.ops import control, instances
 from prefork.ops.control import Client
@@ -66,12 +66,15 @@ class Master:
         self.stopping = Stopping(self.daemon, self.changeover, self.upgrading)
         self.deaf_until: float | None = None  # to the doorbell
         self.seen_exited = 0
+        self.handed: tuple[int, str] | None = None  # by another program: the descriptor of its state, and why it is us again
 
     # -- the loop
 
     def run(self) -> int:
         """Serve until stopped; after `start`. Raises PreforkError when the first generation can't be started."""
         try:
+            if self.handed is not None:
+                self._take_over(*self.handed)
             while not self.stopping.finished:
                 self._sleep()
                 # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.
@@ -145,14 +148,9 @@ class Master:
             os.set_inheritable(kept, False)
         if reason:
             program.put_back(state.program.variables)
+            self.upgrading.program = state.program  # as it was started first
         self.upgrading.adopt(state)
-        who = daemon.wiring.credentials
-        try:
-            if who is not None and who.uid != 0:
-                log.give_to(who.uid)
-            log.use(daemon.config)
-        except ConfigError as error:
-            log.event("log_lost", reason=error)
+        log.use(daemon.config)
         process.set_title(f"prefork: master {daemon.name}")
         process.become_subreaper()
         self._prick_up()
@@ -162,6 +160,10 @@ class Master:
         if state.control is not None and state.control.inode is not None:
             sock = socket.socket(fileno=state.control.fd)
             daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
+        self.handed = fd, reason
+
+    def _take_over(self, fd: int, reason: str) -> None:
+        """The state is adopted, and there is no way back any more: hear what has come meanwhile, and reload."""
         os.close(fd)
         # Whose SIGCHLD the old program has taken and not obeyed.
         self._reap()
@@ -267,8 +269,8 @@ class Master:
     def _tend(self) -> None:
         """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""
         daemon = self.daemon
-        self.upgrading.tend()
         self.changeover.tend()
+        self.upgrading.tend()
         if daemon.failure is not None and daemon.stopping is None:
             self.stopping.stop_quickly("the start failed")
         generations = daemon.generations()

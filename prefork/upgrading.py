@@ -32,6 +32,8 @@ from prefork.system.program import Program
 # What the trial may take beyond boot_timeout, which is for its import.
 START = 10.0
 LOOK = 0.005
+# One that is given up is killed when it has not ended by itself by then.
+PATIENCE = 1.0
 # A process that the trial has left behind may go on talking: so many reads are enough.
 LAST_WORDS = 64
 # Of what the trial says the end is kept: the error.
@@ -68,6 +70,7 @@ class Upgrading:
         self.trial: Trial | None = None
         self.ready = False
         self.reload_before: LastReload | None = None  # the last one before the upgrade's own
+        self.dropped: tuple[int, float] | None = None  # a trial that was asked to end, and until when it may
         self.settled_by = 0.0  # then nobody waits any more for those who accept with old code
 
     # -- in the old program
@@ -132,6 +135,9 @@ class Upgrading:
 
     def tend(self) -> None:
         """Do what is due."""
+        if self.dropped is not None and self.dropped[1] <= self.daemon.now:
+            process.signal_child(self.dropped[0], signal.SIGKILL)
+            self.dropped = None
         trial = self.trial
         if trial is None:
             if not self.ready:
@@ -150,18 +156,23 @@ class Upgrading:
     def wake_at(self) -> float | None:
         """When to `tend`."""
         if self.ready:
-            return self.daemon.now + LOOK
-        return self.trial.deadline if self.trial is not None else None
+            return self.daemon.now + LOOK if self.daemon.reloading is None else None
+        times = [self.trial.deadline] if self.trial is not None else []
+        times += [self.dropped[1]] if self.dropped is not None else []
+        return min(times, default=None)
 
     @property
     def due(self) -> bool:
-        """Whether `become` can be called: nobody's SIGCONT is due from us."""
-        return self.ready and not any(generation.link.ending.under_way for generation in self.daemon.generations())
+        """Whether `become` can be called: no dead fork server is being replaced, and nobody's SIGCONT is due from us."""
+        daemon = self.daemon
+        return self.ready and daemon.reloading is None and not any(g.link.ending.under_way for g in daemon.generations())
 
     def drop(self, reason: str) -> None:
         """It is not to be."""
         if self.trial is not None:
-            process.signal_child(self.trial.pid, signal.SIGKILL)
+            # Not SIGKILL yet: it has to end what its import has started.
+            process.signal_child(self.trial.pid, signal.SIGTERM)
+            self.dropped = self.trial.pid, self.daemon.now + PATIENCE
             self._end_trial(self.trial)
             self._give_up(reason)
         elif self.ready:
@@ -196,7 +207,7 @@ class Upgrading:
         # Who waits for a reload gets it with the upgrade; for the rest there is nobody any more who would know them.
         number = daemon.upgrade.number if daemon.upgrade is not None else 0
         daemon.tell(self.changeover.wanted or [], {"ok": True, "upgrade": number})
-        wanted, self.changeover.wanted = self.changeover.wanted, None
+        self.changeover.wanted = [] if self.changeover.wanted is not None else None
         if daemon.control is not None:
             daemon.control.dismiss("the daemon became another program meanwhile; see prefork status", daemon.now)
         state = self.carry()
@@ -207,7 +218,6 @@ class Upgrading:
         except OSError as error:
             os.close(fd)
             self._give_up(f"{how.executable} can't be executed: {error.strerror}")
-            self.changeover.wanted = [] if wanted is not None else None
 
     def carry(self) -> State:
         """The daemon, for another program."""
@@ -232,6 +242,7 @@ class Upgrading:
             suspended=daemon.suspended,
             next_number=daemon.next_number,
             last_reload=daemon.last_reload,
+            reload_wanted=self.changeover.wanted is not None,
             inherited=tuple(sorted(daemon.listeners.inherited & set(process.descriptors()))),
             activated=daemon.activated,
             wiring=CarriedWiring(
@@ -239,6 +250,7 @@ class Upgrading:
                 doorbell_read=wiring.doorbell_read,
                 doorbell_write=wiring.doorbell_write,
                 devnull=wiring.devnull,
+                logs=tuple(log.carry()),
                 strangers=tuple(wiring.strangers),
                 credentials=wiring.credentials,
             ),
@@ -247,7 +259,7 @@ class Upgrading:
             listeners=tuple(_carried_listener(listener) for listener in listeners),
             current_listeners=tuple(places[listener] for listener in daemon.listeners.current),
             farewells=daemon.listeners.carry(places),
-            generations=tuple(generation.carry(places) for generation in generations),
+            generations=tuple(generation.carry(places, daemon.now) for generation in generations),
             tally=CarriedTally(
                 tally.counts, tuple(tally.histogram), tally.forked, tally.exited, tally.saturated, tuple(tally.deaths)
             ),
@@ -262,13 +274,19 @@ class Upgrading:
             raise ValueError(f"the state is that of process {state.pid}")
         daemon.name, daemon.started, daemon.began, daemon.lost = state.name, state.started, state.began, state.lost
         daemon.suspended, daemon.next_number, daemon.last_reload = state.suspended, state.next_number, state.last_reload
+        self.changeover.wanted = [] if state.reload_wanted else None
         daemon.now, daemon.upgrade, daemon.activated = daemon.clock(), state.upgrade, state.activated
         counted = state.tally
         daemon.tally = Tally(counted.counts, list(counted.histogram), counted.forked, counted.exited, counted.saturated)
         daemon.tally.deaths.extend(counted.deaths)
+        who = state.wiring.credentials
+        log.adopt(state.wiring.logs, who.uid if who is not None and who.uid != 0 else None)
         if state.pid_file is not None:
             daemon.pid_file = PidFile(state.pid_file.path, state.pid_file.fd)
-        listeners = [_adopted_listener(listener) for listener in state.listeners]
+        # In loops, because what is made belongs to this frame then: if the rest fails, the way back needs it open.
+        listeners: list[Listener] = []
+        for listener in state.listeners:
+            listeners.append(_adopted_listener(listener))  # noqa: PERF401
         daemon.listeners.inherited = frozenset(state.inherited)
         daemon.listeners.current = [listeners[place] for place in state.current_listeners]
         daemon.listeners.farewells = [
@@ -286,12 +304,10 @@ class Upgrading:
             strangers=frozenset(wiring.strangers),
             credentials=wiring.credentials,
         )
-        adopted = [
-            Generation.adopted(
-                generation, conf, [listeners[place] for place in generation.listeners], daemon.wiring, daemon.tally, daemon.now
-            )
-            for generation, conf in zip(state.generations, configs, strict=True)
-        ]
+        adopted: list[Generation] = []
+        for generation, conf in zip(state.generations, configs, strict=True):
+            its = [listeners[place] for place in generation.listeners]
+            adopted.append(Generation.adopted(generation, conf, its, daemon.wiring, daemon.tally, daemon.now))
         daemon.current, daemon.draining = adopted[0], adopted[1:]
 
     def adopted(self, reason: str) -> None:
@@ -301,6 +317,7 @@ class Upgrading:
         if reason:
             self._give_up(f"the new program failed, and became this one again: {reason}")
             return
+        self.changeover.wanted = None  # the reload that follows is the one that was wanted
         log.event("upgraded", version=__version__, before=before, pid=daemon.pid)
         self.reload_before = daemon.last_reload
         self.changeover.reload("reload after the upgrade")

@@ -89,7 +89,6 @@ EVENT_FIELDS = {
     "upgrading": ["what", "program"],
     "handing_over": ["version", "program"],
     "upgraded": ["version", "before", "pid"],
-    "log_lost": ["reason"],
     "folder_gone": ["folder"],
     "reload_queued": [],
     "ignored": ["what", "why"],

@@ -183,6 +183,20 @@ def keep_only(in_use: Iterable[Settings]) -> None:
         _sinks.pop(path).close()
 
 
+def carry() -> list[tuple[str, int]]:
+    """The log files that are open, as path and descriptor, for another program of this process."""
+    return [(path, sink.fd) for path, sink in _sinks.items() if path and sink.is_open]
+
+
+def adopt(files: Iterable[tuple[str, int]], owner: int | None) -> None:
+    """Go on with what was `carry`'s; ``owner`` as in `give_to`, which was done. Raises OSError."""
+    global _owner
+    _owner = owner
+    for path, fd in files:
+        _sinks[path] = Sink(path)
+        _sinks[path].adopt(fd)
+
+
 def begin_fork_server(settings: Settings, role: str, orders: memoryview) -> None:
     """Log as a process that runs user code, and so do its forks: what it prints is logged, and the master is followed."""
     global _orders, _epoch

@@ -74,6 +74,11 @@ class Sink:
         self.fd = fd
         self._look()
 
+    def adopt(self, fd: int) -> None:
+        """Go on with a file that was opened by the program that this process was before. Raises OSError."""
+        self.fd = fd
+        self._look()
+
     def _look(self) -> None:
         found = os.fstat(self.fd)
         self._identity = (found.st_dev, found.st_ino)
@@ -95,6 +100,11 @@ class Sink:
         except OSError as error:
             return error.strerror
         return None
+
+    @property
+    def is_open(self) -> bool:
+        """Whether its file is open, and still there."""
+        return self._is_ours(self.fd)
 
     def _is_ours(self, fd: int) -> bool:
         try:

@@ -109,12 +109,10 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
             if not tries_left:
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
             continue
-        except ConnectionResetError:
-            data, descriptors = b"", []
         answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
         # An upgrade cuts what is being said: what was not heard is said again, and what changes nothing.
-        cut = answer is None or "again" in answer
-        if tries_left and ((answer is not None and answer.get("again")) or (cut and command in _QUESTIONS)):
+        cut = data and (answer is None or "again" in answer)
+        if tries_left and cut and (command in _QUESTIONS or (answer is not None and answer["again"])):
             _close(descriptors)
             continue
         break
@@ -130,6 +128,7 @@ def _close(descriptors: Iterable[int]) -> None:
 
 
 def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, list[int]]:
+    data, descriptors = b"", list[int]()
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
             # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
@@ -143,8 +142,10 @@ def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, li
             data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
             while more := sock.recv(65536):
                 data += more
-        except (BrokenPipeError, ConnectionResetError):
+        except BrokenPipeError:
             raise
+        except ConnectionResetError:
+            return data, list(descriptors)  # what has come is there; the other end had not read all of the request
         except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
         except PermissionError:

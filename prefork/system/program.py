@@ -36,6 +36,7 @@ class Program:
     arguments: tuple[str, ...]  # those after it
     home: str  # where that interpreter's library is
     path: tuple[str, ...]  # where it imports from
+    way_back: tuple[str, ...]  # prefix, without links: they may name the successor by then
     variables: dict[str, str]  # what the environment says of both
 
     def line(self, command: str, *options: str) -> list[str]:
@@ -49,15 +50,17 @@ def started(command: str) -> Program | None:
     if given[:1] != [command] or not sys.executable or sys.orig_argv[-len(given) :] != given:
         return None
     prefix = sys.orig_argv[1 : -len(given)]
-    if prefix and prefix[-2:-1] not in (["-m"], ["-c"]):
+    is_script = bool(prefix) and prefix[-2:-1] not in (["-m"], ["-c"])
+    if is_script:
         prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
     return Program(
         executable=sys.executable,
         image=os.readlink("/proc/self/exe"),
         prefix=tuple(prefix),
         arguments=tuple(given[1:]),
-        home=sys.base_prefix,
-        path=tuple(filter(None, sys.path)),
+        home=os.path.realpath(sys.base_prefix),
+        path=tuple(os.path.realpath(place) for place in sys.path if place),
+        way_back=(*prefix[:-1], os.path.realpath(prefix[-1])) if is_script else tuple(prefix),
         variables={name: os.environ[name] for name in _PYTHONS if name in os.environ},
     )
 
@@ -165,7 +168,7 @@ def or_back() -> Iterator[None]:
 def _go_back(fd: int, reason: str) -> None:
     state: dict[str, Any] = json.loads(read_state(fd))
     before = Program(**state["program"])
-    told = "".join(char for char in reason[:_REASON_LIMIT] if char != "\0")
+    told = reason[:_REASON_LIMIT].replace("\0", "\\0").encode("ascii", "backslashreplace").decode()
     os.set_inheritable(fd, True)
     for kept in state["kept"]:
         os.set_inheritable(kept, True)
@@ -173,4 +176,5 @@ def _go_back(fd: int, reason: str) -> None:
     found = {"PYTHONHOME": before.home, "PYTHONPATH": os.pathsep.join(before.path)}
     environment = {**os.environ, **found, VARIABLE: f"{fd}:{os.getpid()}:{told}"}
     signals.block()
-    os.execve(before.image, before.line("serve"), environment)  # noqa: S606
+    line = [before.executable, *before.way_back, "serve", *before.arguments]
+    os.execve(before.image, line, environment)  # noqa: S606
