@@ -158,6 +158,22 @@ def test_a_new_fork_server_that_dies_on_trial_is_not_replaced_but_taken_back(pre
     assert server.status()["generation"] == 1
 
 
+def test_when_both_fork_servers_die_the_new_code_is_imported_again(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
+    module(GOOD.format("new"))
+    os.kill(server.pid, signal.SIGHUP)
+    on_trial(server)
+    pids = [watch.fork_server(server, generation) for generation in (1, 2)]
+    os.kill(server.pid, signal.SIGSTOP)  # so that it hears of both at once
+    for pid in pids:
+        os.kill(pid, signal.SIGKILL)
+    os.kill(server.pid, signal.SIGCONT)
+    watch.logged(server, "generation 3 serves")
+    watch.settled(server, 2)
+    assert says(server.address) == b"new"
+    assert server.status()["state"] == "running"
+
+
 def test_without_the_old_fork_server_there_is_no_way_back(prefork_server: Start, module: Module) -> None:
     server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
     module(GOOD.format("new"))

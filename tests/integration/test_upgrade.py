@@ -1,5 +1,6 @@
 """Upgrades in place: another program under the same pid, and nobody notices; a successor that is no good changes nothing."""
 
+import json
 import os
 import shutil
 import signal
@@ -38,11 +39,17 @@ DEBIANS = "/usr/bin/python3"
 
 @contextmanager
 def running(
-    command: list[str], folder: Path, scratch: Path, *, fds: tuple[int, ...] = (), environment: dict[str, str] | None = None
+    command: list[str],
+    folder: Path,
+    scratch: Path,
+    log: Path | None = None,
+    *,
+    fds: tuple[int, ...] = (),
+    environment: dict[str, str] | None = None,
 ) -> Iterator[Server]:
     """A daemon that is started by this command line, which serves already or ends."""
-    control, log = str(scratch / "control"), scratch / "log"
-    with log.open("wb") as file:
+    control = str(scratch / "control")
+    with (scratch / "output").open("wb") as file:
         process = subprocess.Popen(
             [*command, f"--control={control}"],
             cwd=folder,
@@ -51,9 +58,12 @@ def running(
             stderr=file,
             env={**os.environ, "PWD": str(folder), **(environment or {})},
         )
-    server = Server(None, process.pid, control, log, process)
+    server = Server(None, process.pid, control, log or scratch / "output", process)
     try:
-        watch.until("it serves or has ended", lambda: " serving " in server.log() or process.poll() is not None)
+        watch.until(
+            "it serves or has ended",
+            lambda: (server.log_path.exists() and " serving " in server.log()) or process.poll() is not None,
+        )
         yield server
     finally:
         server.stop()
@@ -322,6 +332,90 @@ if os.readlink("/proc/self/exe") == {os.path.realpath(DEBIANS)!r}:
         assert os.readlink(f"/proc/{server.pid}/exe") == own_python()
         assert len(watch.descriptors(server.pid)) == fds
         assert server.status()["generation"] == 1
+
+
+FAILS = """
+def fail(self, state):
+    raise ValueError("planted \\udfff\\0")
+upgrading.Upgrading.adopt = fail
+"""
+
+
+def test_releases_that_a_link_switches_go_back_to_the_one_that_was(tmp_path: Path, module: Module) -> None:
+    for number, first in enumerate(("", FAILS, ""), 1):
+        (tmp_path / str(number)).mkdir()
+        (tmp_path / str(number) / "program.py").write_text(SUCCESSOR.format(first))
+
+    def switch(number: int) -> None:
+        (tmp_path / "next").symlink_to(str(number))
+        (tmp_path / "next").rename(tmp_path / "current")
+
+    switch(1)
+    told = "import json, os\ndef loop(sock):\n    sock.recv(64)\n    sock.sendall(json.dumps(dict(os.environ)).encode())\n"
+    command = [sys.executable, "current/program.py", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with running(command, module(told), tmp_path) as server:
+
+        def environment() -> dict[str, str]:
+            with connect(address(server)) as sock:
+                sock.sendall(b"x")
+                found: dict[str, str] = json.loads(sock.makefile("rb").read())
+                return {name: text for name, text in found.items() if name.startswith("P")}
+
+        before = environment()
+        for generation in (2, 3):
+            switch(2)
+            number = server.command("upgrade")["upgrade"]
+            os.kill(server.pid, signal.SIGHUP)  # it is not forgotten, either
+            answer = server.command("outcome", upgrade=number)
+            assert answer["reason"].endswith(r"became this one again: ValueError: planted \udfff\0")
+            watch.logged(server, f"generation {generation} serves")
+        assert environment() == before
+        switch(3)
+        assert upgrade(server)["ok"]
+        assert environment() == before
+
+
+def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, module: Module) -> None:
+    (tmp_path / "logs").mkdir()
+    log = tmp_path / "logs" / "log"
+    command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with running([*command, f"--log-file={log}", "--access-log=-"], module(ECHO), tmp_path, log) as server:
+        with log.open() as file, connect(address(server)) as held:
+            held.sendall(b"x")
+            held.recv(64)
+            shutil.rmtree(tmp_path / "logs")
+            assert upgrade(server)["ok"]
+            (busy,) = watch.workers(server, "busy")
+            os.kill(busy["pid"], signal.SIGKILL)
+            assert held.recv(64) == b""
+            watch.until("the death is told where the log was", lambda: "SIGKILL" in file.read())
+        assert says(address(server)) == b"x"
+
+
+def test_a_fork_server_that_dies_during_the_trial_is_replaced_before_the_upgrade(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(ECHO), workers=2)
+    module("import time\ntime.sleep(1)\n" + ECHO)
+    number = server.command("upgrade")["upgrade"]
+    os.kill(watch.fork_server(server), signal.SIGKILL)
+    assert server.command("outcome", upgrade=number)["generation"] == 3
+    watch.settled(server, 2)
+    watch.until("only one generation is left", lambda: len(watch.family(server.pid)) == 3)
+
+
+def test_an_upgrade_whose_fork_server_dies_at_once_is_answered_at_once(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(ECHO), workers=1)
+    module("import os, sys\nif not any('adopt' in word for word in sys.orig_argv):\n    os.kill(os.getpid(), 9)\n" + ECHO)
+    with watch.fewer_than(15.0, "an answer"):
+        reason = upgrade(server)["reason"]
+    assert f"prefork {prefork.__version__} runs, but its reload was refused: mine:loop: the fork server died" in reason
+
+
+def test_the_time_at_the_ceiling_does_not_go_back(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1, max_workers=1)
+    with connect(server.address):
+        before = watch.until("at the ceiling for a while", lambda: (s := server.status()["saturated_seconds"]) > 0.5 and s)
+        assert upgrade(server)["ok"]
+        assert server.status()["saturated_seconds"] >= before
 
 
 def test_an_upgrade_during_a_reload_is_refused_and_a_reload_during_an_upgrade_is_part_of_it(
