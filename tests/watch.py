@@ -107,11 +107,20 @@ def descriptors(pid: int) -> dict[int, str]:
 
 
 def pss_kib(pid: int) -> int:
-    """Proportional set size."""
+    """Proportional set size: of a page that others have, too, its share. So it grows when they go."""
+    return _memory_kib(pid, "Pss")
+
+
+def anonymous_kib(pid: int) -> int:
+    """What the process has allocated and written to, whoever else has it; no files."""
+    return _memory_kib(pid, "Anonymous")
+
+
+def _memory_kib(pid: int, what: str) -> int:
     for line in Path(f"/proc/{pid}/smaps_rollup").read_text().splitlines():
-        if line.startswith("Pss:"):
+        if line.startswith(f"{what}:"):
             return int(line.split()[1])
-    raise AssertionError("no Pss")
+    raise AssertionError(f"no {what}")
 
 
 def free_port() -> int:
