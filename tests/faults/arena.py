@@ -214,7 +214,7 @@ def arena(
 
     ``rounds`` gives the seed, and is told in the figures. ``rate`` paces the short connections. ``first``: see
     `Arena.write_module`; ``module``: what follows it. ``place``: where the daemon's folder is, for everybody to read. With
-    ``exact`` off the daemon need not have counted what the clients have: somebody spoils its counters.
+    ``exact`` off the daemon need not have counted what the clients have.
     """
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)

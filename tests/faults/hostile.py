@@ -114,13 +114,12 @@ def lies_on_the_channel(rounds: Rounds, workload: str) -> Figures:
             count = 100 if number % 2 == 0 else TOO_MUCH
             generation = ring.server.status()["generation"]
             (ring.folder / "lies").write_text(str(count))
-            os.kill(ring.server.pid, signal.SIGTTIN)
+            os.kill(ring.server.pid, signal.SIGTTIN)  # one more each time, so that one has to be forked
             if count == TOO_MUCH:
                 watch.until("it is replaced", lambda at=generation: ring.server.status()["generation"] > at)  # type: ignore[misc]
             else:
                 logged(ring, f"reports from processes of generation {generation} made no sense")
             ring.recovered()
-            os.kill(ring.server.pid, signal.SIGTTOU)
     return ring.figures
 
 
@@ -201,10 +200,15 @@ LONGEST_RETRY = 32.0
 def syn_burst(rounds: Rounds, workload: str) -> Figures:
     """More clients at once than the queue holds: the kernel lets them try again, and each is served."""
     waits: list[float] = []
-    with arena(workload, rounds=rounds, backlog=BACKLOG) as ring:
+    # Not exact: the kernel has once made 10 connections more than the 6,900 clients of bursts. With its queue full it sends SYN
+    # cookies, and takes three acknowledgements for each that it has sent (SyncookiesRecv, SyncookiesSent): late copies, it seems.
+    with arena(workload, rounds=rounds, backlog=BACKLOG, exact=False) as ring:
         for _ in rounds:
             waits += _burst(ring, BURST)
-    return ring.figures | {"burst": BURST, "waited_worst": max(waits)}
+    figures = ring.figures | {"burst": BURST, "waited_worst": max(waits)}
+    ghosts = figures["ghosts"] = figures["totals"]["accepted"] - ring.connections - len(ring.own)
+    assert 0 <= ghosts <= len(ring.own) // 100, figures
+    return figures
 
 
 def _burst(ring: Arena, count: int) -> list[float]:
@@ -235,7 +239,7 @@ FAULTS = {
     "garbage_on_the_board": Fault(garbage_on_the_board, 100, len(PARTS), ("short",)),
     "garbage_on_the_doorbell": Fault(garbage_on_the_doorbell, 100, 3, ("mixed",)),
     "full_doorbell": Fault(full_doorbell, 30, 2, ("short",)),
-    "lies_on_the_channel": Fault(lies_on_the_channel, 20, 2, ("mixed",)),
+    "lies_on_the_channel": Fault(lies_on_the_channel, 20, 2, ("long",)),
     "silent_clients": Fault(silent_clients, 10_000, 1_000, ("short",)),
     "syn_burst": Fault(syn_burst, 30, 1, ("short",)),
 }

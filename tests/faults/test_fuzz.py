@@ -16,7 +16,7 @@ def test_a_reader_takes_whatever_there_is(name: str) -> None:
 @pytest.mark.slow
 @pytest.mark.parametrize("name", fuzz.TARGETS)
 def test_a_reader_takes_whatever_there_is_for_longer(name: str) -> None:
-    assert fuzz.fuzz(name, seconds=20, first_seed=1)["inputs"] > 1000
+    assert fuzz.fuzz(name, seconds=20, first_seed=1)["inputs"] > 100
 
 
 def wrong(number: int) -> None:

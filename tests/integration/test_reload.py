@@ -132,7 +132,7 @@ def loop(sock):
 
 
 def test_new_code_serves_nobody_before_all_its_workers_are_ready(prefork_server: Start, module: Module) -> None:
-    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=2)
+    server = prefork_server("mine:loop", folder=module(SAYS.format("old")), workers=2, boot_timeout=2, spare_timeout=0.5)
     module(HALF_READY)
     os.kill(server.pid, signal.SIGHUP)
     heard = set()
