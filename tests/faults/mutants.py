@@ -214,6 +214,41 @@ MUTANTS = [
         ")",
         ("tests/unit/test_generation.py::test_a_fork_that_fails_backs_off_and_says_when",),
     ),
+    Mutant(
+        "a program that changes with signals let in",
+        "master.py",
+        "        signals.block()\n        late = self.inbox.take()\n",
+        "        late = self.inbox.take()\n",
+        ("tests/integration/test_upgrade.py::test_signals_that_come_while_the_program_changes_are_obeyed_by_the_next",),
+    ),
+    Mutant(
+        "an upgrade that leaves the log files behind",
+        "upgrading.py",
+        "logs=tuple(log.carry())",
+        "logs=()",
+        ("tests/integration/test_upgrade.py::test_log_files_go_on_whatever_has_become_of_their_folders",),
+    ),
+    Mutant(
+        "an upgrade that forgets who serves",
+        "generation.py",
+        "                workers=tuple(self.pool.workers.values()),\n",
+        "                workers=tuple(worker for worker in self.pool.workers.values() if not worker.retiring),\n",
+        ("tests/integration/test_upgrade.py::test_an_upgrade_under_load_loses_nobody_and_keeps_pid_counters_and_connections",),
+    ),
+    Mutant(
+        "a canary without a way back",
+        "changeover.py",
+        "            old.kept = True\n",
+        "            old.kept = False\n",
+        ("tests/integration/test_canary.py::test_new_code_that_crashes_is_taken_back_and_who_asked_is_told",),
+    ),
+    Mutant(
+        "a hung worker that is killed whomever it serves",
+        "ending.py",
+        "            process.signal_child(pid, signal.SIGKILL if self._serves(*asked) else signal.SIGCONT)\n",
+        "            process.signal_child(pid, signal.SIGKILL)\n",
+        ("tests/unit/test_ending.py",),
+    ),
 ]
 
 

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -447,14 +446,12 @@ def test_a_reload_that_waited_for_an_upgrade_that_was_refused_is_done(prefork_se
 def test_a_stop_during_the_trial_ends_both(prefork_server: Start, module: Module) -> None:
     server = prefork_server("mine:loop", folder=module(ECHO), workers=1)
     module("import time\ntime.sleep(600)\n")
-    with ThreadPoolExecutor() as pool:
-        number = server.command("upgrade")["upgrade"]
-        asked = pool.submit(server.command, "outcome", upgrade=number)
-        watch.until(
-            "the trial runs", lambda: any("check" in p.cmdline() for p in watch.family(server.pid) if not watch.is_gone(p.pid))
-        )
+    number = server.command("upgrade")["upgrade"]
+    watch.until("the trial runs", lambda: any("check" in p.cmdline() for p in watch.family(server.pid) if not watch.is_gone(p.pid)))
+    with connect(server.control) as asked:
+        asked.sendall(json.dumps({"command": "outcome", "upgrade": number}).encode() + b"\n")
         assert server.stop() == 0
-        assert asked.result() == {"ok": False, "reason": "the daemon is stopping"}
+        assert json.loads(asked.makefile("rb").read()) == {"ok": False, "reason": "the daemon is stopping"}
 
 
 def test_everything_that_is_held_is_held_after_it(tmp_path: Path, module: Module) -> None:
