@@ -97,6 +97,8 @@ def rotation(rounds: Rounds, workload: str) -> Figures:
             strikes.usr1(ring)
             watch.until("there is a new file", (ring.folder / "log").exists)
         ring.end_load()
+        # A worker writes its line after it has counted.
+        watch.until("a line for each connection", lambda: ring.log().count(" ok after ") >= ring.connections)
         lines = ring.log().count(" ok after ")
         assert lines == ring.connections, f"{lines} lines of {ring.connections} connections"
     return ring.figures
