@@ -68,7 +68,9 @@ class Generation:
         now: float,
         targets: Sequence[int] | None = None,
         layout: Layout | None = None,
+        pool: Pool | None = None,
     ) -> None:
+        """``layout`` and ``pool``: of one that is there already."""
         self.number = number
         self.config = config
         self.listeners = tuple(listeners)
@@ -76,7 +78,7 @@ class Generation:
         self.boot_deadline = now + config.boot_timeout
         # A reload may go past the ceiling by its targets, and targets may be raised up to the ceiling.
         self.layout = layout or Layout(len(listeners), 2 * config.max_workers)
-        self.pool = Pool(self.layout.listeners, self.layout.capacity)
+        self.pool = pool or Pool(self.layout.listeners, self.layout.capacity)
         self.failure: str | None = None
         self.ready = False  # the handler has been imported
         self.committed = False
@@ -133,17 +135,15 @@ class Generation:
         cls, carried: CarriedGeneration, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
     ) -> "Generation":
         """The committed generation that another program of this process has carried. Raises OSError and ValueError."""
-        self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, carried.layout)
-        pool, layout = carried.pool, carried.layout
-        self.pool = Pool.restored(layout.listeners, layout.capacity, pool.workers, pool.unready, pool.unborn, pool.high)
+        layout, its = carried.layout, carried.pool
+        pool = Pool.restored(layout.listeners, layout.capacity, its.workers, its.unready, its.unborn, its.high)
+        self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, layout, pool)
         self.ready, self.committed, self.suspended, self._left = carried.ready, True, carried.suspended, carried.left
         self._counted = dict(carried.counted)
         self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
         self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
-        self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
         self.retiring.ask_again(now)
-        self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
         self.hung.looked(now)
         for worker in self.pool.workers.values():
             self._note_absence(worker)
@@ -414,7 +414,7 @@ class Generation:
             self.hung.looked(now)  # any of them may still take a connection
         self.hung.tend(now, time.monotonic_ns())
         self._cut_unready(now)
-        if self._hung(now):
+        if self._fork_server_hangs(now):
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
             self.link.kill()
@@ -568,8 +568,8 @@ class Generation:
     def _was_ready(self, slot: int) -> bool:
         return self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
 
-    def _hung(self, now: float) -> bool:
-        """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
+    def _fork_server_hangs(self, now: float) -> bool:
+        """One that does not carry out orders in time runs somebody's code, or is stopped: it is to be replaced."""
         if self.link.pid is None or self.link.killed:
             return False
         oldest = next(iter(self.pool.unborn.values()), None)
