@@ -114,9 +114,9 @@ class Upgrading:
     def _try(self, how: Program) -> None:
         daemon = self.daemon
         log.event("upgrading", what=daemon.upgrade.what if daemon.upgrade else "", program=" ".join(how.line("serve")))
+        daemon.trying = True
         state = program.keep_state(carried.write(self.carry()))
         try:
-            daemon.trying = True
             pid, said = program.try_out(how, state)
         finally:
             os.close(state)

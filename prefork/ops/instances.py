@@ -24,8 +24,9 @@ DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
 _TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
-# How often a command comes again that was let go unheard.
+# They change nothing, and are asked again whatever has become of the first time.
 _QUESTIONS = ("status", "outcome")
+# How often a command comes again that was let go unheard.
 _TRIES = 10
 
 
