@@ -104,7 +104,7 @@ class Changeover:
             )
 
     def ensure_fork_server(self) -> None:
-        """At a stop somebody has to serve the queue, even if a reload was to take a dead fork server's place."""
+        """Replace a dead fork server for which nothing is planned: a reload that was to take its place is not to be."""
         daemon = self.daemon
         if daemon.current is not None and daemon.current.link.pid is None and daemon.reloading is None and self.restart_at is None:
             self.restart_at = daemon.now

@@ -316,6 +316,7 @@ class Upgrading:
         before = daemon.upgrade.version if daemon.upgrade is not None else ""
         if reason:
             self._give_up(f"the new program failed, and became this one again: {reason}")
+            self.changeover.ensure_fork_server()  # when it was to be replaced is not carried
             return
         self.changeover.wanted = None  # the reload that follows is the one that was wanted
         log.event("upgraded", version=__version__, before=before, pid=daemon.pid)

@@ -374,6 +374,31 @@ def test_releases_that_a_link_switches_go_back_to_the_one_that_was(tmp_path: Pat
         assert environment() == before
 
 
+FAILS_ONCE = """
+import os
+failed = {!r}
+def fail(self, state):
+    open(failed, "w").close()
+    raise RuntimeError("planted")
+if not os.path.exists(failed):
+    upgrading.Upgrading.adopt = fail
+"""
+
+
+def test_who_goes_back_replaces_a_fork_server_that_was_dead_before(
+    successor: tuple[Server, Callable[[str], None]], module: Module, tmp_path: Path
+) -> None:
+    server, write = successor
+    module("1 / 0\n")
+    os.kill(watch.fork_server(server), signal.SIGKILL)
+    watch.logged(server, "a new fork server in 2.2 s")
+    module(ECHO)
+    write(FAILS_ONCE.format(str(tmp_path / "failed")))  # the one that goes back is the same script
+    assert "became this one again: RuntimeError: planted" in upgrade(server)["reason"]
+    watch.logged(server, "generation 4 serves")
+    watch.settled(server, 2)
+
+
 def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, module: Module) -> None:
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "log"
