@@ -335,7 +335,7 @@ class Upgrading:
         if last.result == "ok" and daemon.current is not None:
             self._end("ok", generation=daemon.current.number)
         else:
-            self._end(last.result, f"prefork {__version__} runs, but its reload was refused: {last.reason}")
+            self._end(last.result, f"prefork {__version__} runs, but its reload was {last.result}: {last.reason}")
 
     def outcome(self, number: int) -> dict[str, Any] | None:
         """What became of this upgrade, once it is known and nobody accepts with old code any more."""
