@@ -159,6 +159,21 @@ class Arena:
         """Wait until a later one serves."""
         watch.until(f"a generation after {generation}", lambda: self.generation() > generation, 2 * watch.DEADLINE)
 
+    def ask(self, said: bytes) -> bytes:
+        """Be a client that says this once. What it is answered: nothing when its handler has ended with its worker."""
+        with self.server.connect(timeout=30) as sock:
+            try:
+                sock.sendall(said)
+                answer = sock.recv(4096)
+            except ConnectionResetError:
+                answer = b""  # as the kernel ends a dead process' connection
+        self.own.append(answer != b"")
+        return answer
+
+    def logged(self, text: str, times: int = 1) -> None:
+        """Wait until this was logged so often."""
+        watch.until(f"{text!r} in the log", lambda: self.log().count(text) >= times)
+
     def worker(self) -> int | None:
         """The pid of a random worker, if there is one just now."""
         workers = watch.workers(self.server, "idle", "busy")
