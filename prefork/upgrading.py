@@ -1,7 +1,7 @@
 """The upgrade: another prefork, or another Python, under the same pid.
 
 The program that is on disk now is tried first (its ``check``, on a copy of the real state); what it refuses changes nothing. Then
-this process writes its state to a file in memory, blocks every signal and becomes that program (`prefork.system.program`), which
+this process blocks every signal, writes its state to a file in memory and becomes that program (`prefork.system.program`), which
 adopts listeners, generations and counters, and reloads. Fork servers and workers are of the old program until that reload is
 committed, and serve on meanwhile.
 """
