@@ -292,14 +292,33 @@ def test_a_successor_that_can_not_go_on_is_refused_before_anything_is_touched(
     assert upgrade(server)["ok"]
 
 
-def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module) -> None:
+@pytest.mark.parametrize("first", ["", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module, first: str) -> None:
     script = tmp_path / "program.py"
     script.write_text(SUCCESSOR.format("upgrading.START = 0.2"))
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0", "--boot-timeout=1"]
     with running(command, module(ECHO), tmp_path) as server:
-        script.write_text(SUCCESSOR.format("import time; time.sleep(600)"))
+        script.write_text(SUCCESSOR.format(f"{first}\nimport time; time.sleep(600)"))
         assert upgrade(server)["reason"] == "the new program's check has not ended in time"
         assert says(address(server)) == b"x"
+        watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
+
+
+def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Path, module: Module) -> None:
+    python, script = tmp_path / "python", tmp_path / "program.py"
+    python.symlink_to(own_python())
+    script.write_text(SUCCESSOR.format(""))
+    places = os.pathsep.join([*site.getsitepackages(), str(Path(prefork.__file__).parents[1])])
+    command = [str(python), str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with running(command, module(ECHO), tmp_path, environment={"PYTHONPATH": places}) as server, connect(address(server)) as held:
+        script.write_text(SUCCESSOR.format("import os; os.unlink(sys.executable)"))
+        fds = watch.descriptors(server.pid).keys()
+        assert upgrade(server)["reason"] == f"{python} can't be executed: No such file or directory"
+        held.sendall(b"x")
+        assert held.recv(64) == b"x"
+        assert watch.descriptors(server.pid).keys() == fds
+        os.kill(server.pid, signal.SIGHUP)  # it hears signals again
+        watch.logged(server, "generation 2 serves")
 
 
 def test_a_successor_that_fails_after_all_goes_back(tmp_path: Path, module: Module) -> None:
