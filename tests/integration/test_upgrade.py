@@ -445,6 +445,16 @@ def test_a_fork_server_that_dies_during_the_trial_is_replaced_before_the_upgrade
     watch.until("only one generation is left", lambda: len(watch.family(server.pid)) == 3)
 
 
+def test_who_has_asked_nothing_yet_is_told_to_ask_again(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    with connect(server.control) as silent, connect(server.control) as slow:
+        slow.sendall(b'{"command": "sta')
+        assert upgrade(server)["ok"]
+        for client in (silent, slow):
+            answer = json.loads(client.makefile("rb").read())
+            assert (answer["ok"], answer["again"]) == (False, True)
+
+
 def test_an_upgrade_whose_fork_server_dies_at_once_is_answered_at_once(prefork_server: Start, module: Module) -> None:
     server = prefork_server("mine:loop", folder=module(ECHO), workers=1)
     module("import os, sys\nif not any('adopt' in word for word in sys.orig_argv):\n    os.kill(os.getpid(), 9)\n" + ECHO)
