@@ -264,19 +264,12 @@ def _check_generation(generation: CarriedGeneration, listeners: int) -> None:
             raise ValueError(f"slot {worker.slot} is not where it should be")
     if not (set(pool.unready) | set(pool.unborn)) <= set(slots):
         raise ValueError("a slot that is not in use")
-    if generation.link.pid is None and generation.link.channel != -1:
+    link = generation.link
+    if link.pid is None and link.channel != -1:
         raise ValueError("a channel to nobody")
-    if (
-        min(
-            generation.link.board,
-            generation.link.orders,
-            generation.link.stacks,
-            generation.link.channel if generation.link.pid else 0,
-        )
-        < 0
-    ):
+    if min(link.board, link.orders, link.stacks, link.channel if link.pid else 0) < 0:
         raise ValueError("no descriptor")
-    for message in generation.link.outbox:
+    for message in link.outbox:
         bytes.fromhex(message)
 
 

@@ -104,7 +104,7 @@ class Changeover:
             )
 
     def ensure_fork_server(self) -> None:
-        """At a stop somebody has to serve the queue, even if a reload was to take a dead fork server's place."""
+        """Replace a dead fork server for which nothing is planned: a reload that was to take its place is not to be."""
         daemon = self.daemon
         if daemon.current is not None and daemon.current.link.pid is None and daemon.reloading is None and self.restart_at is None:
             self.restart_at = daemon.now
@@ -137,14 +137,19 @@ class Changeover:
             self._tend_canary(self.daemon.reloading, self.daemon.reloading.canary)
         self._tend_restart()
         reload = self.daemon.reloading
-        if reload is None:
-            if self.wanted is not None and not self.daemon.trying:
-                clients, self.wanted = self.wanted, None
-                self.reload("queued reload", clients)
-            return
+        if reload is not None and reload.canary is None:
+            self._tend_boot(reload)
+        elif self._follows:
+            clients, self.wanted = self.wanted or [], None
+            self.reload("queued reload", clients)
+
+    @property
+    def _follows(self) -> bool:
+        """Whether the reload that waits can begin."""
+        return self.wanted is not None and self.daemon.reloading is None and not self.daemon.trying
+
+    def _tend_boot(self, reload: Reload) -> None:
         generation = reload.generation
-        if reload.canary is not None:
-            return
         if generation.failure is None and generation.boot_deadline <= self.daemon.now:
             generation.failure = _what_hangs(generation)
         if generation.failure is not None:
@@ -154,10 +159,9 @@ class Changeover:
 
     def wake_at(self) -> float | None:
         """When to `tend`."""
-        reload = self.daemon.reloading
-        if reload is None and self.wanted is not None and not self.daemon.trying:
+        if self._follows:
             return self.daemon.now
-        times = [self.restart_at]
+        times, reload = [self.restart_at], self.daemon.reloading
         if reload is not None:
             times.append(reload.canary.until if reload.canary is not None else reload.generation.boot_deadline)
         return min((at for at in times if at is not None), default=None)

@@ -49,6 +49,7 @@ def check(sources: Sources, state: bytes | None = None) -> str:
 
 
 def _refuse_restart(running: State, config: Config) -> None:
+    # All are tried: the program that goes on has to understand every one.
     current, *_ = [restored(generation.config, config.bind) for generation in running.generations]
     changed = needs_restart(current, config)
     if changed is not None:

@@ -225,10 +225,14 @@ def _answer(
     name: str | None, path: str | None, command: str, patience: float | None, **arguments: Any
 ) -> tuple[dict[str, Any], list[int]]:
     answer, descriptors = ask(find(name, path), command, patience, **arguments)
+    return _granted(answer, command), descriptors
+
+
+def _granted(answer: dict[str, Any], command: str) -> dict[str, Any]:
     if not answer.get("ok"):
         kept = ", the old code keeps serving" if command in ("reload", "upgrade") else ""
         raise RefusedError(f"{command} refused{kept}: {answer.get('reason')}")
-    return answer, descriptors
+    return answer
 
 
 @main.command()
@@ -298,9 +302,7 @@ def upgrade(name: str | None, control: str | None) -> None:
 def _outcome(path: str, number: int, command: str) -> dict[str, Any]:
     """Of an upgrade: the daemon becomes another program meanwhile."""
     answer, _ = ask(path, "outcome", None, upgrade=number)
-    if not answer.get("ok"):
-        raise RefusedError(f"{command} refused, the old code keeps serving: {answer.get('reason')}")
-    return answer
+    return _granted(answer, command)
 
 
 @main.command(context_settings={"ignore_unknown_options": True})

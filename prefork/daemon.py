@@ -1,8 +1,8 @@
 """What a running daemon is: its configuration, listeners and generations, what was counted, and what is under way.
 
-State and the questions that several ask of it; no decisions. `prefork.changeover` and `prefork.stopping` carry out what takes its
-time, `prefork.master` is the loop around them. All clocks are monotonic; `Daemon.now` leaves out the time in which this process
-was stopped, so that nobody's deadline passes in it.
+State and the questions that several ask of it; no decisions. `prefork.changeover`, `prefork.upgrading` and `prefork.stopping` carry
+out what takes its time, `prefork.master` is the loop around them. All clocks are monotonic; `Daemon.now` leaves out the time in
+which this process was stopped, so that nobody's deadline passes in it.
 """
 
 import errno

@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 from prefork import log
@@ -40,6 +41,20 @@ CRASHES_KEPT = 8
 GOSSIP_LIMIT = 10_000
 
 
+@dataclass(slots=True)
+class Acceptors:
+    """Those of one listener: how many are wanted, and what was seen and is planned of them."""
+
+    target: int
+    vacated: int  # places known to be empty since the last look
+    look_at: float | None
+    looked_at: float = 0.0
+    memory: Memory = field(default_factory=Memory)
+    ring_below: int = 0  # what the workers were told
+    saturated_since: float | None = None
+    retired: bool = False  # nobody is forked any more
+
+
 class Generation:
     """One generation. The master drives it: `start`, `receive`, `tend`, `commit`, `retire`, and `gone` at the end."""
 
@@ -53,7 +68,9 @@ class Generation:
         now: float,
         targets: Sequence[int] | None = None,
         layout: Layout | None = None,
+        pool: Pool | None = None,
     ) -> None:
+        """``layout`` and ``pool``: of one that is there already."""
         self.number = number
         self.config = config
         self.listeners = tuple(listeners)
@@ -61,25 +78,18 @@ class Generation:
         self.boot_deadline = now + config.boot_timeout
         # A reload may go past the ceiling by its targets, and targets may be raised up to the ceiling.
         self.layout = layout or Layout(len(listeners), 2 * config.max_workers)
-        self.pool = Pool(self.layout.listeners, self.layout.capacity)
-        self.targets = list(targets or [config.workers] * len(listeners))
+        self.pool = pool or Pool(self.layout.listeners, self.layout.capacity)
         self.failure: str | None = None
         self.ready = False  # the handler has been imported
         self.committed = False
-        self.retired: set[int] = set()  # listeners for which nobody is forked any more
         self.suspended = False
         self.kept = False  # its fork server stays although it is retired: it may have to serve again
         self.crashes: list[str] = []  # what was said of the first workers that ended by themselves before they should
         self.trouble = Trouble()  # of workers that do not start
         self.fork_trouble = Trouble()
         self.gossip = 0
-        self.saturated_since: list[float | None] = [None] * len(listeners)
         self.saturated_seconds = 0.0
-        self._memory = [Memory()] * len(listeners)
-        self._vacated = list(self.targets)
-        self._look_at: list[float | None] = [now] * len(listeners)
-        self._looked_at = [0.0] * len(listeners)
-        self._armed = [0] * len(listeners)
+        self._acceptors = [Acceptors(target, target, now) for target in targets or [config.workers] * len(listeners)]
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
         self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
@@ -102,7 +112,7 @@ class Generation:
             listeners=tuple(places[listener] for listener in self.listeners),
             layout=self.layout,
             targets=tuple(self.targets),
-            retired=tuple(sorted(self.retired)),
+            retired=tuple(place for place, acceptors in enumerate(self._acceptors) if acceptors.retired),
             ready=self.ready,
             suspended=self.suspended,
             left=self._left,
@@ -125,22 +135,20 @@ class Generation:
         cls, carried: CarriedGeneration, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
     ) -> "Generation":
         """The committed generation that another program of this process has carried. Raises OSError and ValueError."""
-        self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, carried.layout)
-        pool, layout = carried.pool, carried.layout
-        self.pool = Pool.restored(layout.listeners, layout.capacity, pool.workers, pool.unready, pool.unborn, pool.high)
+        layout, its = carried.layout, carried.pool
+        pool = Pool.restored(layout.listeners, layout.capacity, its.workers, its.unready, its.unborn, its.high)
+        self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, layout, pool)
         self.ready, self.committed, self.suspended, self._left = carried.ready, True, carried.suspended, carried.left
-        self.retired, self._counted = set(carried.retired), dict(carried.counted)
+        self._counted = dict(carried.counted)
         self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
         self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
-        self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
         self.retiring.ask_again(now)
-        self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
         self.hung.looked(now)
         for worker in self.pool.workers.values():
             self._note_absence(worker)
-        for place in self.retired:
-            self._look_at[place] = None
+        for place in carried.retired:
+            self._acceptors[place].retired, self._acceptors[place].look_at = True, None
         if self.link.pid is None:
             self._limbo_at, self._limbo_until = now, now + LIMBO
         elif self.link.stopped or self._left:
@@ -151,6 +159,11 @@ class Generation:
     def board(self) -> Scoreboard:
         """The generation's scoreboard."""
         return self.link.board
+
+    @property
+    def targets(self) -> list[int]:
+        """For each listener, how many acceptors are wanted."""
+        return [acceptors.target for acceptors in self._acceptors]
 
     # -- what the fork server tells
 
@@ -260,7 +273,7 @@ class Generation:
         cause, stack, told = self._post_mortem(worker, status, serving=serving)
         self._forget(worker)
         if not worker.retiring:
-            self._vacated[worker.listener] += 1
+            self._acceptors[worker.listener].vacated += 1
         if (status != 0 or serving) and self.committed:
             self.tally.deaths.append(
                 Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024, stack or None)
@@ -356,7 +369,7 @@ class Generation:
         if healed:
             self.trouble = self._overcome(self.trouble)
         # A storm of accepts must not wake the master more often than a look is worth.
-        self._wake(worker.listener, max(now, self._looked_at[worker.listener] + policy.LOOK_AGAIN))
+        self._wake(worker.listener, max(now, self._acceptors[worker.listener].looked_at + policy.LOOK_AGAIN))
         return True
 
     def look_soon(self, place: int, now: float) -> None:
@@ -365,8 +378,8 @@ class Generation:
 
     def room_was_made(self, now: float) -> None:
         """A process somewhere has ended: who waits at the ceiling may go on."""
-        for place, memory in enumerate(self._memory):
-            if memory.saturated:
+        for place, acceptors in enumerate(self._acceptors):
+            if acceptors.memory.saturated:
                 self._wake(place, now)
 
     def look_soon_all(self, now: float) -> None:
@@ -375,15 +388,14 @@ class Generation:
             self._wake(place, now)
 
     def _wake(self, place: int, at: float) -> None:
-        planned = self._look_at[place]
-        self._look_at[place] = at if planned is None else min(planned, at)
+        acceptors = self._acceptors[place]
+        acceptors.look_at = at if acceptors.look_at is None else min(acceptors.look_at, at)
 
     def retarget(self, workers: int, now: float) -> None:
         """Want this many acceptors for each listener from now on; surplus ones go at once."""
-        for place, target in enumerate(self.targets):
-            self.targets[place] = workers
-            self._vacated[place] += max(0, workers - target)
-            self._memory[place] = Memory()
+        for place, acceptors in enumerate(self._acceptors):
+            acceptors.vacated += max(0, workers - acceptors.target)
+            acceptors.target, acceptors.memory = workers, Memory()
             view = self._view(place, 0)
             self._retire_some(place, view.idle + view.starting - workers, now)
             self.look_soon(place, now)
@@ -392,23 +404,24 @@ class Generation:
         """Do everything that is due."""
         if self._limbo_at is not None and self._limbo_at <= now:
             self._clear_limbo(now)
-        for place, at in enumerate(self._look_at):
-            if at is not None and at <= now:
-                self._look_at[place] = None
-                if self.ready and place not in self.retired:
+        for place, acceptors in enumerate(self._acceptors):
+            if acceptors.look_at is not None and acceptors.look_at <= now:
+                acceptors.look_at = None
+                if self.ready and not acceptors.retired:
                     self._look(place, now, live_elsewhere)
         self.retiring.tend(now)
         if self.retiring.waiting:
             self.hung.looked(now)  # any of them may still take a connection
         self.hung.tend(now, time.monotonic_ns())
         self._cut_unready(now)
-        if self._hung(now):
+        if self._fork_server_hangs(now):
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
             self.link.kill()
 
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
-        self._looked_at[place] = now
+        acceptors = self._acceptors[place]
+        acceptors.looked_at = now
         self.hung.looked(now)
         self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
         if self.link.pid is None or self.suspended:
@@ -423,8 +436,8 @@ class Generation:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
         view = self._view(place, room)
-        self._vacated[place] = 0
-        self._memory[place], decision = policy.decide(self._memory[place], view, now, self.config.spare_timeout)
+        acceptors.vacated = 0
+        acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
         self._note_saturation(place, now)
         for _ in range(decision.fork):
             self._fork(place, now)
@@ -433,7 +446,7 @@ class Generation:
             self._release_tired(place, view, now)
         if decision.look_at is not None:
             self._wake(place, decision.look_at)
-        if decision.ring_below > self._armed[place]:
+        if decision.ring_below > acceptors.ring_below:
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
 
@@ -453,7 +466,7 @@ class Generation:
             if worker is not None and not worker.retiring and slot not in self._tired:
                 self._tired.add(slot)
                 self._absent.add(slot)
-                self._vacated[place] += 1
+                self._acceptors[place].vacated += 1
         return any(self.layout.listener(slot) == place for slot in self._tired)
 
     def _release_tired(self, place: int, view: View, now: float) -> None:
@@ -471,7 +484,7 @@ class Generation:
         return now + self.config.drain_timeout if self.config.drain_timeout else None
 
     def _view(self, place: int, room: int) -> View:
-        board = self.board
+        board, acceptors = self.board, self._acceptors[place]
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
         idle, busy = row.count(IDLE), row.count(BUSY)
@@ -487,9 +500,9 @@ class Generation:
         if self._recycles:
             absent = (self.pool.workers[slot] for slot in self._absent if 0 <= slot - first < len(row))
             leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
-        missing = self.targets[place] - idle - starting
+        missing = acceptors.target - idle - starting
         returning = self._returning(place, row, missing) if missing > 0 else 0
-        return View(self.targets[place], idle, starting, returning, busy, room, self._vacated[place], tired, leaving)
+        return View(acceptors.target, idle, starting, returning, busy, room, acceptors.vacated, tired, leaving)
 
     def _returning(self, place: int, row: bytes, missing: int) -> int:
         """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""
@@ -524,19 +537,24 @@ class Generation:
         self.link.send(Order.FORK, slot)
 
     def _arm(self, place: int, ring_below: int) -> None:
-        self._armed[place] = ring_below
+        self._acceptors[place].ring_below = ring_below
         self.board.order_words[self.board.listener_word(place, scoreboard.RING_BELOW)] = ring_below
 
     def _note_saturation(self, place: int, now: float) -> None:
-        since = self.saturated_since[place]
-        if self._memory[place].saturated:
-            if since is None:
-                self.saturated_since[place] = now
-                log.event("saturated", max_workers=self.config.max_workers, address=self.listeners[place].address)
-        elif since is not None:
-            self.saturated_since[place] = None
-            self.saturated_seconds += now - since
-            log.event("unsaturated", address=self.listeners[place].address, seconds=now - since)
+        acceptors, address = self._acceptors[place], self.listeners[place].address
+        if acceptors.memory.saturated:
+            if acceptors.saturated_since is None:
+                acceptors.saturated_since = now
+                log.event("saturated", max_workers=self.config.max_workers, address=address)
+        elif acceptors.saturated_since is not None:
+            log.event("unsaturated", address=address, seconds=self._end_saturation(acceptors, now))
+
+    def _end_saturation(self, acceptors: Acceptors, now: float) -> float:
+        """The listener is not at the ceiling any more. Returns the seconds that it was."""
+        since, acceptors.saturated_since = acceptors.saturated_since, None
+        seconds = 0.0 if since is None else now - since
+        self.saturated_seconds += seconds
+        return seconds
 
     def _cut_unready(self, now: float) -> None:
         """Kill workers that have not come as far as accept() in time: what runs in them then is somebody's code."""
@@ -550,8 +568,8 @@ class Generation:
     def _was_ready(self, slot: int) -> bool:
         return self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
 
-    def _hung(self, now: float) -> bool:
-        """A fork server that does not carry out orders in time runs somebody's code, or is stopped: replace it."""
+    def _fork_server_hangs(self, now: float) -> bool:
+        """One that does not carry out orders in time runs somebody's code, or is stopped: it is to be replaced."""
         if self.link.pid is None or self.link.killed:
             return False
         oldest = next(iter(self.pool.unborn.values()), None)
@@ -578,20 +596,18 @@ class Generation:
     def parked(self) -> bool:
         """Whether the first acceptors of every listener are ready."""
         return self.ready and all(
-            place in self.retired or self.board.row(place, self.pool.high[place]).count(PARKED) >= target
-            for place, target in enumerate(self.targets)
+            acceptors.retired or self.board.row(place, self.pool.high[place]).count(PARKED) >= acceptors.target
+            for place, acceptors in enumerate(self._acceptors)
         )
 
     def retire(self, place: int, now: float, deadline: float | None) -> None:
         """Nobody accepts on this listener any more: idle workers leave at once, busy ones by ``deadline`` (None: whenever)."""
-        if place in self.retired:
+        acceptors = self._acceptors[place]
+        if acceptors.retired:
             return
-        self.retired.add(place)
-        self._look_at[place] = None
+        acceptors.retired, acceptors.look_at = True, None
         self._arm(place, 0)
-        if (since := self.saturated_since[place]) is not None:
-            self.saturated_since[place] = None
-            self.saturated_seconds += now - since
+        self._end_saturation(acceptors, now)
         self.hung.looked(now)  # nobody looks there again
         for worker in self.pool.workers.values():
             if worker.listener == place:
@@ -614,14 +630,15 @@ class Generation:
     def resume(self, now: float) -> None:
         """Accept again."""
         self.suspended = False
-        self._vacated = list(self.targets)
-        self._memory = [Memory()] * len(self.listeners)
+        for acceptors in self._acceptors:
+            acceptors.vacated, acceptors.memory = acceptors.target, Memory()
         self.look_soon_all(now)
 
     def reinstate(self, now: float) -> None:
         """Serve again after having been retired: those who were asked to leave do, and others are forked."""
         self.kept = False
-        self.retired.clear()
+        for acceptors in self._acceptors:
+            acceptors.retired = False
         self.resume(now)
 
     def abandon(self, now: float) -> None:
@@ -681,7 +698,7 @@ class Generation:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
         if self.link.pid is None or self._left or not self.ready or self.kept:
             return
-        if len(self.retired) == len(self.listeners) and not self.retiring.waiting and not self.pool.unborn:
+        if all(acceptors.retired for acceptors in self._acceptors) and not self.retiring.waiting and not self.pool.unborn:
             self._left = True
             self.link.send(Order.LEAVE)
             self._patience_at = now + PATIENCE
@@ -739,14 +756,15 @@ class Generation:
         if self.suspended:
             return not self.retiring.waiting
         return not self.retiring.waiting and all(
-            self._memory[place].saturated or ((view := self._view(place, 0)).idle + view.returning >= target and not view.starting)
-            for place, target in enumerate(self.targets)
+            acceptors.memory.saturated
+            or ((view := self._view(place, 0)).idle + view.returning >= acceptors.target and not view.starting)
+            for place, acceptors in enumerate(self._acceptors)
         )
 
     @property
     def saturated(self) -> bool:
         """Whether the ceiling keeps a listener from having its acceptors."""
-        return any(memory.saturated for memory in self._memory)
+        return any(acceptors.memory.saturated for acceptors in self._acceptors)
 
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""
@@ -754,11 +772,12 @@ class Generation:
 
     def saturated_for(self, now: float) -> float:
         """Seconds at the ceiling with somebody missing, added up over the listeners."""
-        return self.saturated_seconds + sum(now - since for since in self.saturated_since if since is not None)
+        since = [acceptors.saturated_since for acceptors in self._acceptors if acceptors.saturated_since is not None]
+        return self.saturated_seconds + sum(now - at for at in since)
 
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""
-        times = [at for at in self._look_at if at is not None] if self.ready else []
+        times = [acceptors.look_at for acceptors in self._acceptors if acceptors.look_at is not None] if self.ready else []
         times += [at for at in (self.retiring.wake_at(), self.hung.wake_at(), self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.link.pid is not None and not self.link.killed and oldest is not None:

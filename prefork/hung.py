@@ -24,11 +24,11 @@ LOOK, ENOUGH = 0.01, 0.5
 
 @dataclass(slots=True)
 class Case:
-    """A worker that was asked for its stack, because it has served the slot's ``begun``-th connection since ``began``."""
+    """A worker that was asked for its stack, because it has served the slot's ``begun``-th connection since then."""
 
     worker: Worker
     begun: int
-    began: float
+    since: float
     until: float
     look_at: float
     came: bool = False
@@ -42,7 +42,7 @@ class Hung:
         self._pool = pool
         self._timeout = timeout
         self._lost = lost
-        self._began: dict[int, tuple[int, float]] = {}  # of each connection that is known, by slot: its number, and since when
+        self._known: dict[int, tuple[int, float]] = {}  # connections by slot: the number there, and since when it is served
         self._looked_at = 0.0
         self._scan_at: float | None = None
         self._case: Case | None = None
@@ -69,7 +69,7 @@ class Hung:
         lost = now_ns / 1e9 - now
         unwatched, self._lost = max(0.0, lost - self._lost), lost
         states, words = self._link.board.states, self._link.board.words
-        began: dict[int, tuple[int, float]] = {}
+        found: dict[int, tuple[int, float]] = {}
         for slot, worker in self._pool.workers.items():
             if states[slot] != BUSY or worker.killed:
                 continue
@@ -77,18 +77,19 @@ class Hung:
             begun = words[record + BEGUN]  # before SINCE: the worker writes them the other way round, and seems too young at worst
             if begun == worker.hung:
                 continue
-            known = self._began.get(slot)
+            known = self._known.get(slot)
             if known is None or known[0] != begun:
                 age = (now_ns - words[record + SINCE]) / 1e9
                 known = begun, now - max(0.0, age - unwatched)
-            began[slot] = known
-        self._began = began
-        slot, (begun, since) = min(began.items(), key=lambda item: item[1][1], default=(0, (0, 0.0)))
-        if began and since + self._timeout <= now:
-            self._ask(self._pool.workers[slot], begun, since, now)
-            return
-        times = [since + self._timeout] if began else []
-        times += [self._looked_at + SCAN] if self._looked_at + SCAN > now else []
+            found[slot] = known
+        self._known = found
+        times = [self._looked_at + SCAN] if self._looked_at + SCAN > now else []
+        if found:
+            slot, (begun, since) = min(found.items(), key=lambda item: item[1][1])
+            if since + self._timeout <= now:
+                self._ask(self._pool.workers[slot], begun, since, now)
+                return
+            times.append(since + self._timeout)
         self._scan_at = min(times, default=None)
 
     def _ask(self, worker: Worker, begun: int, since: float, now: float) -> None:
@@ -116,7 +117,7 @@ class Hung:
             generation=self._link.number,
             pid=worker.pid,
             peer=board.peer(worker.slot),
-            duration=now - case.began,
+            duration=now - case.since,
             seconds=self._timeout,
         )
         self._link.end(worker)

@@ -1,7 +1,7 @@
 """The upgrade: another prefork, or another Python, under the same pid.
 
 The program that is on disk now is tried first (its ``check``, on a copy of the real state); what it refuses changes nothing. Then
-this process writes its state to a file in memory, blocks every signal and becomes that program (`prefork.system.program`), which
+this process blocks every signal, writes its state to a file in memory and becomes that program (`prefork.system.program`), which
 adopts listeners, generations and counters, and reloads. Fork servers and workers are of the old program until that reload is
 committed, and serve on meanwhile.
 """
@@ -114,9 +114,9 @@ class Upgrading:
     def _try(self, how: Program) -> None:
         daemon = self.daemon
         log.event("upgrading", what=daemon.upgrade.what if daemon.upgrade else "", program=" ".join(how.line("serve")))
+        daemon.trying = True
         state = program.keep_state(carried.write(self.carry()))
         try:
-            daemon.trying = True
             pid, said = program.try_out(how, state)
         finally:
             os.close(state)
@@ -316,6 +316,7 @@ class Upgrading:
         before = daemon.upgrade.version if daemon.upgrade is not None else ""
         if reason:
             self._give_up(f"the new program failed, and became this one again: {reason}")
+            self.changeover.ensure_fork_server()  # when it was to be replaced is not carried
             return
         self.changeover.wanted = None  # the reload that follows is the one that was wanted
         log.event("upgraded", version=__version__, before=before, pid=daemon.pid)
@@ -334,7 +335,7 @@ class Upgrading:
         if last.result == "ok" and daemon.current is not None:
             self._end("ok", generation=daemon.current.number)
         else:
-            self._end(last.result, f"prefork {__version__} runs, but its reload was refused: {last.reason}")
+            self._end(last.result, f"prefork {__version__} runs, but its reload was {last.result}: {last.reason}")
 
     def outcome(self, number: int) -> dict[str, Any] | None:
         """What became of this upgrade, once it is known and nobody accepts with old code any more."""

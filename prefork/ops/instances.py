@@ -24,8 +24,9 @@ DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
 _TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
-# How often a command comes again that was let go unheard.
+# They change nothing, and are asked again whatever has become of the first time.
 _QUESTIONS = ("status", "outcome")
+# How often a command comes again that was let go unheard.
 _TRIES = 10
 
 
@@ -110,16 +111,20 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
             continue
         answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
-        # An upgrade cuts what is being said: what was not heard is said again, and what changes nothing.
-        cut = data and (answer is None or "again" in answer)
-        if tries_left and cut and (command in _QUESTIONS or (answer is not None and answer["again"])):
-            _close(descriptors)
-            continue
-        break
+        if not tries_left or not _is_asked_again(command, data, answer):
+            break
+        _close(descriptors)
     if answer is None:
         _close(descriptors)
         raise RefusedError(f"{path}: the daemon ended the connection without an answer; is it running?")
     return answer, descriptors
+
+
+def _is_asked_again(command: str, data: bytes, answer: dict[str, Any] | None) -> bool:
+    """An upgrade cuts what is being said: what was not heard is said again, and what changes nothing."""
+    if answer is None:
+        return data != b"" and command in _QUESTIONS
+    return "again" in answer and (answer["again"] or command in _QUESTIONS)
 
 
 def _close(descriptors: Iterable[int]) -> None:

@@ -10,7 +10,7 @@ from prefork.pool.scoreboard import NOTHING, Counts
 
 @dataclass(frozen=True, slots=True)
 class Death:
-    """A worker that ended without having been asked to, or that was killed. Times in seconds, ``at`` since the epoch."""
+    """A worker that ended with an error, by a signal, or serving a connection. Times in seconds, ``at`` since the epoch."""
 
     at: float
     slot: int

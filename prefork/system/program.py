@@ -132,13 +132,18 @@ def become(program: Program, state: int, descriptors: Collection[int]) -> None:
 
 
 def handed_over(environment: MutableMapping[str, str]) -> tuple[int, str] | None:
-    """The descriptor of the state that this process was handed by its predecessor, and why that is back, if it is."""
-    fd, _, rest = environment.pop(VARIABLE, "").partition(":")
+    """The descriptor of the state that this process was handed, and why we are the old program again, if we are."""
+    handed = _handed(environment)
+    environment.pop(VARIABLE, None)
+    if handed is not None:
+        os.set_inheritable(handed[0], False)
+    return handed
+
+
+def _handed(environment: Mapping[str, str]) -> tuple[int, str] | None:
+    fd, _, rest = environment.get(VARIABLE, "").partition(":")
     pid, _, reason = rest.partition(":")
-    if not fd.isdecimal() or pid != str(os.getpid()):
-        return None
-    os.set_inheritable(int(fd), False)
-    return int(fd), reason
+    return (int(fd), reason) if fd.isdecimal() and pid == str(os.getpid()) else None
 
 
 def put_back(variables: Mapping[str, str]) -> None:
@@ -154,14 +159,13 @@ def or_back() -> Iterator[None]:
 
     Once: if that fails as well, the error of the block is raised.
     """
-    fd, _, rest = os.environ.get(VARIABLE, "").partition(":")
-    pid, _, reason = rest.partition(":")
+    handed = _handed(os.environ)
     try:
         yield
     except BaseException as error:
-        if pid == str(os.getpid()) and not reason:
+        if handed is not None and not handed[1]:
             with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                _go_back(int(fd), f"{type(error).__name__}: {error}")
+                _go_back(handed[0], f"{type(error).__name__}: {error}")
         raise
 
 

@@ -68,9 +68,12 @@ class Stacks:
     def take_dump(self) -> str:
         """What the hung worker has written, and what it has written too late for an earlier call."""
         self.look()
-        dump, mark, crashes = (self._crashes if self._dump is None else self._dump).partition(_CRASH)
-        self._crashes = (b"" if self._dump is None else self._crashes) + mark + crashes
-        self._dump = None
+        if self._dump is not None:
+            said, self._dump = self._dump, None
+        else:
+            said, self._crashes = self._crashes, b""  # that of an earlier call, which was too early
+        dump, mark, crashes = said.partition(_CRASH)
+        self._crashes += mark + crashes
         return _text(dump)
 
     def take_crash(self, status: int) -> str:

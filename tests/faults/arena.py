@@ -94,7 +94,7 @@ class Strike:
 
 
 @dataclass(frozen=True, slots=True)
-class Machine:
+class Holdings:
     """What a daemon has of the machine. Of memory only what the master has allocated is held to a limit: its proportional set grows
     when other programs end.
     """
@@ -119,7 +119,7 @@ class Arena:
     workers: int
     loads: list[Load]
     chance: random.Random
-    before: Machine
+    before: Holdings
     struck: list[Strike] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # connections that strikes made themselves: whether they were answered
     victims: list[int] = field(default_factory=list)  # pids of workers that were killed
@@ -158,6 +158,21 @@ class Arena:
     def replaced(self, generation: int) -> None:
         """Wait until a later one serves."""
         watch.until(f"a generation after {generation}", lambda: self.generation() > generation, 2 * watch.DEADLINE)
+
+    def ask(self, said: bytes) -> bytes:
+        """Be a client that says this once. What it is answered: nothing when its handler has ended with its worker."""
+        with self.server.connect(timeout=30) as sock:
+            try:
+                sock.sendall(said)
+                answer = sock.recv(4096)
+            except ConnectionResetError:
+                answer = b""  # as the kernel ends a dead process' connection
+        self.own.append(answer != b"")
+        return answer
+
+    def logged(self, text: str, times: int = 1) -> None:
+        """Wait until this was logged so often."""
+        watch.until(f"{text!r} in the log", lambda: self.log().count(text) >= times)
 
     def worker(self) -> int | None:
         """The pid of a random worker, if there is one just now."""
@@ -226,7 +241,7 @@ def arena(
         settings = {"spare_timeout": 0.5, "boot_timeout": 10, "log_file": f"{folder}/log", **options}
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
-            before = machine(server)
+            before = holdings(server)
             with clients(server.address, workload, rate) as loads:
                 ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact)
                 ring.figures["workload"] = workload
@@ -262,7 +277,7 @@ def serving(server: Server, loads: list[Load]) -> None:
     recovered(server, loads)
 
 
-def machine(server: Server) -> Machine:
+def holdings(server: Server) -> Holdings:
     """What this daemon has now, when nobody is served."""
     status = server.status()
     family = watch.family(server.pid)
@@ -274,7 +289,7 @@ def machine(server: Server) -> Machine:
             titles[process.pid] = (process.cmdline() or [""])[0]
     pids = [worker["pid"] for worker in status["workers"]]
     fork_servers = [pid for pid, title in titles.items() if FORK_SERVER.search(title)]
-    return Machine(
+    return Holdings(
         acceptors=status["listeners"][0]["workers"]["idle"],
         slots=len(pids),
         processes=len(family) + 1,
@@ -365,15 +380,15 @@ def _attribute(log: str, peers: list[str]) -> None:
     assert len(unnamed) <= served.count("nobody"), f"served by no worker that died: {unnamed}"
 
 
-def _as_before(ring: Arena) -> Machine:
-    def look() -> Machine | None:
-        found = machine(ring.server)
+def _as_before(ring: Arena) -> Holdings:
+    def look() -> Holdings | None:
+        found = holdings(ring.server)
         return found if found == ring.before else None
 
     try:
         after = watch.until("all is as before", look)
     except AssertionError as error:
-        raise AssertionError(f"{error}: {ring.before}, now {machine(ring.server)}\n{ring.log()}") from None
+        raise AssertionError(f"{error}: {ring.before}, now {holdings(ring.server)}\n{ring.log()}") from None
     grown = after.master_anonymous_kib - ring.before.master_anonymous_kib
     assert grown < MASTER_MAY_GROW_KIB, f"the master has grown by {grown} KiB"
     return after

@@ -19,7 +19,7 @@ import psutil
 from prefork.testing import Server, serve
 from tests import watch
 from tests.faults.arena import Arena, Fault, Figures, Rounds, arena
-from tests.faults.machine import HOSTILE, ask, logged
+from tests.faults.machine import HOSTILE, order
 from tests.load import SIZE, Load
 
 # Slots of each listener are twice as many (prefork.generation).
@@ -47,7 +47,7 @@ def garbage_on_the_board(rounds: Rounds, workload: str) -> Figures:
                     held.enter_context(ring.server.connect())
                 watch.until("they are served", lambda: ring.server.status()["totals"]["serving"] >= EARLIER)
             watch.until("they have left", lambda: len(watch.workers(ring.server)) < EARLIER)
-            assert ask(ring, f"spoil {PARTS[number % len(PARTS)]} {2 * MAX_WORKERS}") == "spoilt"
+            assert order(ring, f"spoil {PARTS[number % len(PARTS)]} {2 * MAX_WORKERS}") == "spoilt"
             watch.until("the board is true", partial(_is_true, ring))
             before = ring.connections
             watch.until("clients are served", lambda before=before: ring.connections > before + 200)  # type: ignore[misc]
@@ -67,7 +67,7 @@ def garbage_on_the_doorbell(rounds: Rounds, workload: str) -> Figures:
     """A worker writes random bytes and forged records where workers ring: nothing is believed, and the master does not spin."""
     with arena(workload, rounds=rounds, module=HOSTILE) as ring:
         for _ in rounds:
-            assert ask(ring, "ring 300").endswith(" rung")
+            assert order(ring, "ring 300").endswith(" rung")
         _calm(ring)
         assert ring.server.status()["state"] == "running"
     return ring.figures
@@ -78,7 +78,7 @@ def full_doorbell(rounds: Rounds, workload: str) -> Figures:
     with arena(workload, rounds=rounds, module=HOSTILE) as ring:
         os.kill(ring.server.pid, signal.SIGSTOP)
         try:
-            ask(ring, "ring 100000")
+            order(ring, "ring 100000")
             assert _unread(ring.server.pid) > 60_000, "it is not full"
             before = ring.connections
             for _ in rounds:
@@ -118,7 +118,7 @@ def lies_on_the_channel(rounds: Rounds, workload: str) -> Figures:
             if count == TOO_MUCH:
                 watch.until("it is replaced", lambda at=generation: ring.server.status()["generation"] > at)  # type: ignore[misc]
             else:
-                logged(ring, f"reports from processes of generation {generation} made no sense")
+                ring.logged(f"reports from processes of generation {generation} made no sense")
             ring.recovered()
     return ring.figures
 

@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant(
         "a resume that nobody hears",
         "generation.py",
-        "        self.suspended = False\n        self._vacated",
-        "        self._vacated",
+        "        self.suspended = False\n        for acceptors",
+        "        for acceptors",
         ("tests/integration/test_suspend.py::test_while_suspended_clients_wait_and_after_it_they_are_served",),
     ),
     Mutant(

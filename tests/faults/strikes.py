@@ -11,7 +11,7 @@ from tests.faults.arena import MODULE, Arena, Strike
 # How long a process is stopped: a fork server that stays stopped for 2 s is replaced.
 BRIEFLY, LONGER_THAN_PATIENCE = 0.3, 2.5
 # What a handler may do to its worker (`tests.handlers.bad`) that keeps it from leaving or serving, unless somebody sees to it.
-SPOILT = ("blocks sigterm", "replaces sigterm", "leaves an alarm", "closes every descriptor")
+SPOILT = (b"blocks sigterm", b"replaces sigterm", b"leaves an alarm", b"closes every descriptor")
 STRIKES: dict[str, Strike] = {}
 
 
@@ -114,25 +114,13 @@ def kill_worker(ring: Arena) -> None:
 @strike()
 def segfault(ring: Arena) -> None:
     """A client whose handler runs into a segmentation fault: it fails, and nobody else."""
-    assert not _ask(ring, "segfaults")
+    assert ring.ask(b"segfaults") == b""
 
 
 @strike()
 def spoil_worker(ring: Arena) -> None:
     """A client whose handler leaves its worker in a state in which it would not leave or not serve."""
-    _ask(ring, ring.chance.choice(SPOILT))
-
-
-def _ask(ring: Arena, deed: str) -> bool:
-    """Be the client that makes a handler misbehave. Whether it was answered."""
-    with ring.server.connect() as sock:
-        try:
-            sock.sendall(deed.encode())
-            answered = sock.recv(64) == deed.encode()
-        except ConnectionResetError:
-            answered = False  # as the kernel ends a dead process' connection
-    ring.own.append(answered)
-    return answered
+    ring.ask(ring.chance.choice(SPOILT))
 
 
 @strike()

@@ -186,6 +186,23 @@ def test_without_the_old_fork_server_there_is_no_way_back(prefork_server: Start,
     assert says(server.address) == b"new"
 
 
+def test_an_upgrade_whose_new_code_crashes_on_trial_is_told_so(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(GOOD.format("old")), workers=2, canary=60)
+    module(CRASHES)
+    number = server.command("upgrade")["upgrade"]
+    with ThreadPoolExecutor() as pool:
+        asked = pool.submit(server.command, "outcome", upgrade=number)
+        on_trial(server)
+        assert says(server.address, b"?") == b"new"
+        crash(server, 2)
+        answer = asked.result()
+    assert not answer["ok"]
+    assert "runs, but its reload was rolled back: 2 of its workers crashed within canary = 60 s" in answer["reason"]
+    watch.settled(server, 2)
+    # Its fork server is the old program's, and forks for the new one.
+    assert says(server.address) == b"old"
+
+
 def test_a_stop_ends_the_trial(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2, canary=60)
     with ThreadPoolExecutor() as pool, Load(server.address, clients=1) as load:

@@ -292,14 +292,33 @@ def test_a_successor_that_can_not_go_on_is_refused_before_anything_is_touched(
     assert upgrade(server)["ok"]
 
 
-def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module) -> None:
+@pytest.mark.parametrize("first", ["", "import signal; signal.signal(signal.SIGTERM, signal.SIG_IGN)"])
+def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module, first: str) -> None:
     script = tmp_path / "program.py"
     script.write_text(SUCCESSOR.format("upgrading.START = 0.2"))
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0", "--boot-timeout=1"]
     with running(command, module(ECHO), tmp_path) as server:
-        script.write_text(SUCCESSOR.format("import time; time.sleep(600)"))
+        script.write_text(SUCCESSOR.format(f"{first}\nimport time; time.sleep(600)"))
         assert upgrade(server)["reason"] == "the new program's check has not ended in time"
         assert says(address(server)) == b"x"
+        watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
+
+
+def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Path, module: Module) -> None:
+    python, script = tmp_path / "python", tmp_path / "program.py"
+    python.symlink_to(own_python())
+    script.write_text(SUCCESSOR.format(""))
+    places = os.pathsep.join([*site.getsitepackages(), str(Path(prefork.__file__).parents[1])])
+    command = [str(python), str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with running(command, module(ECHO), tmp_path, environment={"PYTHONPATH": places}) as server, connect(address(server)) as held:
+        script.write_text(SUCCESSOR.format("import os; os.unlink(sys.executable)"))
+        fds = watch.descriptors(server.pid).keys()
+        assert upgrade(server)["reason"] == f"{python} can't be executed: No such file or directory"
+        held.sendall(b"x")
+        assert held.recv(64) == b"x"
+        assert watch.descriptors(server.pid).keys() == fds
+        os.kill(server.pid, signal.SIGHUP)  # it hears signals again
+        watch.logged(server, "generation 2 serves")
 
 
 def test_a_successor_that_fails_after_all_goes_back(tmp_path: Path, module: Module) -> None:
@@ -374,6 +393,31 @@ def test_releases_that_a_link_switches_go_back_to_the_one_that_was(tmp_path: Pat
         assert environment() == before
 
 
+FAILS_ONCE = """
+import os
+failed = {!r}
+def fail(self, state):
+    open(failed, "w").close()
+    raise RuntimeError("planted")
+if not os.path.exists(failed):
+    upgrading.Upgrading.adopt = fail
+"""
+
+
+def test_who_goes_back_replaces_a_fork_server_that_was_dead_before(
+    successor: tuple[Server, Callable[[str], None]], module: Module, tmp_path: Path
+) -> None:
+    server, write = successor
+    module("1 / 0\n")
+    os.kill(watch.fork_server(server), signal.SIGKILL)
+    watch.logged(server, "a new fork server in 2.2 s")
+    module(ECHO)
+    write(FAILS_ONCE.format(str(tmp_path / "failed")))  # the one that goes back is the same script
+    assert "became this one again: RuntimeError: planted" in upgrade(server)["reason"]
+    watch.logged(server, "generation 4 serves")
+    watch.settled(server, 2)
+
+
 def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, module: Module) -> None:
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "log"
@@ -399,6 +443,16 @@ def test_a_fork_server_that_dies_during_the_trial_is_replaced_before_the_upgrade
     assert server.command("outcome", upgrade=number)["generation"] == 3
     watch.settled(server, 2)
     watch.until("only one generation is left", lambda: len(watch.family(server.pid)) == 3)
+
+
+def test_who_has_asked_nothing_yet_is_told_to_ask_again(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    with connect(server.control) as silent, connect(server.control) as slow:
+        slow.sendall(b'{"command": "sta')
+        assert upgrade(server)["ok"]
+        for client in (silent, slow):
+            answer = json.loads(client.makefile("rb").read())
+            assert (answer["ok"], answer["again"]) == (False, True)
 
 
 def test_an_upgrade_whose_fork_server_dies_at_once_is_answered_at_once(prefork_server: Start, module: Module) -> None:
