@@ -91,6 +91,7 @@ class CarriedGeneration:
     targets: tuple[int, ...]
     retired: tuple[int, ...]
     ready: bool
+    committed: bool
     suspended: bool
     left: bool
     trouble: Trouble

@@ -184,8 +184,8 @@ class Changeover:
             self._started(new)
         else:
             log.event("committed", generation=new.number, module=new.config.module, seconds=daemon.now - reload.at)
-            if removed and daemon.suspended:
-                old.resume(daemon.now)  # for those who wait where nobody will accept any more: they are served before it closes
+            if removed and canary is None:
+                self._serve_who_waits(old)
         if canary is not None:
             log.event("canary", generation=new.number, seconds=new.config.canary, most=canary.most)
         else:
@@ -265,10 +265,17 @@ class Changeover:
             log.event("canary_passed", generation=new.number, crashes=len(new.crashes))
             self._end_canary(reload, canary)
 
+    def _serve_who_waits(self, old: Generation) -> None:
+        """Although the daemon is suspended: where addresses are removed nobody would accept any more."""
+        if self.daemon.suspended:
+            old.resume(self.daemon.now)
+
     def _end_canary(self, reload: Reload, canary: Canary) -> None:
         self.daemon.reloading = None
         canary.old.kept = False
         self.daemon.listeners.hurry(self.daemon.now, self.daemon.now + self.daemon.config.graceful_timeout)
+        if any(listener not in self.daemon.listeners.current for listener in canary.old.listeners):
+            self._serve_who_waits(canary.old)
         self._done(reload, canary.old)
 
     def _roll_back(self, reload: Reload, canary: Canary, reason: str) -> None:

@@ -114,6 +114,7 @@ class Generation:
             targets=tuple(self.targets),
             retired=tuple(place for place, acceptors in enumerate(self._acceptors) if acceptors.retired),
             ready=self.ready,
+            committed=self.committed,
             suspended=self.suspended,
             left=self._left,
             trouble=self.trouble,
@@ -134,11 +135,12 @@ class Generation:
     def adopted(
         cls, carried: CarriedGeneration, config: Config, listeners: Sequence[Listener], wiring: Wiring, tally: Tally, now: float
     ) -> "Generation":
-        """The committed generation that another program of this process has carried. Raises OSError and ValueError."""
+        """The generation that another program of this process has carried. Raises OSError and ValueError."""
         layout, its = carried.layout, carried.pool
         pool = Pool.restored(layout.listeners, layout.capacity, its.workers, its.unready, its.unborn, its.high)
         self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, layout, pool)
-        self.ready, self.committed, self.suspended, self._left = carried.ready, True, carried.suspended, carried.left
+        self.ready, self.committed = carried.ready, carried.committed
+        self.suspended, self._left = carried.suspended, carried.left
         self._counted = dict(carried.counted)
         self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
         self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds

@@ -15,16 +15,19 @@ from functools import partial
 from typing import Any
 
 from prefork import carried, config, log
+from prefork.carried import State
 from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
 from prefork.errors import InUseError, PreforkError
 from prefork.link import Wiring
+from prefork.net.unix import inode_of, remove
 from prefork.ops import control, instances
 from prefork.ops.control import Client
 from prefork.pool import wire
 from prefork.stopping import Stopping
 from prefork.system import credentials, pidfile, process, program, signals
+from prefork.system.pidfile import PidFile
 from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated
 from prefork.upgrading import Upgrading
@@ -142,8 +145,17 @@ class Master:
 
     def _go_on(self, fd: int, reason: str) -> None:
         """Be the successor of the program that left its state at ``fd``. All signals are blocked until we can hear them."""
-        daemon = self.daemon
         state = carried.read(program.read_state(fd))
+        try:
+            self._adopt(state, reason)
+        except BaseException:
+            if reason:  # there is no other program to go back to
+                _remove_traces_of(state)
+            raise
+        self.handed = fd, reason
+
+    def _adopt(self, state: State, reason: str) -> None:
+        daemon = self.daemon
         for kept in state.descriptors():
             os.set_inheritable(kept, False)
         if reason:
@@ -160,7 +172,6 @@ class Master:
         if state.control is not None and state.control.inode is not None:
             sock = socket.socket(fileno=state.control.fd)
             daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
-        self.handed = fd, reason
 
     def _take_over(self, fd: int, reason: str) -> None:
         """The state is adopted, and there is no way back any more: hear what has come meanwhile, and reload."""
@@ -374,3 +385,11 @@ class Master:
             raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None
         except OSError as error:
             log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+
+
+def _remove_traces_of(state: State) -> None:
+    """What says that the daemon is here that nobody could go on with."""
+    if state.pid_file is not None:
+        PidFile(state.pid_file.path, state.pid_file.fd).remove()
+    if state.control is not None and inode_of(state.control.path) == state.control.inode:
+        remove(state.control.path)

@@ -70,7 +70,7 @@ class Upgrading:
         self.trial: Trial | None = None
         self.ready = False
         self.reload_before: LastReload | None = None  # the last one before the upgrade's own
-        self.dropped: tuple[int, float] | None = None  # a trial that was asked to end, and until when it may
+        self.dropped: list[tuple[int, float]] = []  # trials that were asked to end, and until when they may
         self.settled_by = 0.0  # then nobody waits any more for those who accept with old code
 
     # -- in the old program
@@ -135,9 +135,8 @@ class Upgrading:
 
     def tend(self) -> None:
         """Do what is due."""
-        if self.dropped is not None and self.dropped[1] <= self.daemon.now:
-            process.signal_child(self.dropped[0], signal.SIGKILL)
-            self.dropped = None
+        while self.dropped and self.dropped[0][1] <= self.daemon.now:
+            process.signal_child(self.dropped.pop(0)[0], signal.SIGKILL)
         trial = self.trial
         if trial is None:
             if not self.ready:
@@ -158,7 +157,7 @@ class Upgrading:
         if self.ready:
             return self.daemon.now + LOOK if self.daemon.reloading is None else None
         times = [self.trial.deadline] if self.trial is not None else []
-        times += [self.dropped[1]] if self.dropped is not None else []
+        times += [self.dropped[0][1]] if self.dropped else []
         return min(times, default=None)
 
     @property
@@ -172,7 +171,7 @@ class Upgrading:
         if self.trial is not None:
             # Not SIGKILL yet: it has to end what its import has started.
             process.signal_child(self.trial.pid, signal.SIGTERM)
-            self.dropped = self.trial.pid, self.daemon.now + PATIENCE
+            self.dropped.append((self.trial.pid, self.daemon.now + PATIENCE))
             self._end_trial(self.trial)
             self._give_up(reason)
         elif self.ready:

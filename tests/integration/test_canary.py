@@ -136,6 +136,24 @@ def test_after_the_trial_what_was_dropped_is_closed(prefork_server: Start, modul
     assert watch.is_free(goes)
 
 
+def test_while_suspended_nobody_accepts_on_trial_either(prefork_server: Start, module: Module) -> None:
+    folder = module(GOOD.format("old"))
+    stays, goes = watch.free_port(), watch.free_port()
+    file = folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 1\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    assert server.command("suspend")["ok"]
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 1\n")
+    with connect(("127.0.0.1", goes)) as waiting:
+        os.kill(server.pid, signal.SIGHUP)
+        watch.logged(server, "is on trial")
+        assert watch.workers(server) == []
+        # Who waits where nobody will accept any more is served before it closes.
+        assert waiting.recv(64) == b"old"
+        assert "has passed its trial" in server.log()
+    watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
+
+
 def test_a_reload_during_the_trial_follows_it(prefork_server: Start, module: Module) -> None:
     server = prefork_server("mine:loop", folder=module(GOOD.format("one")), workers=1, canary=0.3)
     os.kill(server.pid, signal.SIGHUP)

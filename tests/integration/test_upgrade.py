@@ -418,6 +418,21 @@ def test_who_goes_back_replaces_a_fork_server_that_was_dead_before(
     watch.settled(server, 2)
 
 
+def test_two_programs_that_fail_leave_nothing(tmp_path: Path, module: Module) -> None:
+    script, pid_file = tmp_path / "program.py", tmp_path / "pid"
+    script.write_text(SUCCESSOR.format(""))
+    command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with running([*command, f"--pid-file={pid_file}"], module(ECHO), tmp_path) as server:
+        family = [child.pid for child in watch.family(server.pid)]
+        script.write_text(SUCCESSOR.format(FAILS))
+        os.kill(server.pid, signal.SIGUSR2)
+        assert server.process.wait(watch.DEADLINE) == 70
+        assert "planted" in server.log()
+        assert not pid_file.exists()
+        assert not os.path.exists(server.control)
+        watch.until("all have gone", lambda: all(map(watch.is_gone, family)))
+
+
 def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, module: Module) -> None:
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "log"
