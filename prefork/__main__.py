@@ -6,6 +6,10 @@ import sys
 
 def _leave_the_working_directory_to_handlers() -> None:
     """Python puts it first on the path for ``-m``: a json.py of the user's would be the master's, which runs no user code."""
+    try:
+        os.getcwd()
+    except FileNotFoundError:
+        return  # it was removed, and Python has put nothing there
     here, first = os.path.dirname(os.path.dirname(os.path.abspath(__file__))), sys.path[0]
     if not sys.flags.safe_path and not (os.path.isdir(first) and os.path.samefile(first, here)):
         del sys.path[0]

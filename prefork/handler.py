@@ -21,6 +21,7 @@ from typing import Any
 import prefork.examples
 from prefork.config import Config
 from prefork.errors import HandlerError
+from prefork.system import process
 
 HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
 WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass"
@@ -104,6 +105,11 @@ def serve_current(look: Callable[[], Connection]) -> None:
     _look = look
 
 
+def _here() -> str:
+    """Where we are, for people."""
+    return "the working directory, which was removed," if process.is_nowhere() else os.getcwd()
+
+
 def prepare_path(folder: str) -> None:
     """The working directory first on the path; the bundled examples last, so that nothing of theirs hides anybody's module."""
     sys.path[:] = [folder, *[entry for entry in sys.path if entry not in ("", folder)], *prefork.examples.__path__]
@@ -149,7 +155,7 @@ def _find(label: str, target: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise HandlerError(f"{label}: no module {error.name!r} in {os.getcwd()} or on the Python path") from None
+            raise HandlerError(f"{label}: no module {error.name!r} in {_here()} or on the Python path") from None
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
@@ -164,7 +170,7 @@ def _lacks(module: ModuleType, name: str) -> str:
     where = getattr(module, "__file__", None) or "a built-in module"
     near = difflib.get_close_matches(name, vars(module), 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
-    file = os.path.join(os.getcwd(), *module.__name__.split(".")) + ".py"
+    file = os.path.join(_here(), *module.__name__.split(".")) + ".py"
     if os.path.exists(file) and not (os.path.exists(where) and os.path.samefile(file, where)):
         meant += f"; {file} is hidden by it, which prefork has loaded before: rename yours"
     return f"{where} has no {name!r}{meant}"

@@ -30,7 +30,8 @@ from prefork.ops import status as status_page
 from prefork.ops.instances import ask
 
 START_TIMEOUT = 30.0
-STOP_TIMEOUT = 30.0
+# Longer than graceful_timeout, after which the daemon itself ends who is left.
+STOP_TIMEOUT = 45.0
 LONGEST_FOLDER = 80
 
 

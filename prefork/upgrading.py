@@ -145,8 +145,10 @@ class Upgrading:
             refused = trial.status != 0
             self._end_trial(trial)
             if refused:
-                text = trial.text.decode(errors="replace").strip().removeprefix("prefork: ")
-                self._give_up(text or f"the new program's check said nothing: {process.describe(trial.status)}")
+                text = trial.text.decode(errors="replace").strip()
+                # What it has logged before its error is no reason.
+                reason = ("\n" + text).rpartition("\nprefork: ")[2].strip()
+                self._give_up(reason or f"the new program's check said nothing: {process.describe(trial.status)}")
             else:
                 self.ready = True
         elif trial.deadline <= self.daemon.now:

@@ -4,6 +4,7 @@ import os
 import random
 import shutil
 import socket
+import subprocess
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -167,3 +168,35 @@ def is_free(port: int) -> bool:
         except OSError:
             return False
         return True
+
+
+@contextmanager
+def running(
+    command: list[str],
+    folder: Path,
+    scratch: Path,
+    log: Path | None = None,
+    *,
+    fds: tuple[int, ...] = (),
+    environment: dict[str, str] | None = None,
+) -> Iterator[Server]:
+    """A daemon that is started by this command line, which serves already or has ended; stopped at the end of the block."""
+    control = str(scratch / "control")
+    with (scratch / "output").open("wb") as file:
+        process = subprocess.Popen(
+            [*command, f"--control={control}"],
+            cwd=folder,
+            pass_fds=fds,
+            stdout=file,
+            stderr=file,
+            env={**os.environ, "PWD": str(folder), **(environment or {})},
+        )
+    server = Server(None, process.pid, control, log or scratch / "output", process)
+    try:
+        until(
+            "it serves or has ended",
+            lambda: (server.log_path.exists() and " serving " in server.log()) or process.poll() is not None,
+        )
+        yield server
+    finally:
+        server.stop()

@@ -60,7 +60,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
     parser.add_argument("fault", nargs="*", choices=[*FAULTS, []], help="all of them when none is named")
     parser.add_argument("--count", type=int, help="how often each fault strikes")
-    parser.add_argument("--minutes", type=float, help="how long at most; what the faults leave is for all of them together")
+    parser.add_argument("--minutes", type=float, help="about how long; what the faults leave is for all of them together")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of what is left to chance")
     given = parser.parse_args()
     print(f"seed {given.seed}", flush=True)

@@ -56,7 +56,8 @@ class Rounds:
     done: int = 0
 
     def __iter__(self) -> Iterator[int]:
-        while self.done < self.count and time.monotonic() < self.deadline:
+        # At least one: nothing is shown by none.
+        while self.done == 0 or (self.done < self.count and time.monotonic() < self.deadline):
             yield self.done
             self.done += 1
 

@@ -87,9 +87,13 @@ def import_hangs(ring: Arena) -> None:
     _refused(ring, "import time\ntime.sleep(600)\n")
 
 
-@strike(permits=12)
+@strike(permits=40)
 def crashing_code(ring: Arena) -> None:
-    """A reload to code that crashes at each connection: with a canary it takes itself back after the first few."""
+    """A reload to code that crashes at each connection: with a canary it takes itself back after the first few.
+
+    Mostly four clients fail. A dying worker is busy until the kernel has written its core, and others are forked meanwhile, so
+    there may be more; the arena sees to it that each was served by one that died.
+    """
     _refused(ring, "import os\nloop = lambda sock: os.abort()\n", last="")
 
 
@@ -133,6 +137,12 @@ def stop_worker(ring: Arena) -> None:
 def kill_fork_server(ring: Arena) -> None:
     """SIGKILL to the fork server."""
     _kill(ring.fork_server(), signal.SIGKILL)
+
+
+@strike()
+def segv_fork_server(ring: Arena) -> None:
+    """SIGSEGV to the fork server."""
+    _kill(ring.fork_server(), signal.SIGSEGV)
 
 
 @strike()

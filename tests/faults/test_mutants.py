@@ -5,7 +5,16 @@ from pathlib import Path
 
 import pytest
 
-from tests.faults.mutants import MUTANTS, Mutant, kills
+from tests.faults.mutants import MUTANTS, Mutant, copy, kills, run
+
+
+@pytest.mark.slow
+@pytest.mark.timeout(600)
+def test_without_a_bug_the_same_tests_notice_nothing(tmp_path: Path) -> None:
+    copy(tmp_path)
+    checks = dict.fromkeys(check for mutant in MUTANTS for check in mutant.check)
+    assert run(checks, tmp_path) == ""
+    shutil.rmtree(tmp_path)
 
 
 @pytest.mark.slow

@@ -123,9 +123,14 @@ def lie() -> None:
 def _channel() -> socket.socket:
     for name in os.listdir("/proc/self/fd"):
         try:
-            sock = socket.socket(fileno=os.dup(int(name)))
+            copy = os.dup(int(name))
         except OSError:
-            continue  # no socket
+            continue  # what the list was read with
+        try:
+            sock = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)  # no socket
+            continue
         if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET:
             return sock
         sock.close()

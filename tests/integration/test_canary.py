@@ -2,6 +2,8 @@
 
 import os
 import signal
+import socket
+import sys
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -63,6 +65,39 @@ def test_new_code_that_crashes_is_taken_back_and_who_asked_is_told(prefork_serve
     os.kill(server.pid, signal.SIGHUP)
     on_trial(server, 3)
     assert says(server.address) == b"mended"
+
+
+def test_the_service_manager_is_told_in_its_status_line(tmp_path: Path, module: Module) -> None:
+    heard = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+    with heard:
+        heard.bind(str(tmp_path / "notify"))
+        heard.settimeout(watch.DEADLINE)
+
+        def hears(text: bytes) -> None:
+            while text not in heard.recv(4096):
+                pass
+
+        folder, told = module(CRASHES), {"NOTIFY_SOCKET": str(tmp_path / "notify")}
+        command = [
+            sys.executable,
+            "-m",
+            "prefork",
+            "serve",
+            "--module=mine:loop",
+            "--workers=1",
+            "--canary=60",
+            "--bind=127.0.0.1:0",
+        ]
+        with watch.running([*command, "--canary=60"], folder, tmp_path, environment=told) as server:
+            hears(b"READY=1")
+            os.kill(server.pid, signal.SIGHUP)
+            on_trial(server)
+            host, _, port = server.status()["listeners"][0]["address"].rpartition(":")
+            assert says((host, int(port)), b"!") == b""
+            hears(b"STATUS=rolled back to generation 1: 1 of its workers crashed within canary = 60 s")
+            module("1 / 0\n")
+            os.kill(server.pid, signal.SIGHUP)
+            hears(b"STATUS=reload (SIGHUP) refused: mine:loop: the import raised")
 
 
 def test_fewer_crashes_are_no_reason(prefork_server: Start, module: Module) -> None:

@@ -9,7 +9,6 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -34,38 +33,6 @@ def loop(sock):
 """
 ECHO = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
 DEBIANS = "/usr/bin/python3"
-
-
-@contextmanager
-def running(
-    command: list[str],
-    folder: Path,
-    scratch: Path,
-    log: Path | None = None,
-    *,
-    fds: tuple[int, ...] = (),
-    environment: dict[str, str] | None = None,
-) -> Iterator[Server]:
-    """A daemon that is started by this command line, which serves already or ends."""
-    control = str(scratch / "control")
-    with (scratch / "output").open("wb") as file:
-        process = subprocess.Popen(
-            [*command, f"--control={control}"],
-            cwd=folder,
-            pass_fds=fds,
-            stdout=file,
-            stderr=file,
-            env={**os.environ, "PWD": str(folder), **(environment or {})},
-        )
-    server = Server(None, process.pid, control, log or scratch / "output", process)
-    try:
-        watch.until(
-            "it serves or has ended",
-            lambda: (server.log_path.exists() and " serving " in server.log()) or process.poll() is not None,
-        )
-        yield server
-    finally:
-        server.stop()
 
 
 def upgrade(server: Server) -> dict[str, Any]:
@@ -161,7 +128,7 @@ def test_one_that_was_started_by_path_with_a_relative_one(tmp_path: Path, module
     script.parent.mkdir()
     script.write_text("from prefork.cli import entry\nentry()\n")
     command = [sys.executable, "bin/prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, module(ECHO), tmp_path) as server:
+    with watch.running(command, module(ECHO), tmp_path) as server:
         assert upgrade(server)["ok"]
         assert says(address(server)) == b"x"
 
@@ -194,7 +161,7 @@ def test_a_venv_whose_python_was_switched_is_followed(tmp_path: Path, module: Mo
     place = tmp_path / "venv"
     venv(place, own_python())
     command = [str(place / "bin" / "python"), "-m", "prefork", "serve", "--module=mine:loop", "--workers=2", "--bind=127.0.0.1:0"]
-    with running(command, module(WHO), tmp_path) as server:
+    with watch.running(command, module(WHO), tmp_path) as server:
         where = address(server)
         assert says(where) == f"{own_python()} x".encode()
         with connect(where) as held, Load(where, clients=1, rate=200) as load:
@@ -214,7 +181,7 @@ def test_a_working_directory_that_was_removed_is_no_hindrance(tmp_path: Path) ->
     folder = tmp_path / "gone"
     folder.mkdir()
     command = [sys.executable, "-m", "prefork", "serve", "--module=echo:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, folder, tmp_path) as server:
+    with watch.running(command, folder, tmp_path) as server:
         folder.rmdir()
         for generation in (2, 3):
             assert upgrade(server)["generation"] == generation
@@ -222,16 +189,28 @@ def test_a_working_directory_that_was_removed_is_no_hindrance(tmp_path: Path) ->
         assert f"the working directory {folder} was removed" in server.log()
 
 
+def test_what_is_found_on_the_python_path_is_found_from_nowhere_too(tmp_path: Path, module: Module) -> None:
+    folder, place = tmp_path / "gone", module(ECHO)
+    folder.mkdir()
+    command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
+    with watch.running(command, folder, tmp_path, environment={"PYTHONPATH": str(place)}) as server:
+        folder.rmdir()
+        assert upgrade(server)["ok"]
+        assert says(address(server)) == b"x"
+        (place / "mine.py").unlink()
+        assert "no module 'mine' in the working directory, which was removed, or on the Python path" in upgrade(server)["reason"]
+
+
 def test_a_working_directory_that_was_removed_and_made_again_is_entered_by_name(tmp_path: Path) -> None:
     folder = tmp_path / "release"
     folder.mkdir()
     (folder / "mine.py").write_text(ECHO)
     command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, folder, tmp_path) as server:
+    with watch.running(command, folder, tmp_path) as server:
         shutil.rmtree(folder)
         answer = upgrade(server)
         assert not answer["ok"]
-        assert "there is no module" in answer["reason"] or "No module" in answer["reason"]
+        assert answer["reason"].startswith("mine:loop: no module 'mine' in the working directory, which was removed,"), answer
         folder.mkdir()
         (folder / "mine.py").write_text(WHO)
         assert upgrade(server)["ok"]
@@ -257,7 +236,7 @@ def successor(tmp_path: Path, module: Module) -> Iterator[tuple[Server, Callable
 
     write("")
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=2", "--bind=127.0.0.1:0"]
-    with running([*command, "--spare-timeout=0.2"], module(ECHO), tmp_path) as server:
+    with watch.running([*command, "--spare-timeout=0.2"], module(ECHO), tmp_path) as server:
         yield server, write
 
 
@@ -297,7 +276,7 @@ def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module, firs
     script = tmp_path / "program.py"
     script.write_text(SUCCESSOR.format("upgrading.START = 0.2"))
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0", "--boot-timeout=1"]
-    with running(command, module(ECHO), tmp_path) as server:
+    with watch.running(command, module(ECHO), tmp_path) as server:
         script.write_text(SUCCESSOR.format(f"{first}\nimport time; time.sleep(600)"))
         assert upgrade(server)["reason"] == "the new program's check has not ended in time"
         assert says(address(server)) == b"x"
@@ -310,7 +289,10 @@ def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Pat
     script.write_text(SUCCESSOR.format(""))
     places = os.pathsep.join([*site.getsitepackages(), str(Path(prefork.__file__).parents[1])])
     command = [str(python), str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, module(ECHO), tmp_path, environment={"PYTHONPATH": places}) as server, connect(address(server)) as held:
+    with (
+        watch.running(command, module(ECHO), tmp_path, environment={"PYTHONPATH": places}) as server,
+        connect(address(server)) as held,
+    ):
         script.write_text(SUCCESSOR.format("import os; os.unlink(sys.executable)"))
         fds = watch.descriptors(server.pid).keys()
         assert upgrade(server)["reason"] == f"{python} can't be executed: No such file or directory"
@@ -335,7 +317,7 @@ if os.readlink("/proc/self/exe") == {os.path.realpath(DEBIANS)!r}:
 """
     script.write_text(SUCCESSOR.format(fails))
     command = [str(place / "bin" / "python"), str(script), "serve", "--module=mine:loop", "--workers=2", "--bind=127.0.0.1:0"]
-    with running(command, module(ECHO), tmp_path) as server, connect(address(server)) as held:
+    with watch.running(command, module(ECHO), tmp_path) as server, connect(address(server)) as held:
         fds = len(watch.descriptors(server.pid))
         venv(place, os.path.realpath(DEBIANS))
         with Load(address(server), clients=1) as load:
@@ -371,7 +353,7 @@ def test_releases_that_a_link_switches_go_back_to_the_one_that_was(tmp_path: Pat
     switch(1)
     told = "import json, os\ndef loop(sock):\n    sock.recv(64)\n    sock.sendall(json.dumps(dict(os.environ)).encode())\n"
     command = [sys.executable, "current/program.py", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, module(told), tmp_path) as server:
+    with watch.running(command, module(told), tmp_path) as server:
 
         def environment() -> dict[str, str]:
             with connect(address(server)) as sock:
@@ -422,7 +404,7 @@ def test_two_programs_that_fail_leave_nothing(tmp_path: Path, module: Module) ->
     script, pid_file = tmp_path / "program.py", tmp_path / "pid"
     script.write_text(SUCCESSOR.format(""))
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running([*command, f"--pid-file={pid_file}"], module(ECHO), tmp_path) as server:
+    with watch.running([*command, f"--pid-file={pid_file}"], module(ECHO), tmp_path) as server:
         family = [child.pid for child in watch.family(server.pid)]
         script.write_text(SUCCESSOR.format(FAILS))
         os.kill(server.pid, signal.SIGUSR2)
@@ -437,7 +419,7 @@ def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, mo
     (tmp_path / "logs").mkdir()
     log = tmp_path / "logs" / "log"
     command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running([*command, f"--log-file={log}", "--access-log=-"], module(ECHO), tmp_path, log) as server:
+    with watch.running([*command, f"--log-file={log}", "--access-log=-"], module(ECHO), tmp_path, log) as server:
         with log.open() as file, connect(address(server)) as held:
             held.sendall(b"x")
             held.recv(64)
@@ -529,7 +511,7 @@ def test_everything_that_is_held_is_held_after_it(tmp_path: Path, module: Module
         pid_file, path = tmp_path / "pid", tmp_path / "socket"
         command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", f"--pid-file={pid_file}"]
         command += [f"--bind=unix:{path}?mode=0660", f"--bind=fd:{ours.fileno()}", "--bind=127.0.0.1:0"]
-        with running(command, module(ECHO), tmp_path, fds=(ours.fileno(),)) as server:
+        with watch.running(command, module(ECHO), tmp_path, fds=(ours.fileno(),)) as server:
             tcp = ("127.0.0.1", int(server.status()["listeners"][2]["address"].rpartition(":")[2]))
             everywhere = [str(path), ours.getsockname(), tcp]
             inode, mode = path.stat().st_ino, path.stat().st_mode
@@ -594,7 +576,7 @@ def test_a_daemon_that_was_not_started_by_the_command_says_so(tmp_path: Path, mo
         "import sys\nfrom prefork import Server\n"
         "Server('mine:loop', bind='127.0.0.1:0', workers=1, control=sys.argv[1].partition('=')[2]).run()\n"
     )
-    with running([sys.executable, "main.py"], folder, tmp_path) as server:
+    with watch.running([sys.executable, "main.py"], folder, tmp_path) as server:
         assert "not started as `prefork serve`" in server.command("upgrade")["reason"]
         os.kill(server.pid, signal.SIGUSR2)
         watch.logged(server, "upgrade (SIGUSR2) ignored")
@@ -603,6 +585,6 @@ def test_a_daemon_that_was_not_started_by_the_command_says_so(tmp_path: Path, mo
 
 def test_somebody_elses_state_is_not_ours(tmp_path: Path, module: Module) -> None:
     command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with running(command, module(ECHO), tmp_path, environment={program.VARIABLE: "3:1"}) as server:
+    with watch.running(command, module(ECHO), tmp_path, environment={program.VARIABLE: "3:1"}) as server:
         assert says(address(server)) == b"x"
         assert "no option" not in server.log()
