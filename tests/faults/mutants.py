@@ -4,6 +4,7 @@ import os
 import shutil
 import subprocess
 import sys
+import tempfile
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
@@ -275,14 +276,16 @@ def copy(folder: Path) -> None:
 def run(checks: Iterable[str], folder: Path) -> str:
     """Run these tests on the copy. Returns what they print if any fails, else nothing."""
     settings = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST", "PREFORK"))}
-    done = subprocess.run(
-        [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", *checks],
-        cwd=folder,
-        env={**settings, "PYTHONPATH": str(folder), "TMPDIR": str(folder)},
-        capture_output=True,
-        text=True,
-        check=False,
-    )
+    # A short name: a Unix socket's path has at most 107 bytes, and a test that can't make one would notice every bug.
+    with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as scratch:
+        done = subprocess.run(
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", *checks],
+            cwd=folder,
+            env={**settings, "PYTHONPATH": str(folder), "TMPDIR": scratch},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
     # Some bugs leave processes behind, which have become ours (tests/conftest.py makes us the subreaper).
     for child in psutil.Process().children(recursive=True):
         child.kill()
