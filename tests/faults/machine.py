@@ -120,7 +120,8 @@ def oom(rounds: Rounds, workload: str) -> Figures:
             before = group.kills()
             assert order(ring, f"eat {EATEN_MIB}") == "", "nobody was killed"
             assert group.kills() == before + 1, "it was not the limit"
-            watch.until("the death is known", lambda number=number: _sigkills(ring) == number + 1)  # type: ignore[misc]
+            ring.logged(" died: signal 9 (SIGKILL), serving ", number + 1)
+            assert _sigkills(ring) == number + 1, ring.log()
     return ring.figures
 
 
