@@ -21,7 +21,7 @@ from unittest import SkipTest
 from prefork.net.listener import ACCEPT_ERRORS
 from prefork.pool import policy
 from tests import public, watch
-from tests.faults.arena import HANDLERS, Arena, Fault, Figures, Rounds, arena
+from tests.faults.arena import HANDLERS, Arena, Fault, Figures, Rounds, Strike, arena
 from tests.faults.refusals import Refusals, refusals
 from tests.handlers.hostile import ORDER
 
@@ -110,7 +110,10 @@ def _sigkills(ring: Arena) -> int:
 
 
 def oom(rounds: Rounds, workload: str) -> Figures:
-    """The daemon's control group is out of memory because of one worker: the kernel takes that one, and nobody else is lost."""
+    """The daemon's control group is out of memory because of one worker: the kernel takes that one, and nobody else is lost.
+
+    Seldom (0 to 3 times in 100) it takes another process, too, before the first has given its memory back: that may cost a client.
+    """
     with memory_group(GROUP_MIB) as group, arena(workload, rounds=rounds, module=HOSTILE) as ring:
         group.add(ring.server.pid)
         for _ in range(2):  # a worker may be forked before its fork server is there
@@ -119,9 +122,11 @@ def oom(rounds: Rounds, workload: str) -> Figures:
         for number in rounds:
             before = group.kills()
             assert order(ring, f"eat {EATEN_MIB}") == "", "nobody was killed"
-            assert group.kills() == before + 1, "it was not the limit"
-            ring.logged(" died: signal 9 (SIGKILL), serving ", number + 1)
-            assert _sigkills(ring) == number + 1, ring.log()
+            assert group.kills() > before, "it was not the limit"
+            watch.until("each death is known", lambda: number < _sigkills(ring) == group.kills())  # noqa: B023 - asked here only
+        others = group.kills() - rounds.done
+        assert others <= 1 + rounds.done // 50, f"{others} others were killed"
+        ring.struck.append(Strike("another victim", lambda _: None, permits=others))
     return ring.figures
 
 
