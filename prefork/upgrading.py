@@ -211,14 +211,19 @@ class Upgrading:
         self.changeover.wanted = [] if self.changeover.wanted is not None else None
         if daemon.control is not None:
             daemon.control.dismiss("the daemon became another program meanwhile; see prefork status", daemon.now)
+        try:
+            self._execute(how)
+        except OSError as error:
+            self._give_up(f"{how.executable} can't be executed: {error.strerror}")
+
+    def _execute(self, how: Program) -> None:
         state = self.carry()
         fd = program.keep_state(carried.write(state))
         log.event("handing_over", version=__version__, program=how.executable)
         try:
             program.become(how, fd, state.descriptors())
-        except OSError as error:
+        finally:
             os.close(fd)
-            self._give_up(f"{how.executable} can't be executed: {error.strerror}")
 
     def carry(self) -> State:
         """The daemon, for another program."""
