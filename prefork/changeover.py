@@ -266,7 +266,7 @@ class Changeover:
             self._end_canary(reload, canary)
 
     def _serve_who_waits(self, old: Generation) -> None:
-        """Although the daemon is suspended: where addresses are removed nobody would accept any more."""
+        """Although the daemon is suspended: ``old`` accepts again where addresses are removed; nobody else would."""
         if self.daemon.suspended:
             old.resume(self.daemon.now)
 
@@ -274,8 +274,7 @@ class Changeover:
         self.daemon.reloading = None
         canary.old.kept = False
         self.daemon.listeners.hurry(self.daemon.now, self.daemon.now + self.daemon.config.graceful_timeout)
-        if any(listener not in self.daemon.listeners.current for listener in canary.old.listeners):
-            self._serve_who_waits(canary.old)
+        self._serve_who_waits(canary.old)
         self._done(reload, canary.old)
 
     def _roll_back(self, reload: Reload, canary: Canary, reason: str) -> None:
@@ -302,6 +301,8 @@ class Changeover:
             reload, daemon.reloading = daemon.reloading, None
             if reload.canary is not None:
                 reload.canary.old.kept = False
+                if daemon.stopping is not None and not daemon.stopping.killed:
+                    self._serve_who_waits(reload.canary.old)
             else:
                 reload.generation.abandon(daemon.now)
                 daemon.draining.append(reload.generation)

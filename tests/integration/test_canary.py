@@ -175,18 +175,38 @@ def test_while_suspended_nobody_accepts_on_trial_either(prefork_server: Start, m
     folder = module(GOOD.format("old"))
     stays, goes = watch.free_port(), watch.free_port()
     file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 1\n")
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 3\n")
     server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
     assert server.command("suspend")["ok"]
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 1\n")
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 3\n")
     with connect(("127.0.0.1", goes)) as waiting:
         os.kill(server.pid, signal.SIGHUP)
         watch.logged(server, "is on trial")
-        assert watch.workers(server) == []
+        # Those of the new generation were ready, and leave.
+        watch.until("nobody accepts", lambda: not watch.workers(server))
+        assert "has passed its trial" not in server.log()
         # Who waits where nobody will accept any more is served before it closes.
         assert waiting.recv(64) == b"old"
         assert "has passed its trial" in server.log()
     watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
+
+
+def test_a_stop_while_suspended_serves_who_waits_where_the_trial_had_dropped_an_address(
+    prefork_server: Start, module: Module
+) -> None:
+    folder = module(GOOD.format("old"))
+    stays, goes = watch.free_port(), watch.free_port()
+    file = folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 60\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    assert server.command("suspend")["ok"]
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
+    with connect(("127.0.0.1", goes)) as waiting:
+        os.kill(server.pid, signal.SIGHUP)
+        watch.logged(server, "is on trial")
+        with watch.fewer_than(15.0, "the stop"):
+            assert server.stop() == 0
+        assert waiting.recv(64) == b"old"
 
 
 def test_a_reload_during_the_trial_follows_it(prefork_server: Start, module: Module) -> None:
