@@ -49,9 +49,9 @@ class Tally:
 class Load:
     """``clients`` threads that connect, send 64 bytes, check the echo and close, until the block ends.
 
-    ``rate`` (connections a second, all clients together) paces them; without it each connects again at once. ``reset`` closes
-    with RST. ``held``: each keeps its connection until the end, with a round trip now and then. A refused connection is counted
-    apart and the client goes on (a stop, a dead master).
+    ``rate`` (connections a second, all clients together) paces them, and who was held up catches up; without it each connects
+    again at once. ``reset`` closes with RST. ``held``: each keeps its connection until the end, with a round trip now and then. A
+    refused connection is counted apart and the client goes on (a stop, a dead master).
     """
 
     def __init__(
@@ -122,7 +122,7 @@ class Load:
         while not self._stopped.is_set():
             self._one(tally)
             if self.interval:
-                due = max(due + self.interval, time.monotonic() - self.interval)
+                due += self.interval
                 self._stopped.wait(max(0.0, due - time.monotonic()))
 
     def _one(self, tally: Tally) -> None:

@@ -33,7 +33,10 @@ from tests.load import Failure, Load
 
 Figures = dict[str, Any]
 HANDLERS = Path(__file__).parents[1] / "handlers"
+# What the clients do: short connections at a steady rate, connections that they hold, both; and short ones as fast as they can.
 WORKLOADS = ("short", "long", "mixed")
+AND_FULL = ("short", "long", "full", "mixed")
+RATE = 1000.0  # short connections a second
 # What a module says that serves; a strike puts something that does not in front of it.
 MODULE = "from target import loop\n"
 FORK_SERVER = re.compile(r" gen (\d+)$")  # its title
@@ -219,7 +222,6 @@ def arena(
     *,
     rounds: Rounds,
     workers: int = 4,
-    rate: float | None = None,
     first: str = "",
     module: str = MODULE,
     place: Path | None = None,
@@ -228,9 +230,9 @@ def arena(
 ) -> Iterator[Arena]:
     """A daemon with this load, and the checks at the end. Options are the daemon's.
 
-    ``rounds`` gives the seed, and is told in the figures. ``rate`` paces the short connections. ``first``: see
-    `Arena.write_module`; ``module``: what follows it. ``place``: where the daemon's folder is, for everybody to read. With
-    ``exact`` off the daemon need not have counted what the clients have.
+    ``rounds`` gives the seed, and is told in the figures. ``first``: see `Arena.write_module`; ``module``: what follows it.
+    ``place``: where the daemon's folder is, for everybody to read. With ``exact`` off the daemon need not have counted what the
+    clients have.
     """
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
@@ -243,7 +245,7 @@ def arena(
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
             before = holdings(server)
-            with clients(server.address, workload, rate) as loads:
+            with clients(server.address, workload) as loads:
                 ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact)
                 ring.figures["workload"] = workload
                 serving(server, loads)
@@ -253,11 +255,11 @@ def arena(
 
 
 @contextmanager
-def clients(address: Any, workload: str, rate: float | None = None, timeout: float = 10.0) -> Iterator[list[Load]]:
-    """Clients whose connections are short, held, or both, until the block ends."""
+def clients(address: Any, workload: str, timeout: float = 10.0) -> Iterator[list[Load]]:
+    """The clients of a workload, until the block ends."""
     loads = []
-    if workload in ("short", "mixed"):
-        loads.append(Load(address, clients=4 if rate is None else 2, rate=rate, timeout=timeout))
+    if workload != "long":
+        loads.append(Load(address, clients=4, rate=None if workload == "full" else RATE, timeout=timeout))
     if workload in ("long", "mixed"):
         loads.append(Load(address, clients=4, held=True, timeout=timeout))
     with ExitStack() as stack:

@@ -10,7 +10,7 @@ import psutil
 from prefork.testing import serve
 from tests import watch
 from tests.faults import strikes
-from tests.faults.arena import Arena, Fault, Figures, Rounds, arena, clients, figures_of_ends, note_end, serving
+from tests.faults.arena import AND_FULL, Arena, Fault, Figures, Rounds, arena, clients, figures_of_ends, note_end, serving
 
 IMPORT_TAKES_A_SECOND = "import time\ntime.sleep(1)\n"
 # The longest that a client may wait while such a fork server is replaced; and on a machine that others make wait, too.
@@ -57,7 +57,7 @@ def segfaults(rounds: Rounds, workload: str) -> Figures:
 
 def fork_server(rounds: Rounds, workload: str) -> Figures:
     """SIGKILL, or SIGSEGV, to the fork server, whose import takes a second: its workers serve on, and nobody waits for it."""
-    with arena(workload, rounds=rounds, rate=1000, first=IMPORT_TAKES_A_SECOND) as ring:
+    with arena(workload, rounds=rounds, first=IMPORT_TAKES_A_SECOND) as ring:
         for _ in rounds:
             # Without a fork server nobody can be forked: the acceptors have to last.
             generation = ring.recovered()["generation"]
@@ -95,7 +95,7 @@ def master(rounds: Rounds, workload: str) -> Figures:
 
 
 FAULTS = {
-    "killed_workers": Fault(workers, 1000, 30),
+    "killed_workers": Fault(workers, 1000, 30, AND_FULL),
     "segfaults": Fault(segfaults, 200, 3),
     "killed_fork_server": Fault(fork_server, 100),
     "killed_master": Fault(master, 20),

@@ -21,6 +21,7 @@ from unittest import SkipTest
 from prefork.net.listener import ACCEPT_ERRORS
 from prefork.pool import policy
 from tests import public, watch
+from tests.faults import strikes
 from tests.faults.arena import HANDLERS, Arena, Fault, Figures, Rounds, Strike, arena
 from tests.faults.refusals import Refusals, refusals
 from tests.handlers.hostile import ORDER
@@ -266,6 +267,23 @@ def unknown_accept_errors(rounds: Rounds, workload: str) -> Figures:
     return ring.figures
 
 
+# Longer than a reload takes.
+LATE_MS = 500
+
+
+def late_accepts(rounds: Rounds, workload: str) -> Figures:
+    """Workers are told to leave just before they enter accept(), where a signal is not seen any more: it is repeated."""
+    with refusing(rounds, workload) as (ring, orders):
+        orders.late(LATE_MS)
+        for _ in rounds:
+            for _ in range(2):  # the second retires whom the first has just let in
+                generation = ring.generation()
+                strikes.hup(ring)
+                ring.replaced(generation)
+            watch.until("who was told has left", lambda: not watch.workers(ring.server, "retiring"))
+    return ring.figures
+
+
 def _forks_again(ring: Arena, times: int) -> bool:
     return ring.log().count("workers start again, after") >= times
 
@@ -475,6 +493,7 @@ FAULTS = {
     "no_descriptors_in_master": Fault(no_descriptors_in_master, 100, 2, ("mixed",)),
     "accept_errors": Fault(accept_errors, 20, 1, ("short",)),
     "unknown_accept_errors": Fault(unknown_accept_errors, 20, 1, ("short",)),
+    "late_accepts": Fault(late_accepts, 60, 2, ("long",)),
     "fork_errors": Fault(fork_errors, 60, 2, ("long",)),
     "failing_boots": Fault(failing_boots, 30, 1, ("long",)),
     "no_processes": Fault(no_processes, 60, 1, ("long",)),

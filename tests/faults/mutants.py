@@ -30,7 +30,7 @@ MUTANTS = [
         "a SIGTERM handler that raises",
         "worker.py",
         "            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)\n",
-        "            os._exit(0)\n",
+        "            raise OSError(88, 'told to leave')\n",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[reloads]",),
     ),
     Mutant(
@@ -38,7 +38,7 @@ MUTANTS = [
         "retiring.py",
         "                self._link.signal(self._pool.workers[slot], Order.RETIRE)\n",
         "                pass\n",
-        ("tests/unit/test_generation.py::test_a_worker_that_waits_in_accept_is_signalled_until_it_has_seen_it",),
+        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[late_accepts]",),
     ),
     Mutant(
         "a slot that is forgotten when its worker is reaped",

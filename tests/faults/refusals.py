@@ -1,4 +1,4 @@
-"""accept() and fork() that fail as ordered: refuse.c, compiled on the spot, preloaded, and told by a shared file."""
+"""accept() and fork() that fail as ordered, or are late: refuse.c, compiled on the spot, preloaded, and told by a shared file."""
 
 import mmap
 import subprocess
@@ -10,9 +10,9 @@ from pathlib import Path
 from tests import watch
 
 SOURCE = Path(__file__).with_name("refuse.c")
-# struct orders of refuse.c: five ints.
-_ACCEPT_ERRNO, _ACCEPTS, _FORK_ERRNO, _FORKS, _FORK_PID = range(5)
-_INTS = 5
+# struct orders of refuse.c: six ints.
+_ACCEPT_ERRNO, _ACCEPTS, _FORK_ERRNO, _FORKS, _FORK_PID, _LATE = range(6)
+_INTS = 6
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,6 +32,10 @@ class Refusals:
         self._orders[_FORK_ERRNO] = errno
         self._orders[_FORK_PID] = pid
         self._orders[_FORKS] = count
+
+    def late(self, milliseconds: int) -> None:
+        """From now on accepts are entered so much later, and what signals come meanwhile is not seen by the kernel's part."""
+        self._orders[_LATE] = milliseconds
 
     @property
     def left(self) -> int:

@@ -1,4 +1,5 @@
-/* Preloaded: accept4 on the network's sockets and fork fail as often as a shared file says, without asking the kernel. */
+/* Preloaded: accept4 on the network's sockets and fork fail as often as a shared file says, without asking the kernel; and accept4
+ * is entered late by so many milliseconds. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -6,10 +7,11 @@
 #include <stdlib.h>
 #include <sys/mman.h>
 #include <sys/socket.h>
+#include <time.h>
 #include <unistd.h>
 
 /* tests/faults/refusals.py writes the same. */
-static struct { int accept_errno, accepts, fork_errno, forks, fork_pid; } *orders;
+static struct { int accept_errno, accepts, fork_errno, forks, fork_pid, late; } *orders;
 
 __attribute__((constructor)) static void begin(void)
 {
@@ -33,6 +35,14 @@ static int refused(int *left)
     return 0;
 }
 
+/* A signal that comes meanwhile has been handled before the kernel is asked: who waits there does not see it. */
+static void wait_for(int milliseconds)
+{
+    struct timespec left = { milliseconds / 1000, milliseconds % 1000 * 1000000L };
+    while (nanosleep(&left, &left) && errno == EINTR)
+        ;
+}
+
 int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 {
     static int (*real)(int, struct sockaddr *, socklen_t *, int);
@@ -40,9 +50,12 @@ int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
     socklen_t size = sizeof domain;
     if (!real)
         real = dlsym(RTLD_NEXT, "accept4");
-    if (orders && !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) && domain != AF_UNIX && refused(&orders->accepts)) {
-        errno = orders->accept_errno;
-        return -1;
+    if (orders && !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) && domain != AF_UNIX) {
+        if (refused(&orders->accepts)) {
+            errno = orders->accept_errno;
+            return -1;
+        }
+        wait_for(orders->late);
     }
     return real(fd, address, length, flags);
 }

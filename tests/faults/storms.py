@@ -9,7 +9,19 @@ from pathlib import Path
 from prefork.testing import serve
 from tests import watch
 from tests.faults import strikes
-from tests.faults.arena import Fault, Figures, Rounds, Strike, arena, clients, figures_of_ends, never_connected, note_end, serving
+from tests.faults.arena import (
+    AND_FULL,
+    Fault,
+    Figures,
+    Rounds,
+    Strike,
+    arena,
+    clients,
+    figures_of_ends,
+    never_connected,
+    note_end,
+    serving,
+)
 from tests.load import Load
 
 
@@ -173,16 +185,16 @@ def graceful_stops(rounds: Rounds, workload: str) -> Figures:
 
 
 FAULTS = {
-    "steady": Fault(steady, 60, 2),
-    "reloads": Fault(reloads, 500, 10),
-    "upgrades": Fault(upgrades, 100, 2),
-    "canaries": Fault(canaries, 34, 2, ("short", "mixed")),
-    "hup_storm": Fault(hup_storm, 2000, 50),
-    "refused": Fault(refused, 100, 2),
-    "scaling": Fault(scaling, 2000, 100),
+    "steady": Fault(steady, 60, 2, AND_FULL),
+    "reloads": Fault(reloads, 500, 10, AND_FULL),
+    "upgrades": Fault(upgrades, 100, 2, AND_FULL),
+    "canaries": Fault(canaries, 34, 2, ("short", "full", "mixed")),
+    "hup_storm": Fault(hup_storm, 2000, 50, AND_FULL),
+    "refused": Fault(refused, 100, 2, AND_FULL),
+    "scaling": Fault(scaling, 2000, 100, AND_FULL),
     "rotation": Fault(rotation, 200, 5),
-    "recycling": Fault(recycling, 1000, 100, ("short", "mixed")),
+    "recycling": Fault(recycling, 1000, 100, ("short", "full", "mixed")),
     "spoilt": Fault(spoilt, 50, 2),
     "addresses": Fault(addresses, 100, 4),
-    "graceful_stops": Fault(graceful_stops, 50, 3),
+    "graceful_stops": Fault(graceful_stops, 50, 3, AND_FULL),
 }

@@ -38,6 +38,8 @@ def test_a_graceful_stop_serves_whom_the_kernel_has_connected(prefork_server: St
         with server.connect() as queued:
             os.kill(server.pid, signal.SIGTERM)
             watch.logged(server, "stopping")
+            for _ in range(2):  # each answer is a turn of the master: a listener that it closed too early is closed by now
+                assert server.status()["state"] == "stopping"
             first.shutdown(socket.SHUT_WR)
             assert queued.recv(64)
     assert server.stop() == 0
