@@ -137,7 +137,7 @@ class Load:
             tally.failures.append(Failure(time.monotonic(), f"connect: {type(error).__name__}"))
             return
         with sock:
-            peer = _name(sock)
+            peer = name_of(sock)
             try:
                 failure = _round_trip(sock)
                 tally.waited_since(begun)
@@ -167,7 +167,7 @@ def _round_trip(sock: socket.socket) -> str | None:
     return "cut" if sent.startswith(got) else "wrong bytes"
 
 
-def _name(sock: socket.socket) -> str:
+def name_of(sock: socket.socket) -> str:
     """This end's address, as the daemon logs its peers."""
     name = sock.getsockname()
     return f"{name[0]}:{name[1]}" if isinstance(name, tuple) else str(name)

@@ -14,6 +14,9 @@ from functools import partial
 from tests.faults.arena import Figures, Rounds
 from tests.faults.campaign import FAULTS, together
 
+TOGETHER = "together"
+# Of all at once, when no minutes are given.
+ALL_AT_ONCE = 60.0
 COLUMNS = ("fault", "workload", "count", "planned", "connections", "failures", "permitted", "worst", "took", "FAILED")
 
 
@@ -58,7 +61,8 @@ def _cell(value: object) -> str:
 def main() -> int:
     """Run the faults named (all without any), then all together for what is left of the time."""
     parser = argparse.ArgumentParser(prog="python -m tests.faults")
-    parser.add_argument("fault", nargs="*", choices=[*FAULTS, []], help="all of them when none is named")
+    choices = [*FAULTS, TOGETHER, []]
+    parser.add_argument("fault", nargs="*", choices=choices, help=f"all of them when none is named; {TOGETHER}: all at once")
     parser.add_argument("--count", type=int, help="how often each fault strikes")
     parser.add_argument("--minutes", type=float, help="about how long; what the faults leave is for all of them together")
     parser.add_argument("--seed", type=int, default=random.randrange(1 << 32), help="of what is left to chance")
@@ -66,7 +70,7 @@ def main() -> int:
     print(f"seed {given.seed}", flush=True)
     end = time.monotonic() + given.minutes * 60 if given.minutes else math.inf
     report = Report()
-    runs = [(name, workload) for name in given.fault or FAULTS for workload in FAULTS[name].workloads]
+    runs = [(name, workload) for name in given.fault or FAULTS if name != TOGETHER for workload in FAULTS[name].workloads]
     for number, (name, workload) in enumerate(runs):
         # What one does not need of its share of the time is for those after it, the last of which is all of them together.
         now = time.monotonic()
@@ -74,9 +78,9 @@ def main() -> int:
         fault = FAULTS[name]
         rounds = Rounds(fault.share(given.count or fault.full), deadline, given.seed, alone=True)
         report.add(name, workload, rounds.count, partial(fault.run, rounds, workload))
-    if given.minutes and not given.fault:
-        seconds = round(max(0.0, end - time.monotonic()), 1)
-        report.add("together", "mixed", seconds, partial(together, seconds, given.seed))
+    if TOGETHER in given.fault or (given.minutes and not given.fault):
+        seconds = round(max(0.0, end - time.monotonic()) if given.minutes else ALL_AT_ONCE, 1)
+        report.add(TOGETHER, "", seconds, partial(together, seconds, given.seed))
     print(report.table())
     return 1 if report.failed else 0
 

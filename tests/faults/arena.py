@@ -23,13 +23,13 @@ from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import psutil
 
 from prefork.testing import Server, serve
 from tests import watch
-from tests.load import Failure, Load
+from tests.load import Failure, Load, name_of
 
 Figures = dict[str, Any]
 HANDLERS = Path(__file__).parents[1] / "handlers"
@@ -41,6 +41,8 @@ RATE = 1000.0  # short connections a second
 MODULE = "from target import loop\n"
 FORK_SERVER = re.compile(r" gen (\d+)$")  # its title
 WARM = 50  # short connections
+# How long a strike's own client waits for its answer.
+OWN_PATIENCE = 30.0
 # How much more memory of its own a master may have after a fault.
 MASTER_MAY_GROW_KIB = 2048
 
@@ -79,6 +81,14 @@ class Fault:
         return -(-count // len(self.workloads))
 
 
+class Blow(NamedTuple):
+    """A strike that was: from when to when (monotonic)."""
+
+    begun: float
+    ended: float
+    name: str
+
+
 @dataclass(frozen=True, slots=True)
 class Strike:
     """Something bad that is done to a running daemon, once. ``permits``: so many clients may fail of it.
@@ -94,7 +104,11 @@ class Strike:
     def __call__(self, ring: "Arena") -> None:
         """Strike."""
         ring.struck.append(self)
-        self.hit(ring)
+        begun = time.monotonic()
+        try:
+            self.hit(ring)
+        finally:
+            ring.history.append(Blow(begun, time.monotonic(), self.name))
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,10 +139,14 @@ class Arena:
     chance: random.Random
     before: Holdings
     struck: list[Strike] = field(default_factory=list)
+    history: list[Blow] = field(default_factory=list)
     own: list[bool] = field(default_factory=list)  # connections that strikes made themselves: whether they were answered
+    lost: list[str] = field(default_factory=list)  # those of them that should have been, by their own address
+    silent: int = 0  # those that said nothing, and were not answered: the kernel has accepted them
     victims: list[int] = field(default_factory=list)  # pids of workers that were killed
     figures: Figures = field(default_factory=dict)
     exact: bool = True  # whether the daemon's counts have to be the clients'
+    module: str = MODULE
     module_lock: threading.Lock = field(default_factory=threading.Lock)  # one strike at a time spoils the module
 
     @property
@@ -141,9 +159,9 @@ class Arena:
         """So many clients may fail."""
         return sum(strike.permits for strike in self.struck)
 
-    def write_module(self, first: str = "", last: str = MODULE) -> None:
-        """Change the handler's module: these lines, then what serves."""
-        (self.folder / "mine.py").write_text(first + last)
+    def write_module(self, first: str = "", last: str | None = None) -> None:
+        """Change the handler's module: these lines, then what serves, or ``last``."""
+        (self.folder / "mine.py").write_text(first + (self.module if last is None else last))
 
     def end_load(self) -> None:
         """Stop all clients, and wait until the daemon serves nobody."""
@@ -153,7 +171,8 @@ class Arena:
 
     def log(self) -> str:
         """Everything that was logged, also to files that were rotated."""
-        return "".join(file.read_text(errors="replace") for file in self.folder.glob("log*"))
+        rotated = sorted(self.folder.glob("log.*"))
+        return "".join(file.read_text(errors="replace") for file in (*rotated, self.folder / "log") if file.exists())
 
     def generation(self) -> int:
         """The number of the generation that serves."""
@@ -163,16 +182,30 @@ class Arena:
         """Wait until a later one serves."""
         watch.until(f"a generation after {generation}", lambda: self.generation() > generation, 2 * watch.DEADLINE)
 
-    def ask(self, said: bytes) -> bytes:
-        """Be a client that says this once. What it is answered: nothing when its handler has ended with its worker."""
-        with self.server.connect(timeout=30) as sock:
+    def permit(self, why: str, clients: int) -> None:
+        """So many more clients may fail, of something that no strike knew of before."""
+        self.struck.append(Strike(why, lambda _: None, permits=clients))
+
+    def ask(self, said: bytes, *, may_be_cut: bool = False) -> bytes:
+        """Be a client that says this once. What it is answered: nothing when its handler has ended with its worker, which is
+        a failure, unless it was asked to.
+        """
+        peer, answer = self.converse(said)
+        if not answer and not may_be_cut:
+            self.lost.append(peer)
+        return answer
+
+    def converse(self, said: bytes) -> tuple[str, bytes]:
+        """The same, and who said it. What it means when there is no answer is for the caller to say."""
+        with self.server.connect(timeout=OWN_PATIENCE) as sock:
+            peer = name_of(sock)
             try:
                 sock.sendall(said)
                 answer = sock.recv(4096)
-            except ConnectionResetError:
+            except (ConnectionResetError, BrokenPipeError):
                 answer = b""  # as the kernel ends a dead process' connection
         self.own.append(answer != b"")
-        return answer
+        return peer, answer
 
     def logged(self, text: str, times: int = 1) -> None:
         """Wait until this was logged so often."""
@@ -180,8 +213,14 @@ class Arena:
 
     def worker(self) -> int | None:
         """The pid of a random worker, if there is one just now."""
-        workers = watch.workers(self.server, "idle", "busy")
-        return self.chance.choice(workers)["pid"] if workers else None
+        workers = self.worker_pids()
+        return self.chance.choice(workers) if workers else None
+
+    def worker_pids(self) -> list[int]:
+        """The pids of workers that accept or serve, and are the daemon's: what a spoilt board says may be anybody."""
+        shown = [worker["pid"] for worker in watch.workers(self.server, "idle", "busy")]
+        family = {process.pid for process in watch.family(self.server.pid)} - {self.fork_server()}
+        return [pid for pid in shown if pid in family]
 
     def fork_server(self) -> int | None:
         """The pid of the newest generation's fork server, if there is one just now."""
@@ -226,32 +265,51 @@ def arena(
     module: str = MODULE,
     place: Path | None = None,
     exact: bool = True,
+    patience: float = 10.0,
     **options: Any,
 ) -> Iterator[Arena]:
     """A daemon with this load, and the checks at the end. Options are the daemon's.
 
     ``rounds`` gives the seed, and is told in the figures. ``first``: see `Arena.write_module`; ``module``: what follows it.
     ``place``: where the daemon's folder is, for everybody to read. With ``exact`` off the daemon need not have counted what the
-    clients have.
+    clients have, nor know whom who died has served. ``patience``: how long clients wait for their answer.
     """
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
         if place is not None:
             folder.chmod(0o755)
-        for handler in ("target.py", "bad.py"):
+        for handler in ("target.py", "bad.py", "hostile.py", "everything.py"):
             shutil.copy(HANDLERS / handler, folder)
         (folder / "mine.py").write_text(first + module)
         settings = {"spare_timeout": 0.5, "boot_timeout": 10, "log_file": f"{folder}/log", **options}
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
             before = holdings(server)
-            with clients(server.address, workload) as loads:
-                ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact)
+            with ExitStack() as stack:
+                loads = stack.enter_context(clients(server.address, workload, patience))
+                ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact, module=module)
                 ring.figures["workload"] = workload
-                serving(server, loads)
-                yield ring
-                ring.figures["count"] = rounds.done
-            check(ring)
+                with _told(ring):
+                    serving(server, loads)
+                    yield ring
+                    ring.figures["count"] = rounds.done
+                    stack.close()
+                    check(ring)
+
+
+@contextmanager
+def _told(ring: Arena) -> Iterator[None]:
+    """What fails is told with what had been done to the daemon, in order, and with all of its log."""
+    zero = time.monotonic()
+    try:
+        yield
+    except Exception as error:
+        blows = [f"{blow.begun - zero:8.3f} to {blow.ended - zero:8.3f} s: {blow.name}" for blow in sorted(ring.history)]
+        strikes = "\n".join(blows)
+        now = f"{zero:.3f} (monotonic), failed {time.monotonic() - zero:.3f} s later"
+        what = f"{type(error).__name__}: {error}"
+        family = "\n".join(map(str, watch.family(ring.server.pid)))
+        raise AssertionError(f"{what}\nstrikes from {now}:\n{strikes}\nits processes:\n{family}\nthe log:\n{ring.log()}") from error
 
 
 @contextmanager
@@ -297,7 +355,7 @@ def holdings(server: Server) -> Holdings:
         slots=len(pids),
         processes=len(family) + 1,
         zombies=zombies,
-        master_fds=len(watch.descriptors(server.pid)),
+        master_fds=_descriptors(server.pid),
         worker_fds=tuple(sorted({_descriptors(pid) for pid in pids})),
         fork_server_fds=sum(map(_descriptors, fork_servers)),
         master_pss_kib=watch.pss_kib(server.pid),
@@ -307,7 +365,8 @@ def holdings(server: Server) -> Holdings:
 
 def _descriptors(pid: int) -> int:
     try:
-        return len(watch.descriptors(pid))
+        # libfaketime opens one more at each exec.
+        return sum(not what.startswith("/dev/shm/faketime") for what in watch.descriptors(pid).values())
     except FileNotFoundError:
         return 0  # it has gone meanwhile
 
@@ -356,8 +415,11 @@ def check(ring: Arena) -> None:
     assert sum(load.refused for load in ring.loads) == 0, figures
     log = ring.log()
     assert "report it" not in log, log
-    _compare_counts(ring, len(failures), totals)
-    _attribute(log, [failure.peer for failure in failures])
+    raised = re.findall(r"the handler raised, serving (\S+)$", log, re.MULTILINE)
+    lost = [peer for peer in ring.lost if peer not in raised]
+    _compare_counts(ring, len(failures) + len(lost), totals)
+    if ring.exact:
+        _attribute(log, [failure.peer for failure in failures] + lost)
     figures["before"], figures["after"] = asdict(ring.before), asdict(_as_before(ring))
 
 
@@ -367,7 +429,8 @@ def _compare_counts(ring: Arena, failed: int, totals: dict[str, int]) -> None:
     assert failed <= ring.permitted, ring.figures
     if not ring.exact:
         return
-    least, most = ring.connections + ring.own.count(True), ring.connections + len(ring.own)
+    least = ring.connections + ring.own.count(True) + max(0, ring.silent - ring.permitted)
+    most = ring.connections + len(ring.own) + ring.silent
     if ring.permitted == 0:
         assert totals["accepted"] == most, (ring.figures, ring.own)
         assert totals["ok"] >= ring.connections, (ring.figures, ring.own)
@@ -380,7 +443,9 @@ def _attribute(log: str, peers: list[str]) -> None:
     """Each failure is of a worker that died serving this peer, or else of one that died between its accept and its word of it."""
     served = re.findall(r"\) died: .*, serving (\S+)$", log, re.MULTILINE)
     unnamed = [peer for peer in peers if peer not in served]
-    assert len(unnamed) <= served.count("nobody"), f"served by no worker that died: {unnamed}"
+    # Who ends by itself has lost nobody between the two.
+    nobody = len(re.findall(r"\) died: (?!exit status).*, serving nobody$", log, re.MULTILINE))
+    assert len(unnamed) <= nobody, f"served by no worker that died: {unnamed}"
 
 
 def _as_before(ring: Arena) -> Holdings:
@@ -391,7 +456,8 @@ def _as_before(ring: Arena) -> Holdings:
     try:
         after = watch.until("all is as before", look)
     except AssertionError as error:
-        raise AssertionError(f"{error}: {ring.before}, now {holdings(ring.server)}\n{ring.log()}") from None
+        opened = watch.descriptors(ring.server.pid)
+        raise AssertionError(f"{error}: {ring.before}, now {holdings(ring.server)}; the master's: {opened}") from None
     grown = after.master_anonymous_kib - ring.before.master_anonymous_kib
     assert grown < MASTER_MAY_GROW_KIB, f"the master has grown by {grown} KiB"
     return after

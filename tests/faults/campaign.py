@@ -3,32 +3,74 @@ with other counts.
 """
 
 import random
+import threading
 import time
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.faults import hostile, kills, machine, stops, storms
-from tests.faults.arena import Arena, Fault, Figures, Rounds, arena
-from tests.faults.strikes import STRIKES, crashing_code
+from tests.faults import hostile, kills, machine, mix, stops, storms
+from tests.faults.arena import Arena, Fault, Figures, Rounds, Strike, arena
 
 FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS, **machine.FAULTS, **hostile.FAULTS}
 # So many threads strike at once.
-STRIKERS = 3
+STRIKERS = 4
+# Acceptors may be missing for long when a fork server could not be replaced several times in a row.
+PATIENCE = 60.0
 
 
-def together(seconds: float, seed: int, workload: str = "mixed") -> Figures:
-    """All strikes, at random moments and several at a time, for so long."""
+def together(seconds: float, seed: int, workload: str | None = None) -> Figures:
+    """All strikes, at random moments and several at a time, for so long. The load is the seed's unless it is given.
+
+    But for the master's SIGKILL, after which there is no daemon any more (`tests.faults.kills.master`).
+    """
+    with mix.prepared(seed, workload) as preparation:
+        kind = {"seed": seed, "exact": preparation.exact, "log": preparation.log, "left_out": preparation.left_out}
+        with arena(
+            preparation.workload,
+            rounds=Rounds(0, seed=seed),
+            workers=mix.WORKERS,
+            module=mix.MODULE,
+            place=preparation.place,
+            exact=preparation.exact,
+            patience=PATIENCE,
+            environment=preparation.environment,
+            **preparation.options,
+        ) as ring:
+            ring.figures |= kind
+            for prepare in preparation.begin:
+                prepare(ring)
+            _strike_at_random(ring, preparation.strikes, seconds, seed)
+            for finish in (*preparation.end, mix.permit_crashes):
+                finish(ring)
+    return ring.figures | {"count": len(ring.history), "overlapping": _overlapping(ring)}
+
+
+def _strike_at_random(ring: Arena, strikes: list[Strike], seconds: float, seed: int) -> None:
     deadline = time.monotonic() + seconds
-    with arena(workload, workers=8, rounds=Rounds(0, seed=seed), boot_timeout=1.5) as ring:
-        with ThreadPoolExecutor(STRIKERS) as pool:
-            strikers = [pool.submit(_strike, ring, random.Random(seed + number), deadline) for number in range(STRIKERS)]
-        for striker in strikers:
-            striker.result()
-    return ring.figures | {"count": len(ring.struck), "seed": seed}
+    failed = threading.Event()
+
+    def strike(chance: random.Random) -> None:
+        # Each in its turn, in another order each time: none is left out for long.
+        try:
+            while True:
+                for one in chance.sample(strikes, len(strikes)):
+                    if failed.is_set() or time.monotonic() > deadline:
+                        return
+                    one(ring)
+                    time.sleep(chance.choice((0.0, 0.01, 0.1)))
+        except BaseException:
+            failed.set()
+            raise
+
+    with ThreadPoolExecutor(STRIKERS) as pool:
+        strikers = [pool.submit(strike, random.Random(seed + number)) for number in range(STRIKERS)]
+    for striker in strikers:
+        striker.result()
 
 
-def _strike(ring: Arena, chance: random.Random, deadline: float) -> None:
-    # Without a canary, code that crashes would stay.
-    strikes = [strike for strike in STRIKES.values() if strike is not crashing_code]
-    while time.monotonic() < deadline:
-        chance.choice(strikes)(ring)
-        time.sleep(chance.choice((0.0, 0.01, 0.1)))
+def _overlapping(ring: Arena) -> int:
+    """How many strikes have begun while another one was under way."""
+    until, found = 0.0, 0
+    for blow in sorted(ring.history):
+        found += blow.begun < until
+        until = max(until, blow.ended)
+    return found

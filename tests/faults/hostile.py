@@ -20,7 +20,7 @@ from prefork.testing import Server, serve
 from tests import watch
 from tests.faults.arena import Arena, Fault, Figures, Rounds, arena
 from tests.faults.machine import HOSTILE, order
-from tests.load import SIZE, Load
+from tests.load import SIZE, Load, name_of
 
 # Slots of each listener are twice as many (prefork.generation).
 MAX_WORKERS = 64
@@ -205,15 +205,15 @@ def syn_burst(rounds: Rounds, workload: str) -> Figures:
     # They have no client that could end them, so a time-out does.
     with arena(workload, rounds=rounds, backlog=BACKLOG, exact=False, socket_timeout=5) as ring:
         for _ in rounds:
-            waits += _burst(ring, BURST)
+            waits += burst(ring, BURST)
     figures = ring.figures | {"burst": BURST, "waited_worst": max(waits)}
     ghosts = figures["ghosts"] = figures["totals"]["accepted"] - ring.connections - len(ring.own)
     assert 0 <= ghosts <= len(ring.own) // 100, figures
     return figures
 
 
-def _burst(ring: Arena, count: int) -> list[float]:
-    """So many clients begin to connect at once. Returns how long each took until it was answered."""
+def burst(ring: Arena, count: int) -> list[float]:
+    """So many clients begin to connect at once. Returns how long each took until it was answered; who was not is lost."""
     took: list[float] = []
     begun = time.monotonic()
     with crowd(ring.server, count) as clients, selectors.DefaultSelector() as selector:
@@ -224,15 +224,22 @@ def _burst(ring: Arena, count: int) -> list[float]:
             assert events, f"{len(selector.get_map())} of {count} were not served"
             for key, happened in events:
                 client = key.data
-                if happened & selectors.EVENT_WRITE:
-                    client.send(b"x" * SIZE)
-                    selector.modify(client, selectors.EVENT_READ, client)
-                    continue
-                assert client.recv(SIZE) == b"x" * SIZE
-                took.append(time.monotonic() - begun)
+                try:
+                    if happened & selectors.EVENT_WRITE:
+                        client.send(b"x" * SIZE)
+                        selector.modify(client, selectors.EVENT_READ, client)
+                        continue
+                    answer = client.recv(SIZE)
+                except (ConnectionResetError, BrokenPipeError):
+                    answer = b""
+                if answer:
+                    assert answer == b"x" * SIZE
+                    took.append(time.monotonic() - begun)
+                else:
+                    ring.lost.append(name_of(client))
+                ring.own.append(answer != b"")
                 selector.unregister(client)
                 client.close()
-    ring.own += [True] * count
     return took
 
 

@@ -22,8 +22,8 @@ from prefork.net.listener import ACCEPT_ERRORS
 from prefork.pool import policy
 from tests import public, watch
 from tests.faults import strikes
-from tests.faults.arena import HANDLERS, Arena, Fault, Figures, Rounds, Strike, arena
-from tests.faults.refusals import Refusals, refusals
+from tests.faults.arena import HANDLERS, Arena, Fault, Figures, Rounds, arena
+from tests.faults.refusals import Refusals, compiled, refusals
 from tests.handlers.hostile import ORDER
 
 HOSTILE = (HANDLERS / "hostile.py").read_text()
@@ -31,9 +31,9 @@ HOSTILE = (HANDLERS / "hostile.py").read_text()
 HEALED = policy.FORK_BACKOFF_LIMIT + 1.0
 
 
-def order(ring: Arena, text: str) -> str:
+def order(ring: Arena, text: str, *, may_be_cut: bool = False) -> str:
     """Have an order carried out by whichever worker takes it. An empty text when that cost the connection."""
-    return ring.ask(ORDER + text.encode()).decode()
+    return ring.ask(ORDER + text.encode(), may_be_cut=may_be_cut).decode()
 
 
 def healed(ring: Arena, is_well: Callable[[], bool]) -> float:
@@ -72,6 +72,13 @@ class MemoryGroup:
         """Put a process there; its children are born there."""
         with suppress(ProcessLookupError):  # it has left meanwhile
             (self.folder / "cgroup.procs").write_text(str(pid))
+
+    def add_all(self, pid: int) -> None:
+        """Put a daemon there."""
+        self.add(pid)
+        for _ in range(2):  # a worker may be forked before its fork server is there
+            for child in watch.family(pid):
+                self.add(child.pid)
 
     def kills(self) -> int:
         """How often the limit has killed somebody."""
@@ -116,18 +123,15 @@ def oom(rounds: Rounds, workload: str) -> Figures:
     Seldom (0 to 3 times in 100) it takes another process, too, before the first has given its memory back: that may cost a client.
     """
     with memory_group(GROUP_MIB) as group, arena(workload, rounds=rounds, module=HOSTILE) as ring:
-        group.add(ring.server.pid)
-        for _ in range(2):  # a worker may be forked before its fork server is there
-            for child in watch.family(ring.server.pid):
-                group.add(child.pid)
+        group.add_all(ring.server.pid)
         for number in rounds:
             before = group.kills()
-            assert order(ring, f"eat {EATEN_MIB}") == "", "nobody was killed"
+            assert order(ring, f"eat {EATEN_MIB}", may_be_cut=True) == "", "nobody was killed"
             assert group.kills() > before, "it was not the limit"
             watch.until("each death is known", lambda: number < _sigkills(ring) == group.kills())  # noqa: B023 - asked here only
         others = group.kills() - rounds.done
         assert others <= 1 + rounds.done // 50, f"{others} others were killed"
-        ring.struck.append(Strike("another victim", lambda _: None, permits=others))
+        ring.permit("another victim", others)
     return ring.figures
 
 
@@ -372,16 +376,7 @@ def clock(rounds: Rounds, workload: str) -> Figures:
     """The wall clock is set back and forth, for the daemon alone: nobody is cut or recycled, and nothing is late or early."""
     watch.needs("faketime")
     with tempfile.TemporaryDirectory() as folder:
-        file = Path(folder) / "faketime"
-        file.write_text("+0")
-        environment = {
-            "LD_PRELOAD": str(next(Path("/usr/lib").glob("*/faketime/libfaketime.so.1"))),
-            "FAKETIME_TIMESTAMP_FILE": str(file),
-            "FAKETIME_NO_CACHE": "1",
-            "FAKETIME_DONT_FAKE_MONOTONIC": "1",
-            "DONT_FAKE_MONOTONIC": "1",
-            "NO_FAKE_STAT": "1",
-        }
+        file, environment = faked_clock(Path(folder))
         limits: dict[str, Any] = {"max_lifetime": "1h", "socket_timeout": "1h", "drain_timeout": "1h"}
         begun = time.monotonic()
         with arena(workload, rounds=rounds, module=HOSTILE, environment=environment, **limits) as ring:
@@ -399,6 +394,21 @@ def clock(rounds: Rounds, workload: str) -> Figures:
                     assert ring.server.command("reload")["ok"]
             assert " is killed" not in ring.log()
     return ring.figures
+
+
+def faked_clock(folder: Path) -> tuple[Path, dict[str, str]]:
+    """With this environment a daemon's time of day is what this file says, as a distance from ours."""
+    file = folder / "faketime"
+    file.write_text("+0")
+    sleep = compiled(Path(__file__).with_name("sleep.c"), folder)
+    return file, {
+        "LD_PRELOAD": f"{sleep}:{next(Path('/usr/lib').glob('*/faketime/libfaketime.so.1'))}",
+        "FAKETIME_TIMESTAMP_FILE": str(file),
+        "FAKETIME_NO_CACHE": "1",
+        "FAKETIME_DONT_FAKE_MONOTONIC": "1",
+        "DONT_FAKE_MONOTONIC": "1",
+        "NO_FAKE_STAT": "1",
+    }
 
 
 def _seconds(jump: str) -> int:

@@ -43,12 +43,18 @@ class Refusals:
         return int(self._orders[_ACCEPTS] + self._orders[_FORKS])
 
 
+def compiled(source: Path, folder: Path) -> Path:
+    """The shared library, to be preloaded."""
+    watch.needs("cc")
+    library = folder / source.with_suffix(".so").name
+    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, source, "-ldl"], check=True)
+    return library
+
+
 @contextmanager
 def refusals(folder: Path) -> Iterator[Refusals]:
     """A daemon that is started with this environment is refused nothing, until it is ordered."""
-    watch.needs("cc")
-    library, file = folder / "refuse.so", folder / "orders"
-    subprocess.run(["cc", "-shared", "-fPIC", "-O1", "-Wall", "-Werror", "-o", library, SOURCE, "-ldl"], check=True)
+    library, file = compiled(SOURCE, folder), folder / "orders"
     file.write_bytes(bytes(4 * _INTS))
     with (
         file.open("r+b") as opened,

@@ -5,13 +5,18 @@ import os
 import signal
 import time
 from collections.abc import Callable
+from typing import Any
 
-from tests.faults.arena import MODULE, Arena, Strike
+from tests.faults.arena import Arena, Strike
 
 # How long a process is stopped: a fork server that stays stopped for 2 s is replaced.
 BRIEFLY, LONGER_THAN_PATIENCE = 0.3, 2.5
 # What a handler may do to its worker (`tests.handlers.bad`) that keeps it from leaving or serving, unless somebody sees to it.
 SPOILT = (b"blocks sigterm", b"replaces sigterm", b"leaves an alarm", b"closes every descriptor")
+# Of these: the connection is closed, too, or the alarm rings before the answer is sent.
+UNANSWERED = (b"leaves an alarm", b"closes every descriptor")
+# Code that crashes at each connection.
+CRASHES = "import os\nloop = lambda sock: os.abort()\n"
 STRIKES: dict[str, Strike] = {}
 
 
@@ -94,17 +99,23 @@ def crashing_code(ring: Arena) -> None:
     Mostly four clients fail. A dying worker is busy until the kernel has written its core, and others are forked meanwhile, so
     there may be more; the arena sees to it that each was served by one that died.
     """
-    _refused(ring, "import os\nloop = lambda sock: os.abort()\n", last="")
+    _refused(ring, CRASHES, last="")
 
 
-def _refused(ring: Arena, first: str, last: str = MODULE) -> None:
+def _refused(ring: Arena, first: str, last: str | None = None) -> None:
     with ring.module_lock:
         ring.write_module(first, last)
-        answer = ring.server.command("reload")
-        if "upgrade" in answer:  # one was under way, and has taken this along
-            answer = ring.server.command("outcome", upgrade=answer["upgrade"])
+        answer = reload(ring)
         ring.write_module()
     assert not answer["ok"], answer
+
+
+def reload(ring: Arena) -> dict[str, Any]:
+    """Have it reload, and wait for what becomes of it."""
+    answer = ring.server.command("reload")
+    if "upgrade" in answer:  # one was under way, and has taken this along
+        answer = ring.server.command("outcome", upgrade=answer["upgrade"])
+    return answer
 
 
 @strike(permits=1)
@@ -118,13 +129,14 @@ def kill_worker(ring: Arena) -> None:
 @strike()
 def segfault(ring: Arena) -> None:
     """A client whose handler runs into a segmentation fault: it fails, and nobody else."""
-    assert ring.ask(b"segfaults") == b""
+    assert ring.ask(b"segfaults", may_be_cut=True) == b""
 
 
 @strike()
 def spoil_worker(ring: Arena) -> None:
     """A client whose handler leaves its worker in a state in which it would not leave or not serve."""
-    ring.ask(ring.chance.choice(SPOILT))
+    deed = ring.chance.choice(SPOILT)
+    ring.ask(deed, may_be_cut=deed in UNANSWERED)
 
 
 @strike()
