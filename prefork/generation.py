@@ -29,7 +29,7 @@ from prefork.system import process
 
 # After asking to be rung the master looks once more before it sleeps: a store can't stay in a CPU's buffer for a millisecond.
 SETTLE = 0.001
-# A fork that was ordered of a fork server which then died: its child, if any, has written its pid long before.
+# A fork that was ordered of a fork server which then died: its child, if any, has mostly written its pid long before.
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
@@ -256,6 +256,8 @@ class Generation:
                 self.pool.fork_failed(worker.slot)
                 self._settle(worker.slot)
                 self._forget(worker)
+                # One that comes even later (it was starved, or a fork hook took its time) is nobody's: it leaves before it accepts.
+                self.board.retire[worker.slot] = 1
         self._limbo_at = now + LIMBO_LOOK if self.pool.unborn else None
 
     # -- workers

@@ -87,6 +87,45 @@ def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server:
     assert watch.settled(server, 3)["listeners"][0]["workers"]["target"] == 3
 
 
+# Of the first generation both sides of a fork wait for as long as there is a file.
+SLOW_FORKS = """
+import os, time
+
+FIRST = os.path.exists("first")
+
+def wait():
+    while FIRST and os.path.exists("hold"):
+        time.sleep(0.01)
+
+os.register_at_fork(after_in_parent=wait, after_in_child=wait)
+
+def loop(sock):
+    sock.sendall(b"x")
+"""
+
+
+def test_a_worker_that_was_forked_by_a_fork_server_that_died_and_comes_late_serves_nobody(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    folder = module(SLOW_FORKS)
+    first, hold = folder / "first", folder / "hold"
+    first.touch()
+    server = prefork_server("mine:loop", folder=folder, workers=2, log_level="debug")
+    watch.settled(server, 2)
+    hold.touch()
+    try:
+        os.kill(server.pid, signal.SIGTTIN)
+        watch.until("it is forked", lambda: len(watch.family(server.pid)) == 4)
+        first.unlink()
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "generation 1 has ended")
+        assert len(watch.family(server.pid)) == 5
+    finally:
+        hold.unlink()
+    watch.until("it has gone", lambda: len(watch.family(server.pid)) == 4)
+    watch.settled(server, 3)
+
+
 BUGGY = """
 import errno, os, sys
 from prefork import Server

@@ -9,7 +9,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefork.config import Sources
-from prefork.generation import Generation
+from prefork.generation import LIMBO, Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
@@ -192,6 +192,22 @@ def test_acceptors_that_do_not_exist_are_struck_off(peer: Peer) -> None:
     generation.tend(1.0, 0)
     assert board.states[0] == scoreboard.STARTING
     assert peer.asked() == [Command(Order.FORK, 0)]
+
+
+def test_a_worker_that_comes_after_its_dead_fork_server_was_given_up_may_not_accept(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 1, PID + 1), 1.0)
+    generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 1)]
+    generation.pool.exited(0, PID)  # nobody's child in this test
+    generation.fork_server_ended(1.0)
+    generation.retire_all(1.0, None)
+    gone = []
+    for at in (1.0 + LIMBO / 2, 1.0 + LIMBO):
+        generation.tend(at, 0)
+        gone.append(generation.gone)
+    assert gone == [False, True]
+    assert generation.board.retire[1] == 1
 
 
 def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
