@@ -253,9 +253,13 @@ class Generation:
             if self._may_be_a_worker(pid) and process.is_child(pid) and self.pool.forked(worker.slot, pid) is not None:
                 self.tally.forked += 1
             elif now >= self._limbo_until:
-                self.pool.fork_failed(worker.slot)
-                self._settle(worker.slot)
-                self._forget(worker)
+                if self._may_be_a_worker(pid) and self.pool.forked(worker.slot, pid) is not None:
+                    self.tally.forked += 1
+                    self.exited(worker.slot, pid, None, 0.0, 0, now)  # it has come and gone, perhaps with a connection
+                else:
+                    self.pool.fork_failed(worker.slot)
+                    self._settle(worker.slot)
+                    self._forget(worker)
                 # One that comes even later (it was starved, or a fork hook took its time) is nobody's: it leaves before it accepts.
                 self.board.retire[worker.slot] = 1
         self._limbo_at = now + LIMBO_LOOK if self.pool.unborn else None
@@ -296,7 +300,7 @@ class Generation:
     def _post_mortem(self, worker: Worker, status: int | None, *, serving: bool) -> tuple[str, str, bool]:
         """What a worker died of, in words, where it was then, if that is known, and whether that has been logged."""
         if status is None:
-            return "reaped by its dead fork server", "", False
+            return "not told by its dead fork server", "", False
         sought = serving and worker.hung == self._counted[worker.slot].begun
         if sought and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             late = "" if worker.stack else self.link.stacks.take_dump()

@@ -309,7 +309,9 @@ def _told(ring: Arena) -> Iterator[None]:
         now = f"{zero:.3f} (monotonic), failed {time.monotonic() - zero:.3f} s later"
         what = f"{type(error).__name__}: {error}"
         family = "\n".join(map(str, watch.family(ring.server.pid)))
-        raise AssertionError(f"{what}\nstrikes from {now}:\n{strikes}\nits processes:\n{family}\nthe log:\n{ring.log()}") from error
+        raise AssertionError(
+            f"{what}\n{ring.figures}\nstrikes from {now}:\n{strikes}\nits processes:\n{family}\nthe log:\n{ring.log()}"
+        ) from error
 
 
 @contextmanager

@@ -39,7 +39,7 @@ def together(seconds: float, seed: int, workload: str | None = None) -> Figures:
             for prepare in preparation.begin:
                 prepare(ring)
             _strike_at_random(ring, preparation.strikes, seconds, seed)
-            for finish in (*preparation.end, mix.permit_crashes):
+            for finish in (*preparation.end, mix.permit_crashes, mix.tell_events):
                 finish(ring)
     return ring.figures | {"count": len(ring.history), "overlapping": _overlapping(ring)}
 

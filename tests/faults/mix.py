@@ -46,8 +46,8 @@ CROWD = 1_000
 BACKLOG = {True: 2_048, False: 64}
 # Seconds in which code that crashes is taken back; every reload is on trial for so long, and none begins meanwhile.
 TRIAL = 0.5
-# Mostly four clients fail of a trial (`tests.faults.strikes.crashing_code`).
-MOST_CRASHES = crashing_code.permits
+# So many clients may fail of a trial: mostly four, but while cores are written, or the master is stopped, others are forked.
+MOST_CRASHES = MAX_WORKERS
 # So many workers may end of what accept() has told them. Who has not served anybody counts as one that can't.
 ENDING = 2
 LONGEST_HEALING = 60.0
@@ -499,7 +499,24 @@ def _count(ring: Arena, text: str) -> int:
 
 def permit_crashes(ring: Arena) -> None:
     """Nothing but the crashing code is ended by SIGABRT, each with the client that it serves."""
-    ring.permit("crashed", _count(ring, CRASHED) + _count(ring, ") died: reaped by its dead fork server, serving "))
+    ring.permit("crashed", _count(ring, CRASHED) + _count(ring, ") died: not told by its dead fork server, serving "))
+
+
+def tell_events(ring: Arena) -> None:
+    """What the log says of the strikes' effects, for the figures."""
+    said = {
+        "upgrades": " goes on where prefork ",
+        "generations": SERVES,
+        "taken_back": UNDONE,
+        "refused": " keeps serving: ",
+        "fork_servers_died": " its workers serve on\n",
+        "forks_failed": "fork failed: ",
+        "accepts_failed": "accept failed",
+        "lies": " made no sense and were ignored",
+        "at_the_ceiling": f"max_workers = {MAX_WORKERS} reached on ",
+        "died": ") died: ",
+    }
+    ring.figures["events"] = {what: _count(ring, text) for what, text in said.items()}
 
 
 def reloaded(ring: Arena) -> None:

@@ -210,6 +210,23 @@ def test_a_worker_that_comes_after_its_dead_fork_server_was_given_up_may_not_acc
     assert generation.board.retire[1] == 1
 
 
+def test_a_worker_that_has_come_and_gone_and_whose_dead_fork_server_never_told_is_told_with_its_connection(peer: Peer) -> None:
+    generation, board = peer.generation, peer.generation.board
+    peer.say(Report(Kind.EXITED, 1, PID + 1), 1.0)
+    generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 1)]
+    record = board.record(1)
+    board.words[record + scoreboard.PID] = PID + 2
+    board.words[record + scoreboard.STARTED] = 1
+    board.words[record + scoreboard.BEGUN] += 1
+    board.board[board.peer_start(1) : board.peer_start(1) + 6] = b"a:1234"
+    generation.fork_server_ended(1.0)
+    generation.tend(1.0 + LIMBO, 0)
+    death = generation.tally.deaths[-1]
+    assert (death.pid, death.cause, death.peer) == (PID + 2, "not told by its dead fork server", "a:1234")
+    assert (board.counts(1).killed, generation.tally.forked, board.retire[1]) == (1, 3, 1)
+
+
 def test_a_fork_that_fails_backs_off_and_says_when(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID), 1.0)
