@@ -42,7 +42,7 @@ WORKERS = 8
 # The daemon at its ceiling comes by with less than half of the first; one worker that eats the second does not.
 GROUP_MIB, EATEN_MIB = 256, 400
 # Clients of a crowd: of an exact run, that the queue holds; of an inexact one, that it does not hold by far.
-CROWD = 1_000
+CROWD = 2_000
 BACKLOG = {True: 2_048, False: 64}
 # Seconds in which code that crashes is taken back; every reload is on trial for so long, and none begins meanwhile.
 TRIAL = 0.5
@@ -301,7 +301,7 @@ class Pipe:
         """All that there is, for a moment."""
         end = time.monotonic() + BRIEFLY
         with self.lock:
-            while (left := end - time.monotonic()) > 0 and select.select([self.reader], [], [], left)[0]:
+            while (left := end - time.monotonic()) > 0 and _happens(self.reader, select.POLLIN, left):
                 ring.figures["log_bytes"] = ring.figures.get("log_bytes", 0) + len(os.read(self.reader, 1 << 20))
 
     def reader_dies(self, _ring: Arena) -> None:
@@ -310,6 +310,12 @@ class Pipe:
             os.close(self.reader)
             time.sleep(BRIEFLY)
             self.reader = os.open(self.path, os.O_RDONLY | os.O_NONBLOCK)
+
+
+def _happens(fd: int, event: int, seconds: float) -> bool:
+    poll = select.poll()  # select(2) takes no number beyond 1023
+    poll.register(fd, event)
+    return bool(poll.poll(seconds * 1000))
 
 
 # -- descriptors
@@ -446,7 +452,7 @@ def silent_clients(lock: threading.Lock, ring: Arena) -> None:
     with lock, crowd(ring.server, CROWD) as clients:
         if ring.exact:  # the queue holds them: each is a connection, and will be accepted
             for client in clients:
-                assert select.select([], [client], [], LONGEST_RETRY)[1], "not connected"
+                assert _happens(client.fileno(), select.POLLOUT, LONGEST_RETRY), "not connected"
             ring.silent += CROWD
         time.sleep(BRIEFLY)
 
