@@ -171,8 +171,16 @@ class Arena:
 
     def log(self) -> str:
         """Everything that was logged, also to files that were rotated."""
-        rotated = sorted(self.folder.glob("log.*"))
-        return "".join(file.read_text(errors="replace") for file in (*rotated, self.folder / "log") if file.exists())
+        while True:
+            files = self._log_files()
+            with suppress(FileNotFoundError):
+                text = "".join(file.read_text(errors="replace") for file in files)
+                if files == self._log_files():
+                    return text
+            # It was rotated meanwhile.
+
+    def _log_files(self) -> list[Path]:
+        return [*sorted(self.folder.glob("log.*")), *self.folder.glob("log")]
 
     def generation(self) -> int:
         """The number of the generation that serves."""

@@ -43,6 +43,8 @@ WORKERS = 8
 GROUP_MIB, EATEN_MIB = 256, 400
 # Clients of a crowd: of an exact run, that the queue holds; of an inexact one, that it does not hold by far.
 CROWD = 2_000
+# Clients of the load and of strikes that may come meanwhile.
+OTHERS = 32
 BACKLOG = {True: 2_048, False: 64}
 # Seconds in which code that crashes is taken back; every reload is on trial for so long, and none begins meanwhile.
 TRIAL = 0.5
@@ -449,8 +451,17 @@ def _crowds(stack: ExitStack, preparation: Preparation) -> None:
 
 def silent_clients(lock: threading.Lock, ring: Arena) -> None:
     """A crowd that says nothing, and leaves after a moment."""
-    with lock, crowd(ring.server, CROWD) as clients:
-        if ring.exact:  # the queue holds them: each is a connection, and will be accepted
+    with lock:
+        if ring.exact:
+            # Else the kernel tells clients that they are connected, and has no place for them: nobody will accept those.
+            room = BACKLOG[True] - CROWD - OTHERS
+            watch.until("the queue is empty", lambda: ring.server.status()["listeners"][0]["queue"] <= room, LONGEST_HEALING)
+        _be_silent(ring)
+
+
+def _be_silent(ring: Arena) -> None:
+    with crowd(ring.server, CROWD) as clients:
+        if ring.exact:
             for client in clients:
                 assert _happens(client.fileno(), select.POLLOUT, LONGEST_RETRY), "not connected"
             ring.silent += CROWD
