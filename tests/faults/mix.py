@@ -30,7 +30,7 @@ from unittest import SkipTest
 
 from prefork.net.listener import ACCEPT_ERRORS
 from tests import public, watch
-from tests.faults.arena import WORKLOADS, Arena, Strike
+from tests.faults.arena import AND_FULL, Arena, Strike
 from tests.faults.hostile import BURST, LONGEST_RETRY, MAX_WORKERS, PARTS, TOO_MUCH, burst, crowd
 from tests.faults.machine import JUMPS, NO_MORE, SOMEBODY, MemoryGroup, faked_clock, memory_group, order, small_disk
 from tests.faults.refusals import refusals
@@ -93,7 +93,7 @@ def prepared(seed: int, workload: str | None = None) -> Iterator[Preparation]:
     """
     chance = random.Random(seed)
     preparation = Preparation(
-        exact=chance.random() < 0.5, workload=workload or chance.choice(WORKLOADS), log=chance.choice(("disk", "pipe"))
+        exact=chance.random() < 0.5, workload=workload or chance.choice(AND_FULL), log=chance.choice(("disk", "pipe"))
     )
     # That of `strikes` does not know of the trials that are lost because another strike has hit.
     preparation.strikes = [strike for strike in STRIKES.values() if strike not in (crashing_code, STRIKES["usr2"])]
@@ -203,7 +203,7 @@ def _refusals(stack: ExitStack, preparation: Preparation) -> None:
     _needed("cc")
     orders = stack.enter_context(refusals(_scratch(stack, preparation)))
     preparation.preload(orders.environment)
-    accepts, forks = threading.Lock(), threading.Lock()
+    accepts, forks, late = threading.Lock(), threading.Lock(), threading.Lock()
     errors = [*filter(None, ACCEPT_ERRORS), errno.EIO]  # without those that this system does not have
 
     def accepts_fail(ring: Arena) -> None:
@@ -227,7 +227,14 @@ def _refusals(stack: ExitStack, preparation: Preparation) -> None:
             time.sleep(BRIEFLY)
             orders.forks(0, 0, 0)
 
-    preparation.add(accepts_fail, forks_fail)
+    def late_accepts(ring: Arena) -> None:
+        """For a moment each accept is entered late."""
+        with late:
+            orders.late(ring.chance.choice((1, 10, 100)))
+            time.sleep(BRIEFLY)
+            orders.late(0)
+
+    preparation.add(accepts_fail, forks_fail, late_accepts)
 
 
 # -- the clock
