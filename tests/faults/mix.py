@@ -48,8 +48,9 @@ OTHERS = 32
 BACKLOG = {True: 2_048, False: 64}
 # Seconds in which code that crashes is taken back; every reload is on trial for so long, and none begins meanwhile.
 TRIAL = 0.5
-# So many clients may fail of a trial: mostly four, but while cores are written, or the master is stopped, others are forked.
-MOST_CRASHES = MAX_WORKERS
+# So many clients may fail of a trial: mostly four. But while the fork server or the master is stopped no end is known, and as many
+# are forked as the ceiling allows (a new generation may exceed it by its acceptors); two ends do not take it back yet.
+MOST_CRASHES = MAX_WORKERS + WORKERS + 2
 # So many workers may end of what accept() has told them. Who has not served anybody counts as one that can't.
 ENDING = 2
 LONGEST_HEALING = 60.0
