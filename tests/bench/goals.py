@@ -3,6 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+ACCEPTORS = 100
 PACED, SATURATED = ("paced_3000", "paced_8000"), ("saturated_1", "saturated_4", "saturated_64")
 
 
@@ -91,8 +92,8 @@ GOALS = (
     ),
     Goal("start to ready, echo, 8 workers", 0.35, ("start: start to ready, s median",), "s"),
     Goal("reload to committed", 0.25, ("start: reload to committed, s median",), "s"),
-    Goal("master's own memory (PSS)", 18, ("memory: master, MiB",), "MiB"),
-    Goal("idle worker's own memory (PSS)", 1.2, ("memory: idle worker, MiB",), "MiB"),
+    Goal("master's own memory (PSS)", 18, (f"memory: master of {ACCEPTORS}, MB",), "MB"),
+    Goal("idle worker's own memory (PSS), one of 100", 1.2, (f"memory: idle worker of {ACCEPTORS}, MB",), "MB"),
     Goal("forks under a steady load, after 2 s, in 60 s", 3, ("forks: forks, saturated", "forks: forks, paced")),
 )
 

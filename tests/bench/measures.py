@@ -26,12 +26,12 @@ from prefork.pool.scoreboard import BUSY, IDLE, Access, Layout, Scoreboard
 from prefork.testing import Server
 from tests import watch
 from tests.bench.cpu import clock_ns
+from tests.bench.goals import ACCEPTORS
 from tests.bench.load import BenchError, Seen
 from tests.bench.peers import PEERS, Running, Wish
 from tests.bench.workloads import DEFAULTS, Place
 
 WORKERS = 8
-ACCEPTORS = 100
 GLANCE = 50e-6
 DEADLINE = 30.0
 # Who waits in accept() is asleep a moment after the board says so.
@@ -92,7 +92,7 @@ def glance_until(what: str, look: Callable[[], bool]) -> None:
 
 
 @contextmanager
-def daemon(place: Place, wish: Wish = DEFAULTS) -> Iterator[tuple[Running, Server, Board]]:  # noqa: B008 - frozen
+def daemon(place: Place, wish: Wish = DEFAULTS) -> Iterator[tuple[Running, Server, Board]]:
     """The daemon with the echo handler, all acceptors waiting."""
     with PEERS["prefork"].running(place.folder, wish) as running:
         assert running.daemon is not None
@@ -119,39 +119,36 @@ def restored(place: Place) -> tuple[Figures, list[str]]:
     count = place.settings.restored
     killed: list[float] = []
     blocked: list[float] = []
-    with daemon(place) as (running, _, board):
+    with daemon(place) as (_, _, board):
         for _ in range(count):
-            # The kernel serves in turn: everybody has a connection, as a worker that dies without one is told as a failure.
-            place.generator.run(running.port, clients=1, connections=2 * WORKERS)
-            glance_until("all acceptors wait", lambda: len(board.idle()) == WORKERS)
             time.sleep(PAUSE)
             killed.append(_killed(board))
     with daemon(place, Wish(max_workers=count + 2 * WORKERS)) as (running, _, board), ExitStack() as clients:
         for number in range(count):
             time.sleep(PAUSE)
-            killed_or_blocked, sock = _blocked(board, running.port, number)
+            took, sock = _blocked(board, running.port, number)
             clients.enter_context(sock)
-            blocked.append(killed_or_blocked)
+            blocked.append(took)
     return spread("after a SIGKILL, ms", killed) | spread("after a blocking accept, ms", blocked), []
 
 
 def _killed(board: Board) -> float:
-    """Kill an idle worker: milliseconds until there are as many as before."""
-    idle = board.idle()
-    victim = min(idle)
+    """Kill one of WORKERS idle workers: milliseconds until there are as many as before."""
+    glance_until("all acceptors wait", lambda: len(board.idle()) == WORKERS)
+    victim = min(board.idle())
     begun = time.monotonic_ns()
     os.kill(victim, signal.SIGKILL)
-    glance_until("a killed acceptor is replaced", lambda: len(board.idle() - {victim}) == len(idle))
+    glance_until("a killed acceptor is replaced", lambda: len(board.idle() - {victim}) == WORKERS)
     return (time.monotonic_ns() - begun) / 1e6
 
 
 def _blocked(board: Board, port: int, busy: int) -> tuple[float, socket.socket]:
     """Connect and be silent, the ``busy`` + 1st to do so: milliseconds until the acceptor is replaced."""
-    idle = board.count(IDLE)
+    glance_until("all acceptors wait", lambda: board.count(IDLE) == WORKERS)
     begun = time.monotonic_ns()
     sock = socket.create_connection(("127.0.0.1", port))
     try:
-        glance_until("a busy acceptor is replaced", lambda: board.count(BUSY) == busy + 1 and board.count(IDLE) == idle)
+        glance_until("a busy acceptor is replaced", lambda: board.count(BUSY) == busy + 1 and board.count(IDLE) == WORKERS)
     except BenchError:
         sock.close()
         raise
@@ -394,15 +391,26 @@ def _start_once() -> float:
 
 
 def memory(place: Place) -> tuple[Figures, list[str]]:
-    """Proportional set sizes, which share out what several have."""
-    with daemon(place) as (_, server, board):
-        time.sleep(PAUSE)
-        workers = [watch.pss_kib(pid) / 1024 for pid in board.idle()]
-        return {
-            "master, MiB": watch.pss_kib(server.pid) / 1024,
-            "fork server, MiB": watch.pss_kib(watch.fork_server(server)) / 1024,
-            "idle worker, MiB": statistics.median(workers),
-        }, []
+    """Proportional set sizes, which share out what several have: so an idle worker's is smaller the more there are."""
+    figures = Figures()
+    for count in (WORKERS, ACCEPTORS):
+        with daemon(place, Wish(workers=count)) as (_, server, board):
+            time.sleep(PAUSE)
+            idle = board.idle()
+            figures[f"master of {count}, MB"] = _mb(watch.pss_kib(server.pid))
+            figures[f"fork server of {count}, MB"] = _mb(watch.pss_kib(watch.fork_server(server)))
+            figures[f"idle worker of {count}, MB"] = _mb(statistics.median(map(watch.pss_kib, idle)))
+            figures[f"idle worker of {count}, what nobody else has, MB"] = _mb(statistics.median(map(_private_kib, idle)))
+    return figures, []
+
+
+def _mb(kib: float) -> float:
+    return kib * 1024 / 1e6
+
+
+def _private_kib(pid: int) -> int:
+    text = Path(f"/proc/{pid}/smaps_rollup").read_text()
+    return sum(int(size) for size in re.findall(r"^Private_\w+: +(\d+) kB", text, re.MULTILINE))
 
 
 MEASURES = {
@@ -411,6 +419,6 @@ MEASURES = {
     "ten_thousand": Measure("10,000 connections held, a process each", ten_thousand),
     "idle": Measure("100 acceptors, nobody comes", idle),
     "start": Measure("start to ready, reload to committed, echo, workers = 8", start),
-    "memory": Measure("own memory (PSS), echo, workers = 8", memory),
+    "memory": Measure("own memory (PSS), echo, 8 workers and 100", memory),
     "forks": Measure("forks under a steady load of short connections, 4 clients, after 2 s, in 60 s", forks),
 }

@@ -12,13 +12,13 @@ from tests.bench.report import number
 from tests.bench.workloads import Compared
 
 COLUMNS = 2
-NAMES, PLOT, VALUES, ROW, TITLE, AXIS, GAP = 84, 300, 60, 18, 24, 22, 28
+NAMES, PLOT, VALUES, ROW, TITLE, AXIS, GAP = 84, 320, 64, 18, 46, 22, 28
 OURS, OTHERS, GRID, INK, PALE = "#0b5fa5", "#8a8f98", "#e3e5e8", "#1d2025", "#6b7078"
 
 
 def svg(compared: Mapping[str, tuple[str, Compared]], caption: str) -> str:
     """A panel for each workload; ``caption`` stands under them."""
-    panels = [_panel(f"{name}: {what}", result) for name, (what, result) in compared.items() if any(result.turns.values())]
+    panels = [_panel(name, what, result) for name, (what, result) in compared.items() if any(result.turns.values())]
     width = COLUMNS * (NAMES + PLOT + VALUES + GAP) + GAP
     parts, top = [], GAP
     for first in range(0, len(panels), COLUMNS):
@@ -35,7 +35,7 @@ def svg(compared: Mapping[str, tuple[str, Compared]], caption: str) -> str:
     )
 
 
-def _panel(title: str, result: Compared) -> tuple[int, str]:
+def _panel(title: str, what: str, result: Compared) -> tuple[int, str]:
     """Its height and what is in it."""
     used = {name: [turn.cpu_us for turn in turns] for name, turns in result.turns.items() if turns}
     order = sorted(used, key=lambda name: statistics.median(used[name]))
@@ -47,12 +47,11 @@ def _panel(title: str, result: Compared) -> tuple[int, str]:
         return NAMES + (math.log10(max(value, 1e-3)) - low) / span * PLOT
 
     bottom = TITLE + ROW * len(order)
-    parts = [_text(0, 8, title, INK, weight="600")]
+    parts = [_text(0, 8, f"{title}: us of CPU for each {result.unit}", INK, weight="600"), _text(0, 24, what, PALE)]
     for power in range(low, low + span + 1):
         at = place(10.0**power)
         parts.append(f'<path d="M{at:.1f} {TITLE - 6}V{bottom}" stroke="{GRID}"/>')
         parts.append(_text(at, bottom + 14, f"{10.0**power:,g}", PALE, anchor="middle"))
-    parts.append(_text(NAMES + PLOT + VALUES, bottom + 14, f"us of CPU / {result.unit}", PALE, anchor="end"))
     for number_of_row, name in enumerate(order):
         y, colour = TITLE + ROW * number_of_row + ROW / 2, OURS if name == "prefork" else OTHERS
         middle = statistics.median(used[name])
