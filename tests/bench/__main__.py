@@ -54,14 +54,14 @@ def begin(settings: Settings) -> Report:
     with cpu.account() as account:
         accounting = account.kind
     versions = {peer.name: peer.version() for peer in peers if peer.name not in missing}
-    return Report(command_line(), settings.reset, settings.rounds, settings.seconds, accounting, versions, missing)
+    return Report(command_line(), settings, accounting, versions, missing)
 
 
 def run(name: str, where: Place, report: Report) -> None:
     """One benchmark, into the report; one that can't be had leaves its reason there."""
     try:
         if name in WORKLOADS:
-            report.compared[name] = (WORKLOADS[name].what, WORKLOADS[name].run(where))
+            report.compared[name] = (WORKLOADS[name].what.format(held=where.settings.held), WORKLOADS[name].run(where))
         else:
             figures, notes = MEASURES[name].run(where)
             report.measured[name] = (MEASURES[name].what, figures)

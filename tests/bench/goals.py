@@ -71,17 +71,17 @@ GOALS = (
     ),
     Goal("the same, p99", 30, ("restored: after a blocking accept, ms p99",), "ms"),
     Goal("500 clients at once on 8 acceptors, each held: all being served", 1.5, ("held_500: all served prefork",), "s"),
-    Goal("10,000 connections held: memory of everything", 13, ("ten_thousand: memory of everything, GB",), "GB"),
-    Goal("the same: a new client's first echo, median", 20, ("ten_thousand: a new client's first echo median, ms",), "ms"),
+    Goal("10,000 connections held: memory of everything", 13, ("ten_thousand: memory of everything at 10000, GB",), "GB"),
+    Goal("the same: a new client's first echo, median", 20, ("ten_thousand: a new client's first echo at 10000 median, ms",), "ms"),
     Goal(
-        "the same: master's CPU with all silent", 0.5, ("ten_thousand: master's CPU with all silent, % of a core",), "% of a core"
+        "the same: master's CPU with all silent", 0.5, ("ten_thousand: master's CPU with 10000 silent, % of a core",), "% of a core"
     ),
     Goal(
         "master's CPU per event, 10,000 workers / 10",
         2,
         (
-            "ten_thousand: master's CPU per acceptor taken, most / fewest held",
-            "ten_thousand: master's CPU per acceptor killed, most / fewest held",
+            "ten_thousand: master's CPU per acceptor taken, at 10000 / at 10",
+            "ten_thousand: master's CPU per acceptor killed, at 10000 / at 10",
         ),
     ),
     Goal("idle, 100 acceptors, 60 s: CPU of the whole tree", 20, ("idle: CPU of the whole tree, ms",), "ms"),

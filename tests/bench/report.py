@@ -9,12 +9,13 @@ import sys
 import sysconfig
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
 
-from tests.bench.goals import judge
+from tests.bench.goals import Judged, judge
 from tests.bench.peers import PEERS, interpreter
+from tests.bench.settings import Settings
 from tests.bench.workloads import Compared, Turn
 
 # Above this share of a core the load generator may have been what held up the rest.
@@ -28,9 +29,7 @@ class Report:
     """``compared`` and ``measured`` by benchmark; ``notes`` is what went wrong, or what can't be known here, by benchmark."""
 
     command: str
-    reset: bool
-    rounds: int
-    seconds: float
+    settings: Settings
     accounting: str
     versions: dict[str, str]
     skipped: dict[str, str]
@@ -48,6 +47,11 @@ class Report:
         return {f"{name}: {key}": value for name, figures in all_of.items() for key, value in figures.items()}
 
     @property
+    def judged(self) -> list[Judged]:
+        """Goals beside what was measured; nothing is, when it was only to be seen that all runs."""
+        return judge({} if self.settings.shrink > 1 else self.figures)
+
+    @property
     def failed_clients(self) -> dict[str, int]:
         """Clients that saw wrong bytes, by benchmark and server: no server may."""
         return {
@@ -60,18 +64,16 @@ class Report:
     def as_json(self) -> str:
         """For machines."""
         facts = {
-            **{
-                key: getattr(self, key)
-                for key in ("date", "command", "machine", "rounds", "seconds", "accounting", "versions", "skipped")
-            },
+            **{key: getattr(self, key) for key in ("date", "command", "machine", "accounting", "versions", "skipped")},
+            "settings": asdict(self.settings),
             "interpreter": interpreter(),
             "interpreter_build": _build(),
             "clients_close_with": self.closing,
             "workloads": {name: {"what": what, **compared.as_json()} for name, (what, compared) in self.compared.items()},
             "measures": {name: {"what": what, "figures": figures} for name, (what, figures) in self.measured.items()},
             "goals": [
-                {"what": judged.goal.what, "goal": judged.goal.wanted, "measured": judged.values, "verdict": judged.verdict}
-                for judged in judge(self.figures)
+                {"what": one.goal.what, "goal": one.goal.wanted, "measured": one.values, "verdict": one.verdict}
+                for one in self.judged
             ],
             "notes": self.notes,
         }
@@ -80,7 +82,7 @@ class Report:
     @property
     def closing(self) -> str:
         """How clients close."""
-        return "RST" if self.reset else "FIN"
+        return "RST" if self.settings.reset else "FIN"
 
     def text(self) -> str:
         """All of it, for a terminal."""
@@ -92,14 +94,17 @@ class Report:
 
     def _pages(self, table: Any, title: str) -> str:
         parts = ["\n".join(f"{key}: {value}{'  ' if table is _markdown else ''}" for key, value in self.head()) + "\n"]
+        if len(self.compared) > 1:
+            parts += [title.format("summary", "us of CPU for each connection, round trip, MiB, request"), table(self._summary())]
         for name, (what, compared) in self.compared.items():
             parts.append(title.format(name, f"{what}; CPU for each {compared.unit}"))
             parts.append(table([HEADS, *_servers(compared)]))
         for name, (what, figures) in self.measured.items():
             parts.append(title.format(name, what))
             parts.append(table([("figure", "value"), *((key, number(value)) for key, value in figures.items())]))
-        parts.append(title.format("goals", "on two cores, as medians of one interleaved run"))
-        parts.append(table([("what", "goal", "measured", "verdict"), *self._goals()]))
+        if goals := self._goals():
+            parts.append(title.format("goals", "on two cores, as medians of one interleaved run"))
+            parts.append(table([("what", "goal", "measured", "verdict"), *goals]))
         parts += [f"\n{name}: {note}\n" for name, notes in self.notes.items() for note in notes]
         return "".join(parts)
 
@@ -111,18 +116,26 @@ class Report:
             ("command", self.command),
             ("machine", f"{at['cores']} cores, {at['cpu']}, Linux {at['kernel']}, {at['memory_gb']:.0f} GB, load {at['load']:.2f}"),
             ("Python", f"{interpreter()}, {_build()}"),
-            (
-                "clients",
-                f"on the same machine, close with {self.closing}; {self.rounds} rounds of {self.seconds:g} s for each server",
-            ),
+            ("clients", f"on the same machine, close with {self.closing}"),
+            ("turns", f"{self.settings.rounds} rounds, in each {self.settings.seconds:g} s for each server"),
             ("CPU", f"of the whole process tree: {self.accounting}"),
             *((name, f"{PEERS[name].what}: {version}") for name, version in self.versions.items()),
             *((name, f"left out: {reason}") for name, reason in self.skipped.items()),
         ]
 
+    def _summary(self) -> Rows:
+        servers = dict.fromkeys(name for _, compared in self.compared.values() for name in compared.turns)
+        rows: Rows = [("server", *self.compared)]
+        for server in servers:
+            medians = (compared.figures.get(f"cpu {server}") for _, compared in self.compared.values())
+            rows.append((server, *("" if median is None else number(median) for median in medians)))
+        return rows
+
     def _goals(self) -> Rows:
         rows: Rows = []
-        for judged in judge(self.figures):
+        for judged in self.judged:
+            if not judged.values:
+                continue
             several = len(judged.values) > 1
             values = [
                 f"{number(value)}{f' ({_short(name, judged.values)})' if several else ''}" for name, value in judged.values.items()

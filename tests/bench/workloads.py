@@ -4,6 +4,7 @@ The machine's speed changes from minute to minute, and a server's turn is short:
 of CPU rather than of time.
 """
 
+import re
 import statistics
 import time
 from collections.abc import Callable, Iterator
@@ -25,6 +26,8 @@ LATE_CLIENTS = 64
 GROWN = 1.0
 MEBIBYTE = 1 << 20
 DEFAULTS = Wish()
+# Of silent connections: so many at a time, and the memory that is not theirs.
+HOLD_STEP, SPARE_MEMORY = 1000, 2 << 30
 
 
 @dataclass(slots=True)
@@ -140,7 +143,7 @@ class Workload:
     def _turn(self, running: Running, place: Place) -> tuple[Turn, Seen]:
         with ExitStack() as stack:
             if self.beside:
-                stack.enter_context(place.generator.holding(running.port, place.settings.held))
+                hold(place, running.port, place.settings.held, stack)
             _until_quiet(running.account)
             machine, used = machine_busy(), running.account.usage_ns()
             begun = time.monotonic()
@@ -192,6 +195,38 @@ def _rate(turn: Turn) -> float:
 
 def _p99(turn: Turn) -> float:
     return turn.latency.get("p99", 0.0)
+
+
+class NoMemoryError(BenchError):
+    """Of the connections that were to be held, ``held`` are; there is no memory for more."""
+
+    def __init__(self, connections: int, held: int, taken: int, left: int) -> None:
+        super().__init__(
+            f"{connections} more connections can't be held: {held} have taken {taken / 1e9:.1f} GB, {left / 1e9:.1f} GB are left"
+        )
+        self.held = held
+
+
+def hold(place: Place, port: int, connections: int, stack: ExitStack) -> float:
+    """Hold so many silent connections until ``stack`` is closed. Returns the seconds until all were served.
+
+    They come by HOLD_STEP, and no more than there is memory for: NoMemoryError, before the kernel has to kill somebody.
+    """
+    took, before = 0.0, available()
+    for first in range(0, connections, HOLD_STEP):
+        left = available()
+        if first and (before - left) / first * HOLD_STEP > left - SPARE_MEMORY:
+            raise NoMemoryError(connections, first, before - left, left)
+        size = min(HOLD_STEP, connections - first)
+        took += stack.enter_context(place.generator.holding(port, size)).took
+    return took
+
+
+def available() -> int:
+    """MemAvailable in bytes."""
+    found = re.search(r"MemAvailable: *(\d+) kB", Path("/proc/meminfo").read_text())
+    assert found is not None
+    return int(found[1]) * 1024
 
 
 def _until_quiet(account: Account) -> None:
@@ -261,7 +296,7 @@ WORKLOADS = {
         figures=_all_served,
     ),
     "among_10000": Workload(
-        "short connections, 4 clients in a closed loop, beside 10,000 that are silent",
+        "short connections, 4 clients in a closed loop, beside {held:,} that are silent",
         _short(clients=4),
         beside=True,
         holding=10_000,
