@@ -20,6 +20,8 @@ from tests.bench.workloads import Compared, Turn
 
 # Above this share of a core the load generator may have been what held up the rest.
 GENERATOR_LIMIT = 0.97
+# Cores: above this figures are those of a busy machine.
+OTHERS_LIMIT = 0.1
 HEADS = ("server", "CPU us", "min-max", "prefork is", "a second", "p50", "p90", "p99", "max us", "generator", "others", "errors")
 Rows = list[tuple[str, ...]]
 
@@ -84,6 +86,16 @@ class Report:
         """How clients close."""
         return "RST" if self.settings.reset else "FIN"
 
+    @property
+    def others(self) -> str:
+        """What others did meanwhile; an empty text when nothing was compared."""
+        used = [turn.others for _, compared in self.compared.values() for turns in compared.turns.values() for turn in turns]
+        if not used:
+            return ""
+        middle = statistics.median(used)
+        busy = "; the machine was busy with something else" if middle > OTHERS_LIMIT else ""
+        return f"neither servers nor clients: {middle:.2f} cores{busy}"
+
     def text(self) -> str:
         """All of it, for a terminal."""
         return self._pages(_columns, "\n{}: {}\n")
@@ -118,6 +130,7 @@ class Report:
             ("Python", f"{interpreter()}, {_build()}"),
             ("clients", f"on the same machine, close with {self.closing}"),
             ("turns", f"{self.settings.rounds} rounds, in each {self.settings.seconds:g} s for each server"),
+            *([("others", self.others)] if self.others else []),
             ("CPU", f"of the whole process tree: {self.accounting}"),
             *((name, f"{PEERS[name].what}: {version}") for name, version in self.versions.items()),
             *((name, f"left out: {reason}") for name, reason in self.skipped.items()),

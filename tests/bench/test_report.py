@@ -1,6 +1,7 @@
 """What a run tells."""
 
 import json
+from dataclasses import replace
 from xml.etree import ElementTree as ET
 
 import pytest
@@ -67,6 +68,13 @@ def test_text_markdown_json_and_plot_tell_the_same() -> None:
     root = ET.fromstring(plot.svg(made.compared, "a <caption>"))
     texts = [element.text for element in root.iter("{http://www.w3.org/2000/svg}text")]
     assert {"a <caption>", "words < & >", "prefork", "60.0", "44.0"} <= set(texts)
+
+
+def test_a_busy_machine_is_told() -> None:
+    made = report()
+    made.compared["paced_3000"][1].turns["bare"] = [replace(turn(50), others=1.5)] * 9
+    assert "the machine was busy with something else" in made.text()
+    assert "busy with something else" not in report().text()
 
 
 def test_numbers_are_short() -> None:
