@@ -64,7 +64,7 @@ def run(name: str, where: Place, report: Report) -> None:
             report.compared[name] = (WORKLOADS[name].what.format(held=where.settings.held), WORKLOADS[name].run(where))
         else:
             figures, notes = MEASURES[name].run(where)
-            report.measured[name] = (MEASURES[name].what, figures)
+            report.measured[name] = (MEASURES[name].what.format(held=where.settings.held), figures)
             if notes:
                 report.notes[name] = notes
     except BenchError as error:

@@ -18,7 +18,9 @@ class Settings:
     events: int = 50
     starts: int = 20
     storms: int = 5
-    watch_seconds: float = 10.0
+    # The default, as the master looks so often while there are more workers than wanted.
+    spare_timeout: float = 10.0
+    watch_seconds: float = 20.0
     idle_seconds: float = 60.0
     steady_seconds: float = 60.0
 
@@ -38,6 +40,7 @@ SMOKE = replace(
     events=2,
     starts=1,
     storms=1,
+    spare_timeout=0.5,
     watch_seconds=0.3,
     idle_seconds=0.5,
     steady_seconds=0.5,
