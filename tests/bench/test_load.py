@@ -145,8 +145,8 @@ def test_held_connections_are_all_there_and_are_served_once_more_at_the_end(prog
 
     def count(sock: socket.socket) -> None:
         while data := sock.recv(4096):
+            served.append(sock)  # before the client knows
             sock.sendall(data)
-            served.append(sock)
 
     with serving(count) as port:
         with Generator(program).holding(port, 30, clients=7) as held:
@@ -160,6 +160,7 @@ def test_held_connections_are_all_there_and_are_served_once_more_at_the_end(prog
 def test_a_held_connection_that_ends_is_an_error(program: Path) -> None:
     def leave(sock: socket.socket) -> None:
         sock.sendall(sock.recv(64))
+        sock.close()
         gone.append(sock)
 
     gone: list[socket.socket] = []
