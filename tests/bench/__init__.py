@@ -1,0 +1,1 @@
+"""What prefork costs, beside what a user would take instead; see `tests/bench/__main__.py`."""
