@@ -402,6 +402,34 @@ def init(folder: str) -> None:
 
 
 @main.command()
+@click.option("--socket/--no-socket", default=True, help="Have systemd open the addresses (the default), or the daemon itself.")
+@_configured
+def unit(sources: Sources, *, socket: bool) -> None:
+    """Print a systemd service and socket for what serve would do.
+
+    Takes what serve takes. Each file comes after a comment line with its name: the service is hardened, watched, reloads and
+    upgrades without losing a connection, and with its socket restarts so, too. It runs as a user that systemd makes for it, unless
+    `user` is configured.
+
+    \b
+    Examples:
+      prefork unit --config /etc/prefork/echo.toml
+      prefork unit --config /etc/prefork/echo.toml | awk '/^# \\//{file = $2} {print > file}'   writes both files
+      prefork unit --module mymodule:loop --bind :443 --no-socket
+    """
+    from prefork import unit as units
+
+    with _errors():
+        text = units.units(sources, with_socket=socket)
+        unseen = units.hidden(sources)
+    for path in unseen:
+        click.echo(
+            f"prefork: {path} can't be seen by the service (ProtectHome, PrivateTmp): have it elsewhere, as in /opt", err=True
+        )
+    click.echo(text, nl=False)
+
+
+@main.command()
 @click.argument("shell", metavar="[bash|zsh|fish]", type=click.Choice(["bash", "zsh", "fish"]), required=False)
 def completion(shell: str | None) -> None:
     """Print a script that teaches a shell to complete prefork's commands, options and instances.

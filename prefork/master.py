@@ -192,6 +192,7 @@ class Master:
         signals.block()
         late = self.inbox.take()
         if not late:
+            self.notifying.become()
             self.upgrading.become()
         signals.unblock()
         self._reap()

@@ -8,8 +8,8 @@ When the status line is sent: at once when a phase begins or ends, a reload is r
 second while clients come. Only while the last line told of connections the loop wakes for it, so that it does not go on
 telling of clients who have left. A daemon at rest has told so, and sends nothing.
 
-Long phases ask for more time in small pieces, because the manager postpones its watchdog by as much (service_extend_timeout in
-systemd's service.c): a master that hangs while it drains is found out all the same.
+Long phases ask for more time in small pieces: a master that hangs while it drains is found out all the same. The manager postpones
+its watchdog by as much, until that is fed the next time (service_extend_timeout in systemd's service.c).
 """
 
 import os
@@ -73,7 +73,17 @@ class Notifying:
         self._tell_status(now)
         if phase != READY and now >= self._extended_at + EXTENSION / 2 and self._tell(EXTEND_TIMEOUT_USEC=int(EXTENSION * 1e6)):
             self._extended_at = now
-        if self._watchdog is not None and now >= self._fed_at + self._watchdog / 2 and self._tell(WATCHDOG=1):
+        if self._watchdog is not None and now >= self._fed_at + self._watchdog / 2:
+            self._feed(now)
+
+    def become(self) -> None:
+        """The next turn is that of another program's loop, which takes a while to start."""
+        if self._notifier:
+            self._feed(self._clock())
+            self._tell(EXTEND_TIMEOUT_USEC=int(EXTENSION * 1e6))
+
+    def _feed(self, now: float) -> None:
+        if self._watchdog is not None and self._tell(WATCHDOG=1):
             self._fed_at = now
 
     def wake_at(self) -> float | None:

@@ -18,6 +18,8 @@ from prefork.testing import Server
 
 T = TypeVar("T")
 DEADLINE = 20.0
+# Processes that stay from one test to the next on purpose, and whatever is below them.
+RESIDENTS: set[int] = set()
 
 
 def until(what: str, look: Callable[[], T | None], deadline: float = DEADLINE) -> T:
