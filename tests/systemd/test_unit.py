@@ -1,5 +1,6 @@
 """The units under a real systemd: what they promise, the protocol, sockets, restarts, and how far they are shut in."""
 
+import json
 import os
 import random
 import re
@@ -23,6 +24,7 @@ from tests.systemd.machine import UNITS, VENV, Machine, Service
 Handler = Callable[[str], None]
 
 EXPOSURE = 1.5
+LOGROTATE = Path(__file__).parents[2] / "conf" / "logrotate"
 ECHO = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
 # As many megabytes as the client says.
 HUNGRY = """
@@ -262,6 +264,8 @@ def test_an_address_that_is_taken_is_tried_again(service: Service) -> None:
 
 def test_a_socket_whose_service_can_not_start_gives_up(service: Service) -> None:
     service.configure(wokers=3)
+    # The unit's 10 s are for a machine that starts a Python faster than once a second.
+    service.drop_in("service", "[Unit]\nStartLimitIntervalSec=60\n")
     service.with_socket()
     with service.connect():
         watch.until(
@@ -416,3 +420,74 @@ def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) ->
             f"systemctl stop prefork@shout.service prefork@shout.socket; rm -f {' '.join(files)}; systemctl daemon-reload",
             check=False,
         )
+
+
+# -- the log
+
+
+def entries(service: Service) -> list[dict[str, str]]:
+    """What the journal has of the service's own."""
+    said = service.machine.said(f"journalctl --no-pager -o json -u {service.unit} SYSLOG_IDENTIFIER=prefork")
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_the_journal_gets_priorities_and_fields(service: Service, handler: Handler) -> None:
+    handler(
+        "import sys\ndef loop(sock):\n    sock.recv(9)\n    print('low on spoons', file=sys.stderr)\n    raise KeyError('spoon')\n"
+    )
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"], access_log="-")
+    service.systemctl("start")
+    assert service.says() == b""
+    watch.until("it is logged", lambda: any(entry.get("PREFORK_EVENT") == "access" for entry in entries(service)))
+    found = {entry["PREFORK_EVENT"]: entry for entry in entries(service) if "PREFORK_EVENT" in entry}
+    assert found["serving"]["PRIORITY"] == "6"
+    assert found["serving"]["PREFORK_ADDRESSES"] == f"127.0.0.1:{service.port}"
+    error = found["handler_error"]
+    assert (error["PRIORITY"], error["PREFORK_ROLE"][:13]) == ("3", "gen 1 worker ")
+    # A traceback is one entry, of the process that has written it.
+    assert error["MESSAGE"].splitlines()[-1] == "    KeyError: 'spoon'"
+    assert service.machine.outside(int(error["_PID"])) in {process.pid for process in watch.family(service.master)}
+    assert (found["output"]["PRIORITY"], found["output"]["PREFORK_STREAM"], found["output"]["PREFORK_LINE"]) == (
+        "4",
+        "stderr",
+        "low on spoons",
+    )
+    access = found["access"]
+    assert (access["PREFORK_OUTCOME"], access["PREFORK_LISTENER"]) == ("error", f"127.0.0.1:{service.port}")
+    assert access["PREFORK_PEER"].startswith("127.0.0.1:")
+    # As people look at it.
+    assert "low on spoons" in service.machine.said(f"journalctl --no-pager -p warning -u {service.unit}")
+    assert "outcome" not in service.machine.said(f"journalctl --no-pager -u {service.unit} PREFORK_EVENT=handler_error")
+
+
+def test_after_an_upgrade_the_journal_gets_them_too(service: Service) -> None:
+    service.systemctl("start")
+    service.prefork("upgrade")
+    watch.until("it is told", lambda: any(entry.get("PREFORK_EVENT") == "upgraded" for entry in entries(service)))
+
+
+def test_logrotate_rotates_with_the_file_that_is_shipped(service: Service) -> None:
+    watch.needs("/usr/sbin/logrotate")
+    machine = service.machine
+    place = f"/var/log/prefork/{service.name}"
+    service.configure(bind=[f"127.0.0.1:{service.port}"], log_file=f"{place}/prefork.log", access_log=f"{place}/access.log")
+    machine.write("/etc/logrotate.d/prefork", LOGROTATE.read_text())
+    service.systemctl("start")
+    assert service.says() == b"hello"
+    folder = machine.root / "var/log/private/prefork" / service.name
+
+    def has(name: str, text: str) -> bool:
+        return (folder / name).exists() and text in (folder / name).read_text()
+
+    watch.until("the access is logged", lambda: has("access.log", " ok after "))
+    done = machine.run("/usr/sbin/logrotate --force --verbose /etc/logrotate.d/prefork")
+    assert "error" not in done.stderr, done.stderr
+    watch.until("the old files have other names", lambda: has("access.log.1", " ok after ") and has("prefork.log.1", " serving "))
+    watch.until("the new ones are written", lambda: has("prefork.log", "log files opened again"))
+    assert service.says() == b"hello"
+    watch.until("by workers, too", lambda: has("access.log", " ok after "))
+    uid = (machine.root / "run/prefork" / service.name).stat().st_uid
+    assert {(path.stat().st_uid, path.stat().st_mode & 0o777) for path in folder.glob("*.log")} == {(uid, 0o600)}
+    # Once more: what was renamed before is compressed now.
+    machine.run("/usr/sbin/logrotate --force /etc/logrotate.d/prefork")
+    assert {path.name for path in folder.iterdir()} >= {"access.log.1", "access.log.2.gz", "prefork.log.2.gz"}
