@@ -7,7 +7,7 @@ import shlex
 import signal
 import subprocess
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -94,8 +94,13 @@ def container(tmp_path: Path) -> Iterator[Container]:
         yield running
 
 
-def zombies(container: Container) -> list[int]:
-    return [process.pid for process in watch.family(container.pid) if process.status() == psutil.STATUS_ZOMBIE]
+def alive(container: Container) -> list[tuple[str, str]]:
+    """Its processes: what they are called, and their states."""
+    found = []
+    for process in watch.family(container.pid):
+        with suppress(psutil.NoSuchProcess):
+            found.append((process.name(), process.status()))
+    return found
 
 
 def test_the_master_is_pid_1_and_nobody_in_particular(container: Container) -> None:
@@ -114,11 +119,8 @@ def test_orphans_are_reaped_whoever_has_left_them(container: Container) -> None:
     # And one that no worker has begun, as a health check's may be.
     assert container.run("sh", "-c", "(sleep 0.2 &) ; true").returncode == 0
 
-    def sleepers() -> list[psutil.Process]:
-        return [process for process in watch.family(container.pid) if process.name() == "sleep"]
-
-    watch.until("they have ended", lambda: not sleepers())
-    watch.until("nobody is left to be reaped", lambda: not zombies(container))
+    watch.until("they have ended", lambda: "sleep" not in [name for name, _ in alive(container)])
+    watch.until("nobody is left to be reaped", lambda: psutil.STATUS_ZOMBIE not in [state for _, state in alive(container)])
     assert container.engine.poll() is None
 
 
