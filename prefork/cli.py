@@ -90,6 +90,7 @@ Environment:
 Files:
   $XDG_RUNTIME_DIR/prefork/NAME.sock   the control socket of the instance NAME
   /run/prefork/NAME.sock               the same, of root's, without that variable
+  /run/prefork/NAME/NAME.sock          the same, of a systemd unit
   /tmp/prefork-UID/NAME.sock           the same, of anybody else's
 """
 
@@ -414,7 +415,7 @@ def unit(sources: Sources, *, socket: bool) -> None:
     \b
     Examples:
       prefork unit --config /etc/prefork/echo.toml
-      prefork unit --config /etc/prefork/echo.toml | awk '/^# \\//{file = $2} {print > file}'   writes both files
+      prefork unit --config /etc/prefork/echo.toml | awk '/^# .etc/{file = $2} {print > file}'   writes both files
       prefork unit --module mymodule:loop --bind :443 --no-socket
     """
     from prefork import unit as units

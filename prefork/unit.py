@@ -206,7 +206,7 @@ def _seconds(value: float) -> str:
 def _quoted(word: str) -> str:
     """A word of a command line (systemd.service(5)): quoted where need be, % and $ doubled, but for our own specifier."""
     text = re.sub("%(?!i\\b)", "%%", word).replace("$", "$$")
-    if re.fullmatch(r"[A-Za-z0-9_@%+=:,./$-]+", text):
+    if re.fullmatch(r"[A-Za-z0-9_@%+=:,./$?&\[\]-]+", text):
         return text
     return '"' + text.replace("\\", "\\\\").replace('"', '\\"') + '"'
 

@@ -96,7 +96,7 @@ def container(tmp_path: Path) -> Iterator[Container]:
 
 def alive(container: Container) -> list[tuple[str, str]]:
     """Its processes: what they are called, and their states."""
-    found = []
+    found: list[tuple[str, str]] = []
     for process in watch.family(container.pid):
         with suppress(psutil.NoSuchProcess):
             found.append((process.name(), process.status()))

@@ -47,7 +47,7 @@ set -e
 layer() { mkdir -p /run/layers$1/upper /run/layers$1/work
           mount -t overlay overlay -o lowerdir=$1,upperdir=/run/layers$1/upper,workdir=/run/layers$1/work $1; }
 mount -t tmpfs tmpfs /run
-layer /etc; layer /opt; layer /var
+for place in /etc /opt /root /srv /usr/local /var; do layer $place; done
 # The machine's devices, in a folder of their own: a boot makes links there.
 mount -t tmpfs -o mode=755 tmpfs /mnt
 for node in null zero full random urandom tty kmsg; do touch /mnt/$node; mount --bind /dev/$node /mnt/$node; done
@@ -225,8 +225,8 @@ def missing() -> str | None:
 
 
 @contextmanager
-def booted(scratch: Path) -> Iterator[Machine]:
-    """Boot, install prefork, and take everything away again."""
+def booted(scratch: Path, *, install: bool = True) -> Iterator[Machine]:
+    """Boot, install prefork and its units, and take everything away again."""
     with _control_groups() as (procs, seen):
         settings = {**os.environ, "HIERARCHIES": seen, "TARGET": TARGET, "MASKED": MASKED, "SYSTEMD": SYSTEMD}
         join = "".join(f"echo $$ > {shlex.quote(path)}; " for path in procs)
@@ -236,7 +236,10 @@ def booted(scratch: Path) -> Iterator[Machine]:
             process = subprocess.Popen(command, env={**settings, "BOOT": BOOT}, stdout=log, stderr=log, stdin=subprocess.DEVNULL)
         watch.RESIDENTS.add(process.pid)
         try:
-            yield _wait(process, scratch / "boot.log")
+            machine = _wait(process, scratch / "boot.log")
+            if install:
+                _install(machine)
+            yield machine
         finally:
             process.kill()
             process.wait()
@@ -256,7 +259,6 @@ def _wait(process: "subprocess.Popen[bytes]", log: Path) -> Machine:
     machine = watch.until("pid 1 is systemd", look)
     done = watch.until("it has booted", lambda: _state(machine))
     assert done in ("running", "degraded"), f"{done}: {log.read_text()}"
-    _install(machine)
     return machine
 
 

@@ -400,7 +400,7 @@ def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) ->
     machine.write("/srv/mine/shout.py", "def loop(sock):\n    sock.sendall(sock.recv(64).upper())\n")
     machine.write("/srv/mine/conf.toml", f'module = "shout:loop"\nbind = ["127.0.0.1:{port}"]\nworkers = 1\ngraceful_timeout = 7\n')
     command = f"cd /srv/mine && {VENV}/bin/prefork unit --config conf.toml {flags}"
-    files = machine.said(command + " | awk '/^# \\//{file = $2; print file} {print > file}'").splitlines()
+    files = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
     assert files == [f"/etc/systemd/system/prefork@shout.{kind}" for kind in (["service"] if flags else ["service", "socket"])]
     try:
         assert machine.run(f"systemd-analyze verify --man=no {' '.join(files)}").stderr == ""
