@@ -86,7 +86,8 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
     if conf.umask is not None:
         os.umask(conf.umask)
     try:
-        os.nice(conf.nice)
+        if conf.nice:  # a sandbox may forbid setpriority(2), whatever is asked of it
+            os.nice(conf.nice)
     except PermissionError:
         raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
     for name, value in conf.rlimit:

@@ -69,7 +69,6 @@ def service(unit: Unit) -> str:
     return f"""\
 [Unit]
 Description=prefork: {unit.instance}
-Documentation=man:prefork(1)
 After=network.target
 {needs}# A crash, or an address that is taken, is tried again every second for ever; a socket unit starts the service at once for
 # whoever waits. 11 starts in 10 s are what the first never comes to, and where the second ends if a start can't succeed.
