@@ -23,6 +23,8 @@ from prefork.system.systemd import Notifier
 
 # The numbers of the status line, in seconds. As long as spare_timeout is, after which the master looks at surplus workers anyway.
 PERIOD = 10.0
+# A rate over less than this is chance.
+LEAST = 1.0
 # Start, reload and stop may each take longer than the unit says, as the configuration says; asked for every half of it.
 EXTENSION = 20.0
 # What the manager had no room for.
@@ -45,8 +47,8 @@ class Notifying:
         self._news = ""
         self._numbers = ""
         self._reload = daemon.last_reload
-        self._fed_at = self._extended_at = self._counted_at = self._sent_at = float("-inf")
-        self._accepted = 0
+        self._fed_at = self._extended_at = self._looked_at = self._counted_at = float("-inf")
+        self._accepted, self._rate = 0, 0.0
         self._at_rest = True
         self._again = False  # something could not be told
 
@@ -68,9 +70,7 @@ class Notifying:
         if phase == self._phase == READY and self.daemon.last_reload is not self._reload:
             # A reload that was refused in the turn in which it began: who has asked by a signal waits for both (notify-reload).
             self._tell_phase(RELOADING, now)
-        if phase != self._phase:
-            self._tell_phase(phase, now)
-        self._tell_status(now)
+        self._tell_what_is(phase, now)
         if phase != READY and now >= self._extended_at + EXTENSION / 2 and self._tell(EXTEND_TIMEOUT_USEC=int(EXTENSION * 1e6)):
             self._extended_at = now
         if self._watchdog is not None and now >= self._fed_at + self._watchdog / 2:
@@ -92,7 +92,7 @@ class Notifying:
             return None
         times = [self._fed_at + self._watchdog / 2] if self._watchdog is not None else []
         times += [self._extended_at + EXTENSION / 2] if self._phase != READY else []
-        times += [self._sent_at + PERIOD] if not self._at_rest else []
+        times += [self._looked_at + PERIOD] if not self._at_rest else []
         times += [self._clock() + AGAIN] if self._again else []
         return min(times) - self.daemon.lost if times else None
 
@@ -112,24 +112,31 @@ class Notifying:
         # A new fork server for a dead one changes nothing of what is served.
         return RELOADING if daemon.reloading is not None and not daemon.reloading.is_restart else READY
 
-    def _tell_phase(self, phase: str, now: float) -> None:
-        when = {"MONOTONIC_USEC": int(now * 1e6)} if phase == RELOADING else {}
-        if self._tell(**{f"{phase}": 1}, **when):
-            self._phase, self._reload = phase, self.daemon.last_reload
-            self._extended_at = float("-inf")
+    def _tell_phase(self, phase: str, now: float, **more: object) -> bool:
+        """Tell that a phase has begun, if it has, and what else is new."""
+        state: dict[str, object] = {}
+        if phase != self._phase:
+            state[phase] = 1
+            if phase == RELOADING:
+                state["MONOTONIC_USEC"] = int(now * 1e6)
+        state |= more
+        if not state or not self._tell(**state):
+            return False
+        if phase != self._phase:
+            self._phase, self._reload, self._extended_at = phase, self.daemon.last_reload, float("-inf")
+        return True
 
     # -- the status line
 
-    def _tell_status(self, now: float) -> None:
-        news = self._due_news()
-        if news == self._news and now < self._sent_at + PERIOD:
-            return
-        numbers = self._due_numbers(now)
-        self._sent_at = now
-        if (news, numbers) == (self._news, self._numbers):
-            return
-        told = "; ".join(filter(None, (numbers, news)))
-        if self._tell(STATUS=told):
+    def _tell_what_is(self, phase: str, now: float) -> None:
+        """Phase and status line, where they have changed: in one message, so that nobody sees one without the other."""
+        status: dict[str, object] = {}
+        news, numbers = self._news, self._numbers
+        if (due := self._due_news()) != news or now >= self._looked_at + PERIOD:
+            news, numbers = due, self._due_numbers(now)
+            if (news, numbers) != (self._news, self._numbers):
+                status["STATUS"] = systemd.line("; ".join(filter(None, (numbers, news))))
+        if self._tell_phase(phase, now, **status):
             self._news, self._numbers = news, numbers
 
     def _due_news(self) -> str:
@@ -150,12 +157,15 @@ class Notifying:
         daemon = self.daemon
         if daemon.current is None and daemon.stopping is None:
             return ""
-        accepted, busy = self._accepted_so_far(), daemon.busy()
-        # A hostile worker can take its counters back.
-        rate = max(0, accepted - self._accepted) / (now - self._counted_at) if now > self._counted_at else 0.0
-        self._accepted, self._counted_at = accepted, now
-        self._at_rest = busy == 0 and rate < 0.05
-        said = f"{busy} busy, {rate:.{1 if rate < 9.95 else 0}f} connections/s"
+        self._looked_at = now
+        if now >= self._counted_at + LEAST:
+            accepted = self._accepted_so_far()
+            # A hostile worker can take its counters back.
+            self._rate = max(0, accepted - self._accepted) / (now - self._counted_at)
+            self._accepted, self._counted_at = accepted, now
+        busy = daemon.busy()
+        self._at_rest = busy == 0 and self._rate < 0.05
+        said = f"{busy} busy, {self._rate:.{1 if self._rate < 9.95 else 0}f} connections/s"
         if daemon.current is None:
             return said
         acceptors = daemon.current.count(IDLE) + daemon.current.count(PARKED)

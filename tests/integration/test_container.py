@@ -84,8 +84,7 @@ def started(tmp_path: Path) -> Iterator[Container]:
             # By hand: the kernel forgets --kill-child when credentials change.
             for first in psutil.Process(engine.pid).children() if engine.poll() is None else []:
                 first.kill()
-            engine.wait()
-            watch.until("it has gone", lambda: not watch.family(os.getpid()))
+            engine.wait()  # which has waited for its child, as whose end the kernel ends everybody there
 
 
 @pytest.fixture

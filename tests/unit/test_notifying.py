@@ -148,6 +148,26 @@ def test_counters_that_went_back_are_no_negative_rate(running: Manager) -> None:
     assert running.hears(PERIOD) == []
 
 
+def test_a_rate_is_not_that_of_a_moment(running: Manager) -> None:
+    current = running.daemon.current
+    assert current is not None
+    running.now += PERIOD
+    current.connections = 50
+    assert running.hears() == ["STATUS=8 acceptors, 0 busy, 5.0 connections/s"]
+    current.connections = 60
+    running.daemon.state = "suspended"
+    assert running.hears(0.01) == ["STATUS=8 acceptors, 0 busy, 5.0 connections/s; suspended"]
+
+
+def test_the_whole_is_short_enough_for_the_manager(running: Manager) -> None:
+    running.daemon.last_reload = LastReload(0.0, "refused", "x" * 5000)
+    running.daemon.trouble = Trouble(1, 0.0, "y" * 5000)
+    running.daemon.stopping = object()
+    told = running.hears()
+    assert told[:-1] == ["STOPPING=1"]
+    assert len(told[-1]) == len("STATUS=") + TEXT_LIMIT
+
+
 def test_the_ceiling_is_told_with_the_numbers(running: Manager) -> None:
     running.daemon.current = Generation(0, saturated=True)
     running.daemon.connected = 256
