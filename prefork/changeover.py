@@ -246,7 +246,6 @@ class Changeover:
         )
         if daemon.wiring.runs_as_root:
             log.event("handlers_are_root")
-        daemon.notifier.send(READY=1)
 
     # -- the canary
 
@@ -289,7 +288,6 @@ class Changeover:
         first, _, rest = reason.partition("\n")
         log.event("rolled_back", what=reload.what, generation=old.number, crashed=new.number, reason=first, text=rest)
         self._remember("rolled back", reason)
-        daemon.notifier.send(STATUS=f"rolled back to generation {old.number}: {first}")
         daemon.tell(reload.clients, {"ok": False, "reason": f"rolled back to generation {old.number}: {reason}"})
 
     # -- it is not to be
@@ -329,7 +327,6 @@ class Changeover:
         first, _, rest = reason.partition("\n")
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
         self._remember("refused", reason)
-        daemon.notifier.send(STATUS=f"{what} refused: {first}")
         daemon.tell(clients, {"ok": False, "reason": reason})
         if current is not None and current.link.pid is None and daemon.stopping is None:
             seconds = daemon.trouble.add(daemon.now, reason, wait=wait)

@@ -17,7 +17,7 @@ from prefork import __version__, carried, forkserver, handler
 from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
-from prefork.system import credentials, process, signals
+from prefork.system import credentials, process, signals, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -151,6 +151,7 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
 def _become_like_a_fork_server(parent: int, outcome: int) -> None:
     os.setsid()
     signals.fresh()
+    systemd.forget(os.environ)
     _end_with(parent)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
     os.dup2(2, 1)  # standard output is for the configuration

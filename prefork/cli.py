@@ -90,6 +90,7 @@ Environment:
 Files:
   $XDG_RUNTIME_DIR/prefork/NAME.sock   the control socket of the instance NAME
   /run/prefork/NAME.sock               the same, of root's, without that variable
+  /run/prefork/NAME/NAME.sock          the same, of a systemd unit
   /tmp/prefork-UID/NAME.sock           the same, of anybody else's
 """
 
@@ -399,6 +400,34 @@ def init(folder: str) -> None:
 
     with _errors():
         click.echo(starter.start(folder))
+
+
+@main.command()
+@click.option("--socket/--no-socket", default=True, help="Have systemd open the addresses (the default), or the daemon itself.")
+@_configured
+def unit(sources: Sources, *, socket: bool) -> None:
+    """Print a systemd service and socket for what serve would do.
+
+    Takes what serve takes. Each file comes after a comment line with its name: the service is hardened, watched, reloads and
+    upgrades without losing a connection, and with its socket restarts so, too. It runs as a user that systemd makes for it, unless
+    `user` is configured.
+
+    \b
+    Examples:
+      prefork unit --config /etc/prefork/echo.toml
+      prefork unit --config /etc/prefork/echo.toml | awk '/^# .etc/{file = $2} {print > file}'   writes both files
+      prefork unit --module mymodule:loop --bind :443 --no-socket
+    """
+    from prefork import unit as units
+
+    with _errors():
+        text = units.units(sources, with_socket=socket)
+        unseen = units.hidden(sources)
+    for path in unseen:
+        click.echo(
+            f"prefork: {path} can't be seen by the service (ProtectHome, PrivateTmp): have it elsewhere, as in /opt", err=True
+        )
+    click.echo(text, nl=False)
 
 
 @main.command()

@@ -27,7 +27,6 @@ from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import LastReload, Tally, Trouble
 from prefork.system import limits
 from prefork.system.pidfile import PidFile
-from prefork.system.systemd import Notifier
 
 
 @dataclass(slots=True)
@@ -71,7 +70,6 @@ class Daemon:
     config: Config
     name: str
     activated: tuple[tuple[str, int], ...]
-    notifier: Notifier
     selector: selectors.BaseSelector
     wiring: Wiring
 

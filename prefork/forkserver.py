@@ -26,7 +26,7 @@ from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Kind, Order, Report
-from prefork.system import credentials, process, signals, stacks
+from prefork.system import credentials, process, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -86,7 +86,8 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
     if conf.umask is not None:
         os.umask(conf.umask)
     try:
-        os.nice(conf.nice)
+        if conf.nice:  # a sandbox may forbid setpriority(2), whatever is asked of it
+            os.nice(conf.nice)
     except PermissionError:
         raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
     for name, value in conf.rlimit:
@@ -162,6 +163,7 @@ class ForkServer:
         brief = self.brief
         os.setsid()  # only the master hears the terminal
         signals.fresh()
+        systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
         self.ending = Ending(self.board)
         os.dup2(brief.devnull, 0)

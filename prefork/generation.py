@@ -774,6 +774,10 @@ class Generation:
         """Whether the ceiling keeps a listener from having its acceptors."""
         return any(acceptors.memory.saturated for acceptors in self._acceptors)
 
+    def begun(self) -> int:
+        """Connections so far, for a rate: as the workers say, without a check."""
+        return sum(self.board.begun(place, high) for place, high in enumerate(self.pool.high))
+
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""
         return sum((self.board.counts(slot) for slot in self._slots()), NOTHING)

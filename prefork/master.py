@@ -22,6 +22,7 @@ from prefork.daemon import Daemon
 from prefork.errors import InUseError, PreforkError
 from prefork.link import Wiring
 from prefork.net.unix import inode_of, remove
+from prefork.notifying import Notifying
 from prefork.ops import control, instances
 from prefork.ops.control import Client
 from prefork.pool import wire
@@ -29,7 +30,7 @@ from prefork.stopping import Stopping
 from prefork.system import credentials, pidfile, process, program, signals
 from prefork.system.pidfile import PidFile
 from prefork.system.program import Program
-from prefork.system.systemd import Notifier, activated
+from prefork.system.systemd import Notifier, activated, line
 from prefork.upgrading import Upgrading
 
 HANDLED = (
@@ -67,6 +68,7 @@ class Master:
         self.changeover = Changeover(self.daemon)
         self.upgrading = Upgrading(self.daemon, self.changeover, how)
         self.stopping = Stopping(self.daemon, self.changeover, self.upgrading)
+        self.notifying = Notifying(self.daemon)
         self.deaf_until: float | None = None  # to the doorbell
         self.seen_exited = 0
         self.handed: tuple[int, str] | None = None  # by another program: the descriptor of its state, and why it is us again
@@ -100,10 +102,14 @@ class Master:
     def start(self) -> None:
         """Begin, or go on with what another program of this process has begun. Raises PreforkError."""
         handed = program.handed_over(os.environ)
-        if handed is None:
-            self._begin()
-        else:
-            self._go_on(*handed)
+        try:
+            if handed is None:
+                self._begin()
+            else:
+                self._go_on(*handed)
+        except PreforkError as error:
+            Notifier.from_environment().send(STATUS=line(f"the start failed: {error}"))
+            raise
 
     def _begin(self) -> None:
         daemon = self.daemon
@@ -137,7 +143,7 @@ class Master:
     def _prick_up(self) -> None:
         """Hear signals and the doorbell."""
         daemon = self.daemon
-        daemon.notifier = Notifier.from_environment()
+        self.notifying.begin()
         daemon.selector = selectors.DefaultSelector()
         self.inbox = signals.Inbox(HANDLED)
         daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
@@ -186,6 +192,7 @@ class Master:
         signals.block()
         late = self.inbox.take()
         if not late:
+            self.notifying.become()
             self.upgrading.become()
         signals.unblock()
         self._reap()
@@ -305,11 +312,13 @@ class Master:
             daemon.selector.register(daemon.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
         if daemon.control is not None:
             daemon.control.tend(daemon.now)
+        self.notifying.tend()
 
     def _wake_at(self) -> float | None:
         daemon = self.daemon
         times = [generation.wake_at() for generation in daemon.generations()]
         times += [self.deaf_until, self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
+        times.append(self.notifying.wake_at())
         if daemon.control is not None:
             times.append(daemon.control.wake_at())
         if daemon.stopping is not None:

@@ -31,7 +31,6 @@ class Stopping:
             return
         seconds = daemon.config.graceful_timeout if timeout is None else timeout
         stop = daemon.stopping = Stop(why, daemon.now, daemon.now + seconds, clients, killed_before=daemon.killed())
-        daemon.notifier.send(STOPPING=1)
         self.upgrading.drop(_WHY)
         if daemon.reloading is None or not daemon.reloading.is_restart:
             self.changeover.drop(_WHY)
@@ -58,7 +57,6 @@ class Stopping:
             clients += daemon.stopping.clients
             before = daemon.stopping.killed_before
         else:
-            daemon.notifier.send(STOPPING=1)
             before = daemon.killed()
         if daemon.failure is None:
             log.event("stopping_quickly", why=why)

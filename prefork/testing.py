@@ -135,6 +135,7 @@ def serve(
             )
             try:
                 _wait_until_ready(process, ready, log_path)
+                ready.close()  # nobody listens any more: a queue that fills up would have the daemon try again
                 yield Server(_first_address(str(options["control"])), process.pid, str(options["control"]), log_path, process)
             finally:
                 _end(process, log_path)

@@ -18,6 +18,8 @@ from prefork.testing import Server
 
 T = TypeVar("T")
 DEADLINE = 20.0
+# Processes that stay from one test to the next on purpose, and whatever is below them.
+RESIDENTS: set[int] = set()
 
 
 def until(what: str, look: Callable[[], T | None], deadline: float = DEADLINE) -> T:
@@ -179,8 +181,12 @@ def running(
     *,
     fds: tuple[int, ...] = (),
     environment: dict[str, str] | None = None,
+    wait: bool = True,
 ) -> Iterator[Server]:
-    """A daemon that is started by this command line, which serves already or has ended; stopped at the end of the block."""
+    """A daemon that is started by this command line, which serves already or has ended unless there was no ``wait`` for it.
+
+    It is stopped at the end of the block.
+    """
     control = str(scratch / "control")
     with (scratch / "output").open("wb") as file:
         process = subprocess.Popen(
@@ -195,7 +201,7 @@ def running(
     try:
         until(
             "it serves or has ended",
-            lambda: (server.log_path.exists() and " serving " in server.log()) or process.poll() is not None,
+            lambda: not wait or (server.log_path.exists() and " serving " in server.log()) or process.poll() is not None,
         )
         yield server
     finally:

@@ -75,11 +75,16 @@ class Output:
         if told:
             level, sentence = EVENTS["dropped"]
             lines[:0] = self._render(sink, _entry("dropped", level, sentence.format(count=told), "", {"count": told}))
-        lost = sink.write([(line + "\n").encode("utf-8", "backslashreplace") for line in lines])
+        lost = sink.write(lines)
         # The first line was the one that tells.
         sink.dropped = told + lost - 1 if told and lost == len(lines) else lost
 
-    def _render(self, sink: Sink, entry: Entry) -> list[str]:
+    def _render(self, sink: Sink, entry: Entry) -> list[bytes]:
+        if sink.native:
+            return formats.as_entries(entry, json_message=self.format == "json")
+        return [(line + "\n").encode("utf-8", "backslashreplace") for line in self._lines(sink, entry)]
+
+    def _lines(self, sink: Sink, entry: Entry) -> list[str]:
         if self.format == "json":
             if sink.journal:
                 return formats.as_journal_json(entry, sink.room)

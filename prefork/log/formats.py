@@ -1,13 +1,15 @@
-"""An entry of the log as lines: text for people, text for the journal (sd-daemon(3)), JSON for machines.
+"""An entry of the log as lines: text for people, text for the journal (sd-daemon(3)), JSON for machines; and as entries of the
+journal, with fields.
 
 Pure. What comes from users' code or clients must not forge lines or steer a terminal: whatever can't be printed is escaped.
 """
 
 import json
 import math
+import struct
 import time
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime
 from typing import Any
 
@@ -15,6 +17,8 @@ from prefork.log.events import Level
 
 # Kept free in a line of limited length for everything that is not a user's text.
 OVERHEAD = 320
+# Of an entry of the journal: what waits there to be read is limited by its sender's buffer, 208 KiB (net.core.wmem_default).
+ENTRY_TEXT = 49152
 _COLOURS = {Level.DEBUG: "2", Level.INFO: "32", Level.WARNING: "33", Level.ERROR: "1;31"}
 # syslog(3)'s, which the journal reads from the beginning of a line.
 _PRIORITIES = {Level.DEBUG: 7, Level.INFO: 6, Level.WARNING: 4, Level.ERROR: 3}
@@ -78,6 +82,31 @@ def as_json(entry: Entry, room: int | None) -> list[str]:
 def as_journal_json(entry: Entry, room: int) -> list[str]:
     """JSON whose priority the journal understands too."""
     return [f"<{_PRIORITIES[entry.level]}>{line}" for line in as_json(entry, room - len("<0>"))]
+
+
+def as_entries(entry: Entry, *, json_message: bool) -> list[bytes]:
+    """Entries of the journal, as a rule one: the message is what another log has as lines. A long text takes several."""
+    pieces = list(cut(entry.text, ENTRY_TEXT))
+    told = []
+    for at, piece in enumerate(pieces, 1):
+        part = {} if len(pieces) == 1 else {"part": at, "parts": len(pieces)}
+        of_it = replace(entry, text=piece)
+        message = as_json(of_it, None) if json_message else _lines(f"{entry.role}: ", of_it)
+        fields = {"event": entry.event, "role": entry.role, **entry.fields, **part}
+        told.append(
+            _field("MESSAGE", "\n".join(message))
+            + _field("PRIORITY", str(_PRIORITIES[entry.level]))
+            + _field("SYSLOG_IDENTIFIER", "prefork")
+            + b"".join(_field(f"PREFORK_{key.upper()}", str(value)) for key, value in fields.items() if value is not None)
+        )
+    return told
+
+
+def _field(name: str, value: str) -> bytes:
+    data = value.encode("utf-8", "backslashreplace")
+    if b"\n" in data:
+        return name.encode() + b"\n" + struct.pack("<Q", len(data)) + data + b"\n"
+    return name.encode() + b"=" + data + b"\n"
 
 
 def _plain(value: Any) -> Any:

@@ -4,7 +4,9 @@ A line that can't be written is given up, whole, and counted; nothing here waits
 each kind of file is kept from making a writer wait:
 
 * a pipe and a terminal are opened anew with O_NONBLOCK, which belongs to the open file that others share (open(2));
-* a socket, the journal's or a container's, is written with MSG_DONTWAIT (send(2)), because it can't be opened anew;
+* a socket, the journal's or a container's, is written with MSG_DONTWAIT (send(2)), because it can't be opened anew; when it is
+  the journal's, entries with fields go to that one's other socket, one datagram each
+  (https://systemd.io/JOURNAL_NATIVE_PROTOCOL);
 * a disk that is full fails by itself.
 
 Lines of many processes do not mix: a write of at most PIPE_BUF bytes to a pipe is one piece (pipe(7)), one to a file opened
@@ -27,6 +29,8 @@ PIPE_BUF = 4096
 # Into a file lines may be longer; journald and collectors of logs cut at 16 to 48 KiB what is longer than that.
 FILE_LINE = 16384
 _DONT_WAIT = socket.MSG_DONTWAIT | socket.MSG_NOSIGNAL
+# The journal's other socket has gone, and another one may be in its place.
+_GONE = (errno.ECONNREFUSED, errno.ENOTCONN, errno.ECONNRESET, errno.EPIPE)
 _OPEN = os.O_WRONLY | os.O_APPEND | os.O_NONBLOCK | os.O_NOCTTY | os.O_CLOEXEC
 # Taken before anybody wraps it.
 _mask = signal.pthread_sigmask
@@ -47,7 +51,7 @@ class Sink:
         self.path = path
         self.fd = 2
         self.dropped = 0
-        self.whole = self.journal = self.terminal = False
+        self.whole = self.journal = self.native = self.terminal = False
         self._socket = self._shielded = self._stands_in = False
         self._identity: tuple[int, int] | None = None
         self._place = next(_places) % len(_torn)
@@ -86,7 +90,8 @@ class Sink:
         self._socket = stat.S_ISSOCK(found.st_mode)
         self.terminal = stat.S_ISCHR(found.st_mode) and os.isatty(self.fd)
         # systemd.exec(5): so that a program sees whether its standard error was put elsewhere meanwhile.
-        self.journal = not self.path and os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        its = self.native or os.environ.get("JOURNAL_STREAM") == f"{found.st_dev}:{found.st_ino}"
+        self.journal = not self.path and its
 
     def shield(self) -> str | None:
         """Keep a pipe or terminal that is standard error from making us wait. Once; returns why that is not possible."""
@@ -97,6 +102,9 @@ class Sink:
             self._look()
             if self.terminal or stat.S_ISFIFO(os.fstat(2).st_mode):
                 self.fd = os.open("/proc/self/fd/2", _OPEN & ~os.O_APPEND)
+            elif self.journal and (fd := _journal_socket()) is not None:
+                self.fd, self.native = fd, True
+                self._look()
         except OSError as error:
             return error.strerror
         return None
@@ -123,7 +131,7 @@ class Sink:
                 self.open(create=False)
             else:
                 if self.fd != 2:
-                    self.fd, self._shielded = 2, False
+                    self.fd, self._shielded, self.native = 2, False, False
                     self.shield()
                 self._look()
         except OSError:
@@ -150,6 +158,8 @@ class Sink:
 
     def write(self, lines: Sequence[bytes]) -> int:
         """Write whole lines. Returns how many of them, the last ones, could not be written."""
+        if self.native:
+            return self._send(lines)
         left = len(lines)
         for piece in self._pieces(lines):
             torn = _torn[self._place]
@@ -166,6 +176,18 @@ class Sink:
                     _torn[self._place] = 1
                 return left
         return left
+
+    def _send(self, entries: Sequence[bytes]) -> int:
+        """The same for entries of the journal: each arrives whole or not at all."""
+        for place, entry in enumerate(entries):
+            try:
+                self._put(entry)
+            except OSError as error:
+                if error.errno in _GONE:
+                    self.close()
+                    self._identity = None  # so that the next line looks for another one
+                return len(entries) - place
+        return 0
 
     def _put(self, data: bytes) -> int:
         if self._identity is None:
@@ -188,7 +210,7 @@ class Sink:
     @property
     def room(self) -> int:
         """How long a line may be and still arrive in one piece."""
-        return FILE_LINE if self.whole else PIPE_BUF
+        return FILE_LINE if self.whole or self.native else PIPE_BUF
 
     def _pieces(self, lines: Sequence[bytes]) -> Iterator[bytes]:
         """Whole lines, joined as long as the pieces are written in one go."""
@@ -202,6 +224,21 @@ class Sink:
                 piece = b""
             piece += line
         yield piece
+
+
+def _journal_socket() -> int | None:
+    """A descriptor for the journal's entries, beside the stream that standard error is; None when there is none."""
+    with socket.socket(fileno=os.dup(2)) as stream:
+        name = stream.getpeername()
+    folder, file = os.path.split(name if isinstance(name, str) else "")
+    if file != "stdout":
+        return None
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as sock:
+        try:
+            sock.connect(os.path.join(folder, "socket"))
+        except OSError:  # the stream takes text, with priorities
+            return None
+        return sock.detach()
 
 
 def give(fd: int, owner: int) -> None:

@@ -266,6 +266,11 @@ class Scoreboard:
         first = self.record(slot) + HISTOGRAM
         return self.words[first : first + BUCKETS].tolist()
 
+    def begun(self, listener: int, high: int) -> int:
+        """Connections that a listener's first ``high`` slots have begun, for a rate: quick, and what a worker says of itself."""
+        first = self.record(listener * self.layout.capacity) + BEGUN
+        return sum(self.words[first : first + high * RECORD_WORDS : RECORD_WORDS])
+
     def counts(self, slot: int) -> Counts:
         """The slot's counters, consistent unless the worker ended connections during each of so many readings."""
         begun_at = self.record(slot) + BEGUN

@@ -140,10 +140,10 @@ def reap(*, stops: bool = False) -> list[Ended | Changed]:
 
 def children() -> set[int]:
     """Our children, also those that have ended and were not reaped."""
-    import psutil  # noqa: PLC0415 - slow to import, and no daemon asks
-
-    # Not /proc/self/task/*/children: it may leave out living ones when others end meanwhile (proc_pid_task(5)).
-    return {child.pid for child in psutil.Process().children()}
+    # Not /proc/self/task/*/children: it may leave out living ones when others end meanwhile (proc_pid_task(5)). Nor psutil, which
+    # reads /proc/stat for it: a service with ProcSubset=pid has none.
+    us = str(os.getpid()).encode()
+    return {int(name) for name in os.listdir("/proc") if name.isdigit() and _stat(int(name)).split(maxsplit=2)[1:2] == [us]}
 
 
 def inherited_children() -> frozenset[int]:
@@ -188,6 +188,11 @@ def signal_child(pid: int, signo: int) -> bool:
 
 def state(pid: int) -> bytes:
     """The process's state as proc_pid_stat(5) has it: R (runs, or waits for a CPU), T (stopped), ...; nothing when it has gone."""
+    return _stat(pid)[:1]
+
+
+def _stat(pid: int) -> bytes:
+    """State, parent and what else proc_pid_stat(5) has after the command's name; nothing of one that has gone."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)
     except OSError:
@@ -198,8 +203,8 @@ def state(pid: int) -> bytes:
         return b""
     finally:
         os.close(fd)
-    # The command's name is in parentheses and may hold anything: the state follows the last one.
-    return stat[stat.rfind(b")") + 2 : stat.rfind(b")") + 3]
+    # The name is in parentheses and may hold anything.
+    return stat[stat.rfind(b")") + 2 :]
 
 
 def end_input(fd: int) -> None:

@@ -94,10 +94,10 @@ def test_the_service_manager_is_told_in_its_status_line(tmp_path: Path, module: 
             on_trial(server)
             host, _, port = server.status()["listeners"][0]["address"].rpartition(":")
             assert says((host, int(port)), b"!") == b""
-            hears(b"STATUS=rolled back to generation 1: 1 of its workers crashed within canary = 60 s")
+            hears(b"; last reload rolled back: 1 of its workers crashed within canary = 60 s")
             module("1 / 0\n")
             os.kill(server.pid, signal.SIGHUP)
-            hears(b"STATUS=reload (SIGHUP) refused: mine:loop: the import raised")
+            hears(b"; last reload refused: mine:loop: the import raised")
 
 
 def test_fewer_crashes_are_no_reason(prefork_server: Start, module: Module) -> None:

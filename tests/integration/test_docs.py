@@ -61,6 +61,7 @@ def test_the_readme_answers_in_the_order_of_the_questions() -> None:
         "Signals",
         "Handlers",
         "Testing your handler",
+        "As a service",
         "Operating",
         "Logging",
         "Limits and non-goals",

@@ -8,7 +8,7 @@ import resource
 import socket
 import string
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
@@ -422,6 +422,125 @@ def test_the_journal_is_told_the_priority_of_json_too(monkeypatch: pytest.Monkey
         assert {line[:3] for line in lines} == {"<3>"}
         assert all(len(line) < 4096 for line in lines)
         assert len(list(log_schema.read("".join(line[3:] + "\n" for line in lines)))) == 3
+
+
+class Journal:
+    """A journal's two sockets, of which standard error is connected to the first."""
+
+    def __init__(self, folder: Path, stack: ExitStack, monkeypatch: pytest.MonkeyPatch) -> None:
+        self.folder = folder
+        listener = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        listener.bind(str(folder / "stdout"))
+        listener.listen()
+        client = stack.enter_context(socket.socket(socket.AF_UNIX, socket.SOCK_STREAM))
+        client.connect(str(folder / "stdout"))
+        self.stream = stack.enter_context(listener.accept()[0])
+        self.stream.setblocking(False)
+        self.entries = stack.enter_context(self.opened())
+        found = os.fstat(client.fileno())
+        monkeypatch.setenv("JOURNAL_STREAM", f"{found.st_dev}:{found.st_ino}")
+        stack.enter_context(descriptor_2(client.fileno()))
+
+    def opened(self) -> socket.socket:
+        sock = socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM)
+        sock.bind(str(self.folder / "socket"))
+        sock.setblocking(False)
+        return sock
+
+    def entry(self) -> dict[str, str]:
+        """The next one, as its fields."""
+        data, found = self.entries.recv(1 << 20), {}
+        while data:
+            line, _, data = data.partition(b"\n")
+            name, equals, value = line.partition(b"=")
+            if not equals:
+                length = int.from_bytes(data[:8], "little")
+                value, data = data[8 : 8 + length], data[8 + length + 1 :]
+            found[name.decode()] = value.decode()
+        return found
+
+
+@pytest.fixture
+def opened(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Callable[[ExitStack], Journal]:
+    # Standard error is pytest's between a fixture and its test.
+    return lambda stack: Journal(tmp_path, stack, monkeypatch)
+
+
+def test_the_journal_gets_fields(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use()
+        log.event("fork_failed", reason="no memory", failures=3, seconds=0.5)
+        assert journald.entry() == {
+            "MESSAGE": "master: fork failed: no memory; 3 in a row, next try in 0.5 s",
+            "PRIORITY": "3",
+            "SYSLOG_IDENTIFIER": "prefork",
+            "PREFORK_EVENT": "fork_failed",
+            "PREFORK_ROLE": "master",
+            "PREFORK_REASON": "no memory",
+            "PREFORK_FAILURES": "3",
+            "PREFORK_SECONDS": "0.5",
+        }
+        log.event("bug", where="x", text="Traceback\n  File\x1b\nKeyError\n")
+        message = journald.entry()["MESSAGE"]
+        assert message == "master: internal error in the x, please report it\n    Traceback\n      File\\x1b\n    KeyError"
+        with pytest.raises(BlockingIOError):
+            journald.stream.recv(1)
+
+
+def test_json_is_the_message_of_the_journals_entry(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use(log_format="json")
+        log.event("bug", where="a\nb", text="y" * 10_000)
+        entry = journald.entry()
+        [document] = log_schema.read(entry["MESSAGE"] + "\n")
+        assert (document["event"], document["where"], len(document["text"])) == ("bug", "a\nb", 10_000)
+        assert (entry["PRIORITY"], entry["PREFORK_WHERE"]) == ("3", "a\nb")
+
+
+def test_a_text_that_no_datagram_takes_comes_in_parts(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use()
+        log.event("bug", where="x", text="z" * 100_000)
+        entries = [journald.entry() for _ in range(3)]
+        assert [entry["PREFORK_PART"] + "/" + entry["PREFORK_PARTS"] for entry in entries] == [f"{n}/3" for n in range(1, 4)]
+        assert sum(entry["MESSAGE"].count("z") for entry in entries) == 100_000
+
+
+def test_a_journal_that_is_full_makes_nobody_wait_and_is_told_of_what_it_missed(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use()
+        for _ in range(2000):
+            log.event("bug", where="x" * 1000)
+        dropped = log._sinks[""].dropped
+        assert dropped > 0
+        empty(journald.entries)
+        log.event("bug", where="again")
+        assert journald.entry()["MESSAGE"] == f"master: {dropped} log lines could not be written"
+        assert journald.entry()["PREFORK_WHERE"] == "again"
+
+
+def test_a_journal_that_has_been_opened_anew_is_found_again(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use()
+        journald.entries.close()
+        log.event("bug", where="lost")
+        (journald.folder / "socket").unlink()
+        with journald.opened() as journald.entries:
+            log.event("bug", where="found")
+            assert journald.entry()["PREFORK_COUNT"] == "1"
+            assert journald.entry()["PREFORK_WHERE"] == "found"
+        # Without one there is the stream.
+        (journald.folder / "socket").unlink()
+        for where in ("lost", "text"):
+            log.event("bug", where=where)
+        assert (
+            journald.stream.recv(4096).decode().splitlines()[-1].startswith(f"<3>master[{os.getpid()}]: internal error in the text")
+        )
 
 
 @pytest.mark.parametrize("named", ["", "1:2", "nonsense"])

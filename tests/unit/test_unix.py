@@ -9,7 +9,10 @@ import pytest
 from prefork.net import unix
 
 
-def test_a_socket_is_never_seen_without_its_mode_and_owner(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize(("owner", "owned"), [((os.getuid(), os.getgid()), ["chown"]), (unix.UNCHANGED, [])])
+def test_a_socket_is_never_seen_without_its_mode_and_owner(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: tuple[int, int], owned: list[str]
+) -> None:
     path = tmp_path / "socket"
     steps: list[str] = []
     for name in ("chown", "chmod", "rename"):
@@ -21,9 +24,9 @@ def test_a_socket_is_never_seen_without_its_mode_and_owner(tmp_path: Path, monke
             real(*args, **more)  # type: ignore[operator]
 
         monkeypatch.setattr(os, name, step)
-    sock, inode = unix.open_unix(str(path), 0o640, 1)
+    sock, inode = unix.open_unix(str(path), 0o640, 1, owner)
     with sock:
-        assert steps == ["chown", "chmod", "rename"]
+        assert steps == [*owned, "chmod", "rename"]
         assert (path.stat().st_dev, path.stat().st_ino) == inode
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
         assert [entry.name for entry in tmp_path.iterdir()] == ["socket"]

@@ -1,0 +1,493 @@
+"""The units under a real systemd: what they promise, the protocol, sockets, restarts, and how far they are shut in."""
+
+import json
+import os
+import random
+import re
+import select
+import signal
+import socket
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from prefork.testing import connect
+from prefork.unit import files
+from tests import watch
+from tests.load import Load
+from tests.systemd import campaign
+from tests.systemd.machine import UNITS, VENV, Machine, Service
+
+Handler = Callable[[str], None]
+
+EXPOSURE = 1.5
+LOGROTATE = Path(__file__).parents[2] / "conf" / "logrotate"
+ECHO = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
+# As many megabytes as the client says.
+HUNGRY = """
+def loop(sock):
+    word = sock.recv(64)
+    if word.isdigit():
+        eaten = bytearray(b"x") * (int(word) << 20)
+    sock.sendall(word)
+"""
+
+
+def test_the_files_are_what_the_program_makes() -> None:
+    assert {path.name: path.read_text() for path in UNITS.iterdir()} == files()
+
+
+def test_systemd_finds_nothing_to_complain_of(machine: Machine) -> None:
+    for name in files():
+        done = machine.run(f"systemd-analyze verify /etc/systemd/system/{name}")
+        assert done.stdout + done.stderr == "", name
+
+
+def test_a_start_is_over_when_it_serves_and_the_status_line_tells(service: Service) -> None:
+    service.systemctl("start")
+    assert service.says() == b"hello"
+    told = service.machine.said(f"systemctl status {service.unit}")
+    assert re.search('Status: "(.*)"', told)[1] == "2 acceptors, 0 busy, 0.0 connections/s"  # type: ignore[index]
+    assert "Active: active (running)" in told
+    assert service.show("Type", "NotifyAccess", "WatchdogUSec") == ["notify", "main", "30s"]
+    assert service.status()["name"] == service.name
+    # As root sees it without saying which: by the name of the instance.
+    assert f"{service.name}  running  echo:loop" in service.prefork("status").stdout
+
+
+def test_a_reload_waits_and_the_main_pid_stays(service: Service, handler: Handler) -> None:
+    handler(ECHO)
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"])
+    service.systemctl("start")
+    master = service.show("MainPID")
+    handler("import os, time\nwhile not os.path.exists('/run/prefork-tests-go'):\n    time.sleep(0.01)\n" + ECHO)
+    done = threading.Thread(target=service.systemctl, args=("reload",))
+    done.start()
+    service.becomes("reloading")
+    assert service.says() == b"hello"
+    assert done.is_alive()
+    service.machine.write("/run/prefork-tests-go", "")
+    done.join(watch.DEADLINE)
+    assert service.show("ActiveState", "MainPID", "NRestarts") == ["active", *master, "0"]
+    assert service.status()["generation"] == 2
+
+
+def test_a_refused_reload_fails_and_can_be_seen(service: Service, handler: Handler) -> None:
+    handler(ECHO)
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"])
+    service.systemctl("start")
+    handler("1 / 0\n")
+    assert service.systemctl("reload", check=False).returncode == 1
+    told = service.machine.said(f"systemctl status {service.unit}")
+    assert "last reload refused: mine:loop: the import raised ZeroDivisionError: division by zero" in told
+    assert "Active: active (running)" in told
+    assert service.says() == b"hello"
+    handler(ECHO)
+    service.systemctl("reload")
+    watch.until("it is not told any more", lambda: "refused" not in service.status_text)
+    # By a signal, too, systemd hears of both ends.
+    handler("1 / 0\n")
+    service.machine.run(f"systemctl kill --kill-whom=main --signal=HUP {service.unit}")
+    watch.until("it is told", lambda: "last reload refused" in service.status_text)
+    service.becomes("active")
+
+
+def test_an_upgrade_keeps_the_main_pid_inside_all_walls(service: Service) -> None:
+    service.systemctl("start")
+    master = service.show("MainPID")
+    with service.connect() as held, Load(("127.0.0.1", service.port), clients=2) as load:
+        held.sendall(b"before")
+        assert held.recv(64) == b"before"
+        for generation in (2, 3):
+            done = service.prefork("upgrade")
+            assert f"generation {generation} serves" in done.stdout
+        held.sendall(b"after")
+        assert held.recv(64) == b"after"
+    assert (load.failures, load.refused) == ([], 0)
+    assert service.show("ActiveState", "MainPID", "NRestarts") == ["active", *master, "0"]
+    service.systemctl("reload")
+    assert service.status()["generation"] == 4
+
+
+def test_a_refused_upgrade_can_be_seen(service: Service) -> None:
+    service.systemctl("start")
+    package = next(service.machine.root.glob("opt/prefork/venv/lib/python*/site-packages")) / "click"
+    package.rename(package.with_name("away"))
+    try:
+        os.kill(service.master, signal.SIGUSR2)
+        watch.until("it is told", lambda: "last upgrade refused" in service.status_text)
+    finally:
+        package.with_name("away").rename(package)
+    assert service.says() == b"hello"
+    service.becomes("active")
+
+
+def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(service: Service) -> None:
+    service.drop_in("service", "[Service]\nWatchdogSec=1\n")
+    service.systemctl("start")
+    before = service.master
+    os.kill(before, signal.SIGSTOP)
+    watch.until("it was restarted", lambda: service.show("NRestarts", "ActiveState") == ["1", "active"])
+    assert service.master != before
+    assert service.says() == b"hello"
+    assert "Watchdog timeout" in service.machine.said(f"journalctl --no-pager -u {service.unit}")
+
+
+def test_one_that_runs_is_not(service: Service) -> None:
+    service.drop_in("service", "[Service]\nWatchdogSec=1\n")
+    service.systemctl("start")
+    service.systemctl("reload")
+    service.prefork("upgrade")
+    fed = {""}
+
+    def is_fed() -> bool:
+        fed.update(service.show("WatchdogTimestampMonotonic"))
+        return len(fed) > 5
+
+    watch.until("it is fed", is_fed)
+    assert service.show("NRestarts", "ActiveState") == ["0", "active"]
+
+
+# -- sockets
+
+
+def test_the_first_client_starts_the_service(service: Service) -> None:
+    service.configure()
+    service.with_socket()
+    assert service.show("ActiveState") == ["inactive"]
+    assert service.says() == b"hello"
+    service.becomes("active")
+    assert [each["address"] for each in service.status()["listeners"]] == [f"127.0.0.1:{service.port}"]
+
+
+def test_tcp_and_unix_sockets_and_several_units_by_name(service: Service) -> None:
+    service.configure(bind=["systemd:more", f"systemd:{service.name}"])
+    more = f"prefork-{service.name}-more.socket"
+    path, port = f"/run/{service.name}.sock", watch.free_port()
+    text = f"[Socket]\nListenStream=[::1]:{port}\nFileDescriptorName=more\nService={service.unit}\n"
+    service.machine.write(f"/etc/systemd/system/{more}", text)
+    service.drop_in("service", f"[Service]\nSockets=prefork@{service.name}.socket {more}\n")
+    service.with_socket(f"ListenStream={path}\nSocketMode=0600\n")
+    service.machine.run(f"systemctl start {more}")
+    try:
+        for where in (("127.0.0.1", service.port), ("::1", port), f"{service.machine.root}{path}"):
+            with connect(where) as sock:
+                sock.sendall(b"hello")
+                assert sock.recv(64) == b"hello"
+        assert len(service.status()["listeners"]) == 3
+        service.systemctl("reload")
+        service.prefork("upgrade")
+        assert len(service.status()["listeners"]) == 3
+        assert service.says() == b"hello"
+    finally:
+        service.machine.run(f"systemctl stop {more}")
+        (service.machine.root / "etc/systemd/system" / more).unlink()
+
+
+def test_reloads_upgrades_and_restarts_under_load_lose_nobody(service: Service) -> None:
+    service.configure(workers=4)
+    service.with_socket()
+    figures = campaign.run(service, reloads=3, upgrades=2, restarts=3)
+    assert (figures.failures, figures.refused) == ({}, 0), figures
+    assert figures.connections > 100
+
+
+# -- stops and ends
+
+
+def test_a_stop_lets_connections_finish_and_cuts_them_when_their_time_is_over(service: Service) -> None:
+    service.configure(bind=[f"127.0.0.1:{service.port}"], graceful_timeout=1)
+    service.systemctl("start")
+    with service.connect() as held:
+        held.sendall(b"x")
+        assert held.recv(1) == b"x"
+        begun = time.monotonic()
+        service.systemctl("stop")
+        assert 1 <= time.monotonic() - begun < 5
+        assert held.recv(1) == b""
+    assert service.show("Result", "ActiveState") == ["success", "inactive"]
+
+
+def test_connections_may_take_longer_than_the_unit_knows(service: Service) -> None:
+    service.drop_in("service", "[Service]\nTimeoutStopSec=1\n")
+    service.systemctl("start")
+    with service.connect() as held:
+        held.sendall(b"x")
+        assert held.recv(1) == b"x"
+        stop = threading.Thread(target=service.systemctl, args=("stop",))
+        stop.start()
+        service.becomes("deactivating")
+        # Not an event: TimeoutStopSec has to pass.
+        assert select.select([held], [], [], 2.0) == ([], [], [])
+        held.sendall(b"y")
+        assert held.recv(1) == b"y"
+    stop.join(watch.DEADLINE)
+    assert service.show("Result", "ActiveState") == ["success", "inactive"]
+
+
+@pytest.mark.slow
+def test_a_start_may_take_longer_than_the_unit_knows(service: Service, handler: Handler) -> None:
+    handler("import time\ntime.sleep(6)\n" + ECHO)
+    service.drop_in("service", "[Service]\nTimeoutStartSec=4\n")
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"])
+    service.systemctl("start")
+    assert service.show("NRestarts") == ["0"]
+
+
+def test_a_crash_is_restarted(service: Service) -> None:
+    service.systemctl("start")
+    os.kill(service.master, signal.SIGKILL)
+    watch.until("it was restarted", lambda: service.show("NRestarts", "ActiveState") == ["1", "active"])
+    assert service.says() == b"hello"
+
+
+def test_what_a_restart_does_not_mend_is_not(service: Service) -> None:
+    service.configure(wokers=3)
+    assert service.systemctl("start", check=False).returncode == 1
+    service.becomes("failed")
+    assert service.show("ExecMainStatus", "NRestarts", "Result") == ["78", "0", "exit-code"]
+    assert "the start failed: unknown option 'wokers'" in service.status_text
+
+
+def test_an_address_that_is_taken_is_tried_again(service: Service) -> None:
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", service.port))
+        taken.listen()
+        assert service.systemctl("start", check=False).returncode == 1
+        watch.until("it is tried again", lambda: int(service.show("NRestarts")[0]) >= 1)
+    service.becomes("active")
+    assert service.says() == b"hello"
+
+
+def test_a_socket_whose_service_can_not_start_gives_up(service: Service) -> None:
+    service.configure(wokers=3)
+    # The unit's 10 s are for a machine that starts a Python faster than once a second.
+    service.drop_in("service", "[Unit]\nStartLimitIntervalSec=60\n")
+    service.with_socket()
+    with service.connect():
+        watch.until(
+            "it has given up",
+            lambda: service.machine.show(f"prefork@{service.name}.socket", "ActiveState")["ActiveState"] == "failed",
+        )
+    assert service.show("ExecMainStatus") == ["78"]
+
+
+def test_a_worker_that_is_killed_for_memory_is_replaced_and_the_service_stays(service: Service, handler: Handler) -> None:
+    handler(HUNGRY)
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"])
+    service.drop_in("service", "[Service]\nMemoryMax=100M\n")
+    service.systemctl("start")
+    assert service.says(b"1") == b"1"
+    before = service.show("MainPID")
+    workers = {worker["pid"] for worker in service.status()["workers"]}
+    with service.connect() as sock:
+        sock.sendall(b"400")
+        assert sock.recv(64) == b""
+    watch.until("it is counted", lambda: service.status()["totals"]["killed"] == 1)
+    [death] = service.status()["deaths"]
+    assert death["cause"] == "signal 9 (SIGKILL)"
+    assert death["pid"] in workers
+    assert oom_kills(service) == 1
+    # The kernel names the control group whose limit it was.
+    group = f"prefork@{service.name}.service"
+    killed = [
+        line for line in service.machine.said("journalctl --no-pager -k").splitlines() if "oom_memcg=" in line and group in line
+    ]
+    assert len(killed) == 1
+    assert re.search(r"constraint=CONSTRAINT_MEMCG.*,oom_memcg=\S*" + re.escape(group), killed[0])
+    assert service.says(b"2") == b"2"
+    assert service.show("ActiveState", "MainPID", "NRestarts") == ["active", *before, "0"]
+
+
+def oom_kills(service: Service) -> int:
+    """How many processes the limit of the service's control group has killed."""
+    group = service.show("ControlGroup")[0]
+    for file in (f"memory{group}/memory.oom_control", f"unified{group}/memory.events", f"{group}/memory.events"):
+        path = service.machine.root / "sys/fs/cgroup" / file.lstrip("/")
+        if path.exists():
+            return int(dict(line.split() for line in path.read_text().splitlines())["oom_kill"])
+    raise AssertionError(f"no memory controller for {group}")
+
+
+# -- walls
+
+
+def test_the_exposure_is_small_and_the_service_works(service: Service) -> None:
+    service.systemctl("start")
+    assert service.says() == b"hello"
+    verdict = service.machine.said(f"systemd-analyze security {service.unit}").splitlines()[-1]
+    found = re.search(r"([\d.]+) ", verdict.partition(": ")[2])
+    assert found is not None
+    assert float(found[1]) <= EXPOSURE, verdict
+
+
+def test_every_process_is_a_user_of_its_own_without_any_privilege(service: Service) -> None:
+    service.systemctl("start")
+    folder = service.machine.root / "run/prefork" / service.name
+    uid = folder.stat().st_uid
+    assert 61184 <= uid <= 65519  # systemd.exec(5), DynamicUser
+    family = [service.master, *(process.pid for process in watch.family(service.master))]
+    assert len(family) == 4
+    for pid in family:
+        told = dict(line.partition(":")[::2] for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+        assert told["Uid"].split() == [str(uid)] * 4
+        assert {int(told[key], 16) for key in ("CapInh", "CapPrm", "CapEff", "CapBnd", "CapAmb")} == {0}
+        assert (told["NoNewPrivs"].strip(), told["Seccomp"].strip()) == ("1", "2")
+    # Memory that is short is taken of workers first.
+    scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in family]
+    assert scores == [0, 0, 200, 200]
+
+
+def test_instances_do_not_take_one_anothers_folders(service: Service, machine: Machine) -> None:
+    other = Service(machine, f"{service.name}-other", watch.free_port())
+    other.configure(bind=[f"127.0.0.1:{other.port}"])
+    try:
+        service.systemctl("start")
+        other.systemctl("start")
+        other.systemctl("stop")
+        folders = machine.root / "run/prefork"
+        assert not (folders / other.name).exists()
+        assert (folders / service.name / f"{service.name}.sock").is_socket()
+        assert service.prefork("reload").returncode == 0
+    finally:
+        other.remove()
+
+
+def test_the_options_of_processes_work_inside_the_walls(service: Service, handler: Handler) -> None:
+    handler(
+        "import os, resource, time\n"
+        "def loop(sock):\n"
+        "    if sock.recv(64) == b'hang':\n        time.sleep(600)\n"
+        "    sock.sendall(b'%d %d' % (os.nice(0), resource.getrlimit(resource.RLIMIT_NOFILE)[0]))\n"
+    )
+    bind = [f"127.0.0.1:{service.port}", f"unix:/run/prefork/{service.name}/clients?mode=0666"]
+    service.configure(module="mine:loop", bind=bind, nice=5, rlimit="nofile=512", umask="007", timeout=1, max_connections=3)
+    service.systemctl("start")
+    for _ in range(8):
+        assert service.says() == b"5 512"
+    with connect(f"{service.machine.root}/run/prefork/{service.name}/clients") as sock:
+        sock.sendall(b"x")
+        assert sock.recv(64) == b"5 512"
+    assert service.says(b"hang") == b""
+    assert "time.sleep" in service.status()["deaths"][0]["stack"] or "loop" in service.status()["deaths"][0]["stack"]
+    service.systemctl("stop")
+    assert service.show("Result") == ["success"]
+
+
+def test_the_service_without_an_instance(machine: Machine) -> None:
+    port = watch.free_port()
+    machine.write("/etc/prefork/prefork.toml", f'module = "echo:loop"\nbind = ["127.0.0.1:{port}"]\nworkers = 1\n')
+    machine.run("systemctl start prefork")
+    try:
+        with connect(("127.0.0.1", port)) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(64) == b"hello"
+        assert "prefork  running" in machine.said(f"{VENV}/bin/prefork status prefork")
+        machine.run("systemctl reload prefork")
+    finally:
+        machine.run("systemctl stop prefork")
+
+
+# -- prefork unit
+
+
+@pytest.mark.parametrize("flags", ["", "--no-socket"])
+def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) -> None:
+    port = next(port for port in random.sample(range(900, 1000), 100) if watch.is_free(port))
+    machine.write("/srv/mine/shout.py", "def loop(sock):\n    sock.sendall(sock.recv(64).upper())\n")
+    machine.write("/srv/mine/conf.toml", f'module = "shout:loop"\nbind = ["127.0.0.1:{port}"]\nworkers = 1\ngraceful_timeout = 7\n')
+    command = f"cd /srv/mine && {VENV}/bin/prefork unit --config conf.toml {flags}"
+    files = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
+    assert files == [f"/etc/systemd/system/prefork@shout.{kind}" for kind in (["service"] if flags else ["service", "socket"])]
+    try:
+        assert machine.run(f"systemd-analyze verify {' '.join(files)}").stderr == ""
+        machine.run("systemctl daemon-reload && systemctl start prefork@shout")
+        with connect(("127.0.0.1", port)) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(64) == b"HELLO"
+        machine.run("systemctl reload prefork@shout && systemctl restart prefork@shout")
+        shown = machine.show("prefork@shout", "TimeoutStopUSec", "AmbientCapabilities", "CapabilityBoundingSet", "NRestarts")
+        assert shown["TimeoutStopUSec"] == "17s"
+        # Only who binds it needs the right to.
+        assert shown["AmbientCapabilities"] == shown["CapabilityBoundingSet"] == ("cap_net_bind_service" if flags else "")
+        verdict = machine.said("systemd-analyze security prefork@shout").splitlines()[-1]
+        assert float(re.findall(r"[\d.]+", verdict.partition(": ")[2])[0]) <= EXPOSURE, verdict
+    finally:
+        machine.run(
+            f"systemctl stop prefork@shout.service prefork@shout.socket; rm -f {' '.join(files)}; systemctl daemon-reload",
+            check=False,
+        )
+
+
+# -- the log
+
+
+def entries(service: Service) -> list[dict[str, str]]:
+    """What the journal has of the service's own."""
+    said = service.machine.said(f"journalctl --no-pager -o json -u {service.unit} SYSLOG_IDENTIFIER=prefork")
+    return [json.loads(line) for line in said.splitlines()]
+
+
+def test_the_journal_gets_priorities_and_fields(service: Service, handler: Handler) -> None:
+    handler(
+        "import sys\ndef loop(sock):\n    sock.recv(9)\n    print('low on spoons', file=sys.stderr)\n    raise KeyError('spoon')\n"
+    )
+    service.configure(module="mine:loop", bind=[f"127.0.0.1:{service.port}"], access_log="-")
+    service.systemctl("start")
+    assert service.says() == b""
+    watch.until("it is logged", lambda: any(entry.get("PREFORK_EVENT") == "access" for entry in entries(service)))
+    found = {entry["PREFORK_EVENT"]: entry for entry in entries(service) if "PREFORK_EVENT" in entry}
+    assert found["serving"]["PRIORITY"] == "6"
+    assert found["serving"]["PREFORK_ADDRESSES"] == f"127.0.0.1:{service.port}"
+    error = found["handler_error"]
+    assert (error["PRIORITY"], error["PREFORK_ROLE"][:13]) == ("3", "gen 1 worker ")
+    # A traceback is one entry, of the process that has written it.
+    assert error["MESSAGE"].splitlines()[-1] == "    KeyError: 'spoon'"
+    assert service.machine.outside(int(error["_PID"])) in {process.pid for process in watch.family(service.master)}
+    assert (found["output"]["PRIORITY"], found["output"]["PREFORK_STREAM"], found["output"]["PREFORK_LINE"]) == (
+        "4",
+        "stderr",
+        "low on spoons",
+    )
+    access = found["access"]
+    assert (access["PREFORK_OUTCOME"], access["PREFORK_LISTENER"]) == ("error", f"127.0.0.1:{service.port}")
+    assert access["PREFORK_PEER"].startswith("127.0.0.1:")
+    # As people look at it.
+    assert "low on spoons" in service.machine.said(f"journalctl --no-pager -p warning -u {service.unit}")
+    assert "outcome" not in service.machine.said(f"journalctl --no-pager -u {service.unit} PREFORK_EVENT=handler_error")
+
+
+def test_after_an_upgrade_the_journal_gets_them_too(service: Service) -> None:
+    service.systemctl("start")
+    service.prefork("upgrade")
+    watch.until("it is told", lambda: any(entry.get("PREFORK_EVENT") == "upgraded" for entry in entries(service)))
+
+
+def test_logrotate_rotates_with_the_file_that_is_shipped(service: Service) -> None:
+    watch.needs("/usr/sbin/logrotate")
+    machine = service.machine
+    place = f"/var/log/prefork/{service.name}"
+    service.configure(bind=[f"127.0.0.1:{service.port}"], log_file=f"{place}/prefork.log", access_log=f"{place}/access.log")
+    machine.write("/etc/logrotate.d/prefork", LOGROTATE.read_text())
+    service.systemctl("start")
+    assert service.says() == b"hello"
+    folder = machine.root / "var/log/private/prefork" / service.name
+
+    def has(name: str, text: str) -> bool:
+        return (folder / name).exists() and text in (folder / name).read_text()
+
+    watch.until("the access is logged", lambda: has("access.log", " ok after "))
+    done = machine.run("/usr/sbin/logrotate --force --verbose /etc/logrotate.d/prefork")
+    assert "error" not in done.stderr, done.stderr
+    watch.until("the old files have other names", lambda: has("access.log.1", " ok after ") and has("prefork.log.1", " serving "))
+    watch.until("the new ones are written", lambda: has("prefork.log", "log files opened again"))
+    assert service.says() == b"hello"
+    watch.until("by workers, too", lambda: has("access.log", " ok after "))
+    uid = (machine.root / "run/prefork" / service.name).stat().st_uid
+    assert {(path.stat().st_uid, path.stat().st_mode & 0o777) for path in folder.glob("*.log")} == {(uid, 0o600)}
+    # Once more: what was renamed before is compressed now.
+    machine.run("/usr/sbin/logrotate --force /etc/logrotate.d/prefork")
+    assert {path.name for path in folder.iterdir()} >= {"access.log.1", "access.log.2.gz", "prefork.log.2.gz"}
