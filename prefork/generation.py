@@ -33,8 +33,6 @@ SETTLE = 0.001
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
-# So many slots are looked at one by one; of more, only those in the ring of latest accepts, which loses some under a high rate.
-FEW = 256
 # So many crashes are remembered for a reload that may be taken back.
 CRASHES_KEPT = 8
 # So much nonsense is not a misunderstanding: that fork server is replaced.
@@ -49,6 +47,7 @@ class Acceptors:
     vacated: int  # places known to be empty since the last look
     look_at: float | None
     looked_at: float = 0.0
+    seen_ns: int = 0  # the same, as workers' clocks have it
     memory: Memory = field(default_factory=Memory)
     ring_below: int = 0  # what the workers were told
     saturated_since: float | None = None
@@ -431,7 +430,8 @@ class Generation:
         acceptors = self._acceptors[place]
         acceptors.looked_at = now
         self.hung.looked(now)
-        self.board.order_words[scoreboard.LAST_LOOK] = time.monotonic_ns()
+        seen_before, acceptors.seen_ns = acceptors.seen_ns, time.monotonic_ns()
+        self.board.order_words[scoreboard.LAST_LOOK] = acceptors.seen_ns
         if self.link.pid is None or self.suspended:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
         quiet_until = max(self.trouble.until, self.fork_trouble.until)
@@ -443,7 +443,7 @@ class Generation:
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
-        view = self._view(place, room)
+        view = self._view(place, room, seen_before)
         acceptors.vacated = 0
         acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
         self._note_saturation(place, now)
@@ -454,7 +454,7 @@ class Generation:
             self._release_tired(place, view, now)
         if decision.look_at is not None:
             self._wake(place, decision.look_at)
-        if decision.ring_below > acceptors.ring_below:
+        if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.STEADY_LOOK):
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
 
@@ -491,7 +491,8 @@ class Generation:
         """Until when workers that are retired now may finish; None is as long as they take."""
         return now + self.config.drain_timeout if self.config.drain_timeout else None
 
-    def _view(self, place: int, room: int) -> View:
+    def _view(self, place: int, room: int, since_ns: int | None = None) -> View:
+        """What there is of a listener's workers. ``since_ns``: of accepts after it is to be told."""
         board, acceptors = self.board, self._acceptors[place]
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
@@ -509,27 +510,42 @@ class Generation:
             absent = (self.pool.workers[slot] for slot in self._absent if 0 <= slot - first < len(row))
             leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
         missing = acceptors.target - idle - starting
-        returning = self._returning(place, row, missing) if missing > 0 else 0
-        return View(acceptors.target, idle, starting, returning, busy, room, acceptors.vacated, tired, leaving)
+        returning, accepted = 0, False
+        if missing > 0:
+            returning = self._returning(place, row)
+        elif since_ns is not None:
+            accepted = any(self._latest(place, row, since_ns))
+        return View(acceptors.target, idle, starting, returning, busy, room, acceptors.vacated, tired, leaving, accepted)
 
-    def _returning(self, place: int, row: bytes, missing: int) -> int:
-        """How many workers are busy, young and runnable, and so about to be back; no more than matter are looked at."""
-        board = self.board
+    def _returning(self, place: int, row: bytes) -> int:
+        """How many workers are busy and about to be back."""
         now_ns = time.monotonic_ns()
-        young = int(policy.YOUNG * 1e9)
-        found = 0
-        first = place * self.layout.capacity
-        few = len(row) <= FEW
-        for slot in [first + at for at, state in enumerate(row) if state == BUSY] if few else board.recent(place, now_ns, young):
+        young, fresh = int(policy.YOUNG * 1e9), int(policy.FRESH * 1e9)
+        runnable = fresh_ones = asleep = 0
+        for slot, since in self._latest(place, row, now_ns - young):
             worker = self.pool.workers.get(slot)
-            if worker is None or board.states[slot] != BUSY or slot in self._absent:
+            if worker is None or self.board.states[slot] != BUSY or slot in self._absent:
                 continue
-            age = now_ns - board.words[board.record(slot) + scoreboard.SINCE]
-            if 0 <= age < young and process.state(worker.pid) == b"R":
-                found += 1
-                if found >= missing:
-                    break
-        return found
+            if 0 <= now_ns - since < fresh:
+                fresh_ones += 1
+            elif process.state(worker.pid) == b"R":
+                runnable += 1
+            else:
+                asleep += 1
+        return policy.returning(runnable, fresh_ones, asleep)
+
+    def _latest(self, place: int, row: bytes, after_ns: int) -> Iterator[tuple[int, int]]:
+        """The slots that have accepted since then and when, as their workers say; of many only those that the ring knows."""
+        board, first = self.board, place * self.layout.capacity
+        for slot, since in enumerate(board.since(place, min(len(row), scoreboard.FEW)), first):
+            if since > after_ns:
+                yield slot, since
+        if len(row) > scoreboard.FEW:
+            now_ns = time.monotonic_ns()
+            for slot in board.recent(place, now_ns, now_ns - after_ns):
+                since = board.words[board.record(slot) + scoreboard.SINCE]
+                if since > after_ns:
+                    yield slot, since
 
     def _fork(self, place: int, now: float) -> None:
         worker = self.pool.take(place, now)

@@ -69,9 +69,11 @@ HISTOGRAM = PEER + PEER_BYTES // _WORD
 BUCKETS = 32
 RECORD_WORDS = 64
 
-# The ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds slot + 1. One entry is 131 us, the ring 67 ms. A
-# look at the pool needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one entry
-# lose one of them, which costs at most a look at one worker fewer.
+# A listener's first slots are looked at one by one.
+FEW = 256
+# Of the others there is a ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds slot + 1. One entry is 131 us, the
+# ring 67 ms. A look at the pool needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one
+# entry lose one of them, which costs at most a look at one worker fewer.
 RECENT = 512
 RECENT_SHIFT = 17
 
@@ -247,12 +249,18 @@ class Scoreboard:
         """Index in `board` of the slot's peer."""
         return (self.record(slot) + PEER) * _WORD
 
+    def since(self, listener: int, high: int) -> list[int]:
+        """When each of a listener's first ``high`` slots last accepted, in nanoseconds of the monotonic clock."""
+        first = self.record(listener * self.layout.capacity) + SINCE
+        return self.words[first : first + high * RECORD_WORDS : RECORD_WORDS].tolist()
+
     def recent(self, listener: int, now_ns: int, age_ns: int) -> set[int]:
         """Slots that accepted within the last ``age_ns`` (at most 67 ms): gossip, to be checked against their records."""
         first = self.recent_word(listener)
         ring = self.words[first : first + RECENT].tolist()
         newest = now_ns >> RECENT_SHIFT
-        found = {ring[entry % RECENT] for entry in range(newest - (age_ns >> RECENT_SHIFT), newest + 1)}
+        oldest = newest - min(RECENT - 1, age_ns >> RECENT_SHIFT)
+        found = {ring[entry % RECENT] for entry in range(oldest, newest + 1)}
         low = listener * self.layout.capacity
         return {slot - 1 for slot in found if low < slot <= low + self.layout.capacity}
 

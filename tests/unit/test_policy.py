@@ -3,6 +3,7 @@ at random. The simulation's master does what the real one does with a decision; 
 """
 
 from dataclasses import dataclass, field
+from typing import Any
 
 import pytest
 from hypothesis import given, settings
@@ -14,6 +15,7 @@ from prefork.pool.policy import (
     FORK_BACKOFF_LIMIT,
     LOOK_AGAIN,
     SATURATED_LOOK,
+    STEADY_LOOK,
     YOUNG,
     Decision,
     Memory,
@@ -22,6 +24,7 @@ from prefork.pool.policy import (
     decide,
     fork_backoff,
     released,
+    returning,
     rooms,
 )
 
@@ -31,7 +34,7 @@ LATE = 0.00002
 EPSILON = 1e-6
 
 
-def view(target: int, idle: int, **more: int) -> View:
+def view(target: int, idle: int, **more: Any) -> View:
     """A look at a listener with plenty of room."""
     return View(**{"target": target, "idle": idle, "starting": 0, "returning": 0, "busy": 0, "room": 100, **more})
 
@@ -178,6 +181,33 @@ def test_busy_surplus_is_looked_at_again_without_any_event() -> None:
     assert decide(Memory(), view(2, 2, busy=7), 1.0, SPARE)[1].look_at == 1.0 + SPARE
 
 
+def test_looks_at_a_load_that_blocks_nobody_come_ever_more_seldom_and_end_with_it() -> None:
+    memory, now, waits = Memory(), 1.0, []
+    for idle in (7, 8, 6, 8, 7, 8):
+        memory, decision = decide(memory, view(8, idle, busy=8 - idle, returning=8 - idle, accepted=True), now, SPARE)
+        assert decision.look_at is not None
+        assert (decision.fork, decision.ring_below) == (0, 0)
+        waits.append(decision.look_at - now)
+        now = decision.look_at
+    assert waits == pytest.approx([LOOK_AGAIN, 2 * LOOK_AGAIN, 4 * LOOK_AGAIN, 8 * LOOK_AGAIN, STEADY_LOOK, STEADY_LOOK])
+    assert decide(memory, view(8, 8), now, SPARE) == (Memory(), Decision(fork=0, retire=0, look_at=None, ring_below=8))
+
+
+def test_in_a_steady_load_a_worker_that_blocks_is_replaced_two_looks_later() -> None:
+    memory = Memory(wait=STEADY_LOOK)
+    memory, first = decide(memory, view(8, 7, busy=1), 1.0, SPARE)
+    assert first.look_at == 1.0 + LOOK_AGAIN
+    assert decide(memory, view(8, 7, busy=1), first.look_at, SPARE)[1].fork == 1
+
+
+@pytest.mark.parametrize(
+    ("runnable", "fresh", "asleep", "back"),
+    [(3, 0, 5, 3), (0, 1, 0, 1), (0, 6, 2, 6), (0, 2, 6, 0), (1, 3, 4, 1), (2, 3, 3, 5)],
+)
+def test_fresh_workers_are_about_to_be_back_unless_most_are_found_asleep(runnable: int, fresh: int, asleep: int, back: int) -> None:
+    assert returning(runnable, fresh, asleep) == back
+
+
 def test_a_pool_at_rest_is_left_alone() -> None:
     assert decide(Memory(), view(4, 4), 1.0, SPARE) == (Memory(), Decision(fork=0, retire=0, look_at=None, ring_below=4))
 
@@ -268,6 +298,7 @@ class SimulatedPool:
     look_at: float | None = None
     ring_below: int = 0
     vacated: int = 0
+    accepted: bool = False  # somebody was, since the last look
     room: int = 0  # at the last look
     looks: list[tuple[float, int]] = field(default_factory=list)  # when, and how many were still wanted after it
     idle_was: list[tuple[float, int]] = field(default_factory=list)
@@ -312,12 +343,13 @@ class Daemon:
         live = [len(each.workers) for each in self.pools]
         pool.room = rooms(self.max_workers, [each.target for each in self.pools], live, 0)[self.pools.index(pool)]
         idle, starting, busy = (pool.count(state) for state in ("idle", "starting", "busy"))
-        seen = View(pool.target, idle, starting, self.returning(pool), busy, pool.room, pool.vacated)
+        back = self.returning(pool)
+        seen = View(pool.target, idle, starting, back, busy, pool.room, pool.vacated, accepted=pool.accepted)
         pool.memory, decision = decide(pool.memory, seen, self.now, SPARE)
         self.check_forks(pool, seen, decision)
         assert decision.retire == 0 or idle - decision.retire >= pool.target
         assert decision.retire <= max(0, pool.fewest_idle_since(self.now - SPARE + EPSILON) - pool.target), "they were needed"
-        pool.vacated, pool.look_at, pool.ring_below = 0, decision.look_at, decision.ring_below
+        pool.vacated, pool.accepted, pool.look_at, pool.ring_below = 0, False, decision.look_at, decision.ring_below
         pool.workers += [Worker() for _ in range(decision.fork)]
         for worker in pool.of("idle")[: decision.retire]:
             worker.state = "leaving"
@@ -352,7 +384,7 @@ class Daemon:
     def accept(self, pool: SimulatedPool, *, runnable: bool, which: int = 0) -> None:
         idle = pool.of("idle")
         worker = idle[which % len(idle)]
-        worker.state, worker.since, worker.runnable = "busy", self.now, runnable
+        worker.state, worker.since, worker.runnable, pool.accepted = "busy", self.now, runnable, True
         self.note(pool)
         if pool.count("idle") < pool.ring_below:
             self.look(pool)
@@ -481,8 +513,15 @@ class DaemonMachine(RuleBasedStateMachine):
         for pool in self.daemon.pools if hasattr(self, "daemon") else []:
             if pool.missing > 0:
                 assert pool.look_at is not None
-                patience = LOOK_AGAIN if pool.room > 0 else SATURATED_LOOK
+                blocked = pool.looks[-1][1] > 0
+                patience = SATURATED_LOOK if pool.room <= 0 else LOOK_AGAIN if blocked else STEADY_LOOK
                 assert pool.look_at - self.daemon.now <= patience + EPSILON
+
+    @invariant()
+    def the_next_accept_rings_unless_there_is_another_look(self) -> None:
+        for pool in self.daemon.pools if hasattr(self, "daemon") else []:
+            wanted = pool.target - pool.count("starting")  # who has started rings by itself
+            assert pool.ring_below >= wanted or (pool.look_at is not None and pool.look_at - self.daemon.now <= SPARE)
 
 
 TestDaemon = DaemonMachine.TestCase
