@@ -8,6 +8,7 @@ It answers to three: the master (commands on a SOCK_SEQPACKET pair), the kernel 
 master dies it lets go of the listeners without losing anybody who waits there, and leaves after its last worker.
 """
 
+import atexit
 import os
 import select
 import signal
@@ -15,6 +16,7 @@ import socket
 import time
 import traceback
 from collections import deque
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import NoReturn
 
@@ -205,8 +207,35 @@ class ForkServer:
         signals.unblock()
         stacks.tell(self.brief.stacks, dumps=self.brief.config.timeout > 0)
         process.settle()
+        # What the import registered belongs to this process' life: run at each worker's end it would remove, say, a temporary
+        # directory under the others' feet. A worker runs what was registered in it.
+        atexit._clear()
+        open_ones = [(place, listener) for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1]
+        self.briefs = {place: self._brief(listener, [other for _, other in open_ones]) for place, listener in open_ones}
         worker.freeze()
         return loaded
+
+    def _brief(self, listener: Listener, listeners: Sequence[Listener]) -> worker.Brief:
+        """What each worker of this listener is told. ``listeners``: all that a stop had not closed when this process began."""
+        brief = self.brief
+        others = {other.fileno() for other in listeners} - {listener.fileno()}
+        return worker.Brief(
+            generation=brief.generation,
+            config=brief.config,
+            name=brief.name,
+            master_pid=brief.master_pid,
+            fork_server_pid=self.pid,
+            scoreboard=self.board,
+            listener=listener,
+            listener_stat=os.fstat(listener.fileno()),
+            doorbell=brief.doorbell,
+            gate=brief.gate,
+            devnull=brief.devnull,
+            devnull_stat=os.fstat(brief.devnull),
+            stacks=brief.stacks,
+            unlike_fresh=tuple(signals.unlike_fresh()),
+            private=frozenset({brief.channel.fileno(), *self.inbox.descriptors(), *others}),
+        )
 
     def _end_if_child(self) -> None:
         """A child that user code forked and that has come back, or raised, must not report in our name."""
@@ -255,7 +284,6 @@ class ForkServer:
         return True
 
     def _fork(self, slot: int, loaded: handler.Handler) -> None:
-        brief = self.brief
         with signals.blocked():
             try:
                 pid = os.fork()
@@ -263,27 +291,7 @@ class ForkServer:
                 self._send(Report(Kind.FORK_FAILED, slot, status=error.errno or 0))
                 return
             if pid == 0:
-                listener = brief.listeners[brief.layout.listener(slot)]
-                others = (other.fileno() for other in brief.listeners if other.fileno() != -1)  # -1: a stop had closed it
-                ours = {brief.channel.fileno(), *self.inbox.descriptors(), *others}
-                worker.main(
-                    worker.Brief(
-                        generation=brief.generation,
-                        config=brief.config,
-                        name=brief.name,
-                        master_pid=brief.master_pid,
-                        fork_server_pid=self.pid,
-                        scoreboard=self.board,
-                        listener=listener,
-                        slot=slot,
-                        doorbell=brief.doorbell,
-                        gate=brief.gate,
-                        devnull=brief.devnull,
-                        stacks=brief.stacks,
-                        private=frozenset(ours - {listener.fileno()}),
-                    ),
-                    loaded,
-                )
+                worker.main(self.briefs[self.brief.layout.listener(slot)], slot, loaded)
         self.children[pid] = slot
         self.by_slot[slot] = pid
         self._send(Report(Kind.FORKED, slot, pid))

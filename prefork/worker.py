@@ -16,7 +16,6 @@ import atexit
 import gc
 import os
 import resource
-import secrets
 import signal
 import socket
 import sys
@@ -51,7 +50,9 @@ EXIT_BROKEN = 70
 
 @dataclass(frozen=True, slots=True)
 class Brief:
-    """What a worker needs to know; the same for all of a generation, but for slot and listener."""
+    """What a worker needs to know; the same for all of a listener's. Made before the fork: each object that a worker makes or calls
+    costs it pages of its own.
+    """
 
     generation: int
     config: Config
@@ -60,19 +61,21 @@ class Brief:
     fork_server_pid: int
     scoreboard: Scoreboard
     listener: Listener
-    slot: int
+    listener_stat: os.stat_result
     doorbell: int
     gate: int
     devnull: int
+    devnull_stat: os.stat_result
     stacks: int
+    unlike_fresh: tuple[tuple[int, Any], ...]  # see `prefork.system.signals.fresh`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
-def main(brief: Brief, handler: Handler) -> NoReturn:
+def main(brief: Brief, slot: int, handler: Handler) -> NoReturn:
     """Be a worker. Called in the child, with all signals blocked; never returns."""
     status = EXIT_BROKEN
     try:
-        worker = Worker(brief, handler)
+        worker = Worker(brief, slot, handler)
         worker.start()
         status = worker.run()
     except BaseException:
@@ -87,29 +90,28 @@ def main(brief: Brief, handler: Handler) -> NoReturn:
 class Worker:
     """One worker process."""
 
-    def __init__(self, brief: Brief, handler: Handler) -> None:
+    def __init__(self, brief: Brief, slot: int, handler: Handler) -> None:
         self.brief = brief
         self.handler = handler
         self.board = brief.scoreboard
-        self.slot = brief.slot
+        self.slot = slot
         # First of all: the master must be able to know this process, should the fork server die before it could tell.
         self.board.words[self.board.record(self.slot) + scoreboard.PID] = os.getpid()
         self.retiring = False
         self.forked = False
         self.pauses = 0
-        self.accepted: tuple[socket.socket, Any]  # the latest connection, and what accept() said of its peer
+        self.sock: socket.socket  # the latest connection
+        self.address: Any  # what accept() said of its peer
         self.ends_input = brief.config.drain == "eof"
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
-        self.listener_stat = os.fstat(brief.listener.fileno())
-        self.devnull_stat = os.fstat(brief.devnull)
 
     # -- its life
 
     def start(self) -> None:
         """Become a process of its own: parent, descriptors, signals, in this order, and only then let signals in."""
         brief = self.brief
-        signals.fresh()
+        signals.fresh(brief.unlike_fresh)
         # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
         # makes an orphan is sent SIGHUP when somebody has stopped a process of it (setpgid(2)).
         os.setsid()
@@ -124,9 +126,6 @@ class Worker:
             resource.setrlimit(RLIMITS[name], (limit, limit))
         offer_to_the_oom_killer()
         os.register_at_fork(after_in_child=self._after_fork)
-        # What the import registered belongs to the fork server's life: run at each worker's end it would remove, say, a
-        # temporary directory under the others' feet. A worker runs what was registered in it.
-        atexit._clear()
         serve_current(self.connection)
         self._take_signals()
         signals.unblock()
@@ -179,19 +178,17 @@ class Worker:
         last_look, last_bucket = scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
         family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
         accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
-        now_ns, new_socket, default_timeout, close = (
-            time.monotonic_ns,
-            socket.socket,
-            socket.getdefaulttimeout,
-            _socket.socket.close,
-        )
+        is_ipv4 = family == socket.AF_INET
+        # The C method: the descriptor is closed even when a file made of the socket is still referred to.
+        new_socket, close = socket.socket, _socket.socket.close
+        now_ns, default_timeout, changes = time.monotonic_ns, socket.getdefaulttimeout, signals.changes
         timeout = self.brief.config.socket_timeout or None
         call = self._call()
         begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
         last, worn = self._last_connection(begun), self._worn_out()
-        slot_number = slot + 1
+        slot_number, is_one_of_many = slot + 1, slot - place * board.layout.capacity >= scoreboard.FEW
         log_access = self._log_access if log.access_is_logged() else None
-        ends_input = self.ends_input
+        ends_input, more = self.ends_input, log_access is not None or worn is not None
 
         while True:
             states[slot] = IDLE
@@ -204,22 +201,27 @@ class Worker:
                 if verdict is None:
                     continue
                 return verdict
+            if self.pauses:
+                log.event("accept_again", count=self.pauses)
+                self.pauses = 0
             since = now_ns()
-            peer = peer_text(family, address).encode() + b"\0"
+            peer = (f"{address[0]}:{address[1]}\0" if is_ipv4 else f"{peer_text(family, address)}\0").encode()
             row[peer_at : peer_at + len(peer)] = peer
             words[since_at] = since
             begun += 1
             words[begun_at] = begun
             states[slot] = BUSY
-            words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
-            unseen = since - order_words[last_look] > UNSEEN_NS
+            if is_one_of_many:
+                words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
             below = order_words[ring_at]
-            if unseen or (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below):
+            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since > order_words[
+                last_look
+            ] + UNSEEN_NS:
                 self._ring(wire.Ring.ACCEPTED)
             if begun == last:
                 self._tire()
             sock = new_socket(family, kind, protocol, fd)
-            self.accepted = sock, address
+            self.sock, self.address = sock, address
             if ends_input:
                 self._note_input(fd)
             if default_timeout() is not timeout:
@@ -229,7 +231,7 @@ class Worker:
                 try:
                     call(sock)
                 finally:
-                    if signals.touched():
+                    if changes:
                         self._put_back()
             except ConnectionError as error:
                 log.event("peer_gone", peer=peer[:-1].decode(), reason=_in_words(error))
@@ -253,13 +255,11 @@ class Worker:
             else:
                 ended_ok += 1
                 words[ok_at] = ended_ok
-            if log_access is not None:
-                log_access(peer[:-1].decode(), took, "error" if failed else "ok")
-            if worn is not None and worn():
-                self._tire()
-            if self.pauses:
-                log.event("accept_again", count=self.pauses)
-                self.pauses = 0
+            if more:
+                if log_access is not None:
+                    log_access(peer[:-1].decode(), took, "error" if failed else "ok")
+                if worn is not None and worn():
+                    self._tire()
 
     # -- recycling
 
@@ -275,7 +275,7 @@ class Worker:
         if not conf.max_connections:
             return -1
         # Not `random`: user code may have seeded it, and then all workers would go at once.
-        return begun + conf.max_connections + secrets.randbelow(conf.max_connections_jitter + 1)
+        return begun + conf.max_connections + int.from_bytes(os.urandom(8)) % (conf.max_connections_jitter + 1)
 
     def _worn_out(self) -> Callable[[], bool] | None:
         """What tells, after a connection, whether this process has become too old or too large; None without limits."""
@@ -341,7 +341,7 @@ class Worker:
                 return lambda sock: call(sock, self.connection())
             case Shape.REQUEST:
                 server = RequestServer(brief.listener, call, brief.config.backlog)
-                return lambda sock: call(sock, client_address(self.accepted[1]), server)
+                return lambda sock: call(sock, client_address(self.address), server)
 
     def connection(self) -> Connection:
         """The connection being served, made when first asked for. Raises RuntimeError when there is none."""
@@ -368,7 +368,7 @@ class Worker:
         return self._connection
 
     def _local(self) -> str:
-        sock, listener = self.accepted[0], self.brief.listener.address
+        sock, listener = self.sock, self.brief.listener.address
         if listener.family == socket.AF_UNIX:
             return str(listener)
         try:
@@ -383,7 +383,7 @@ class Worker:
         finally:
             if self.forked:
                 os._exit(EXIT_RETIRED)
-            if signals.touched():
+            if signals.changes:
                 process.settle()
                 self._put_back(signals.keep)
 
@@ -448,9 +448,9 @@ class Worker:
     # -- leaving
 
     def _take_signals(self) -> None:
-        signal.signal(signal.SIGTERM, self._on_retire)
-        signal.signal(signal.SIGINT, self._on_retire)
-        signal.signal(signals.PARENT_DIED, self._on_parent_died)
+        signals.handle(signal.SIGTERM, self._on_retire)
+        signals.handle(signal.SIGINT, self._on_retire)
+        signals.handle(signals.PARENT_DIED, self._on_parent_died)
 
     def _on_retire(self, _signo: int, _frame: object) -> None:
         """Never raises: it runs between any two steps of the user's code."""
@@ -459,7 +459,7 @@ class Worker:
         if state == PARKED:
             self._unplug(self.brief.gate, None)
         elif state != BUSY:
-            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)
+            self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)
         elif self.ends_input:
             self._end_input()
 
@@ -491,7 +491,7 @@ class Worker:
         try:
             if expected is not None and not os.path.samestat(os.fstat(fd), expected):
                 return
-            if os.path.samestat(os.fstat(self.brief.devnull), self.devnull_stat):
+            if os.path.samestat(os.fstat(self.brief.devnull), self.brief.devnull_stat):
                 os.dup2(self.brief.devnull, fd, inheritable=False)
         except OSError:
             # Closed by user code: then accept() fails by itself, and there is nothing to unplug.

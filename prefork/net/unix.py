@@ -7,7 +7,6 @@ rename(2)).
 import errno
 import fcntl
 import os
-import secrets
 import socket
 import stat
 import time
@@ -35,7 +34,7 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHA
     try:
         with _claimed(folder):
             _make_way(path)
-            temporary = os.path.join(folder, secrets.token_hex(TEMPORARY_NAME)[: TEMPORARY_NAME - 1] + "." + name)
+            temporary = os.path.join(folder, os.urandom(TEMPORARY_NAME).hex()[: TEMPORARY_NAME - 1] + "." + name)
             sock.bind(temporary)
             try:
                 dress(temporary, None, mode, owner)

@@ -9,7 +9,6 @@ import errno
 import fcntl
 import os
 import re
-import secrets
 import stat
 from dataclasses import dataclass
 
@@ -40,7 +39,7 @@ class PidFile:
 
 def write(path: str) -> PidFile:
     """Write our pid to ``path``. Raises AddressError when a running daemon holds it, ConfigError when it can't be written."""
-    beside = f"{path}.{secrets.token_hex(4)}"
+    beside = f"{path}.{os.urandom(4).hex()}"
     try:
         fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
         try:

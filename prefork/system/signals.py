@@ -5,6 +5,7 @@ A child inherits the parent's Python handlers until it installs its own: so bloc
 handler). In loops a handler does nothing: the number arrives through ``set_wakeup_fd``, and the loop reads it.
 """
 
+import _signal  # type: ignore[import-not-found]
 import functools
 import os
 import signal
@@ -14,7 +15,11 @@ from typing import Any
 
 # Ours: nobody's user code knows it, so a handler that replaces TERM does not hide the death of a parent.
 PARENT_DIED = signal.SIGRTMIN + 2
-BLOCKABLE = frozenset(signal.valid_signals()) - {signal.SIGKILL, signal.SIGSTOP}
+BLOCKABLE = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP}
+# What `signal` wraps in enums: sixty of them for each mask, which cost more than a fork server's whole turn, and memory that each
+# worker would have of its own (a page is copied when a reference to an object in it is counted).
+handle: Callable[[int, Any], Any] = _signal.signal  # knows 0 and 1 as the default action and ignoring
+_set_mask: Callable[[int, Iterable[int]], set[int]] = _signal.pthread_sigmask
 # What CPython itself sets at start: everything else has the default action.
 _IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
@@ -51,11 +56,11 @@ class Inbox:
 @contextmanager
 def blocked() -> Iterator[None]:
     """Hold every signal back. A fork inside must leave with `fresh`, or never."""
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKABLE)
+    mask = _set_mask(signal.SIG_BLOCK, BLOCKABLE)
     try:
         yield
     finally:
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _set_mask(signal.SIG_SETMASK, mask)
 
 
 @contextmanager
@@ -65,7 +70,7 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
     One that has come and waits behind the mask was meant for the block, and does not outlive it.
     """
     before = {signo: signal.getsignal(signo) for signo in handled}
-    mask = signal.pthread_sigmask(signal.SIG_BLOCK, ())
+    mask = _set_mask(signal.SIG_BLOCK, ())
     wakeup = signal.set_wakeup_fd(-1)
     try:
         yield
@@ -76,30 +81,42 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
         for signo, action in before.items():
             if action is not None:  # None is C code's own
                 signal.signal(signo, action)
-        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _set_mask(signal.SIG_SETMASK, mask)
 
 
-def fresh() -> None:
-    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
-    signal.set_wakeup_fd(-1)
+def unlike_fresh() -> list[tuple[int, Any]]:
+    """The signals whose disposition is not that of a process that has just started, and what it would be."""
+    found = []
     for signo in BLOCKABLE:
-        if signal.getsignal(signo) is None or 32 <= signo < signal.SIGRTMIN:
+        now = signal.getsignal(signo)
+        if now is None or 32 <= signo < signal.SIGRTMIN:
             continue  # the C library's own
-        action = signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL
+        action: Any = int(signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL)
         if signo == signal.SIGINT:
-            signal.signal(signo, signal.default_int_handler)
-        elif signal.getsignal(signo) is not action:
-            signal.signal(signo, action)
+            action = signal.default_int_handler
+        if now != action:
+            found.append((signo, action))
+    return found
+
+
+def fresh(changes: Iterable[tuple[int, Any]] | None = None) -> None:
+    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`.
+
+    ``changes``: what `unlike_fresh` has found before, when nothing can have changed since.
+    """
+    signal.set_wakeup_fd(-1)
+    for signo, action in unlike_fresh() if changes is None else changes:
+        handle(signo, action)
 
 
 def block() -> None:
     """Hold every signal back until `unblock`."""
-    signal.pthread_sigmask(signal.SIG_BLOCK, BLOCKABLE)
+    _set_mask(signal.SIG_BLOCK, BLOCKABLE)
 
 
 def unblock() -> None:
     """Let every signal in."""
-    signal.pthread_sigmask(signal.SIG_SETMASK, ())
+    _set_mask(signal.SIG_SETMASK, ())
 
 
 def name(signo: int) -> str:
@@ -110,7 +127,7 @@ def name(signo: int) -> str:
         return f"signal {signo}"
 
 
-_touched = False
+changes: list[bool] = []  # not empty: user code has changed something since the last `forget`
 _replaced: dict[int, Any] = {}  # handlers that were there before
 
 
@@ -145,14 +162,9 @@ def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def mark() -> None:
-    """Have `touched` say that something was changed."""
-    global _touched
-    _touched = True
-
-
-def touched() -> bool:
-    """Whether anything was changed since the last `forget`."""
-    return _touched
+    """Have `changes` say that something was changed."""
+    if not changes:
+        changes.append(True)
 
 
 def replaced() -> frozenset[int]:
@@ -174,6 +186,5 @@ def keep() -> None:
 
 def forget() -> None:
     """What there is now is as it should be."""
-    global _touched
-    _touched = False
+    changes.clear()
     _replaced.clear()
