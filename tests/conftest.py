@@ -40,9 +40,7 @@ def _leaves_nothing_behind(_own_scratch: Path) -> Iterator[None]:
 
 
 def _no_children() -> bool:
-    children = set(psutil.Process().children(recursive=True))
-    for resident in watch.RESIDENTS:
-        children -= {psutil.Process(resident), *watch.family(resident)}
+    children = watch.children()
     for child in children:
         try:
             if child.status() == psutil.STATUS_ZOMBIE and child.ppid() == os.getpid():

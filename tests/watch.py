@@ -88,6 +88,14 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
+def children() -> set[psutil.Process]:
+    """The descendants of this process, without the residents and theirs."""
+    found = set(psutil.Process().children(recursive=True))
+    for resident in RESIDENTS:
+        found -= {psutil.Process(resident), *family(resident)}
+    return found
+
+
 def fork_server(server: Server, generation: int | None = None) -> int:
     """The pid of a generation's fork server: the master's child with that title."""
     number = server.status()["generation"] if generation is None else generation

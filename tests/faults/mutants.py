@@ -9,9 +9,8 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
-import psutil
-
 import prefork
+from tests import watch
 
 
 @dataclass(frozen=True, slots=True)
@@ -29,7 +28,7 @@ MUTANTS = [
     Mutant(
         "a SIGTERM handler that raises",
         "worker.py",
-        "            self._unplug(self.brief.listener.sock.fileno(), self.listener_stat)\n",
+        "            self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)\n",
         "            raise OSError(88, 'told to leave')\n",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[reloads]",),
     ),
@@ -287,7 +286,7 @@ def run(checks: Iterable[str], folder: Path) -> str:
             check=False,
         )
     # Some bugs leave processes behind, which have become ours (tests/conftest.py makes us the subreaper).
-    for child in psutil.Process().children(recursive=True):
+    for child in watch.children():
         child.kill()
         child.wait()
     if done.returncode not in (0, 1):
