@@ -64,6 +64,7 @@ def test_the_readme_answers_in_the_order_of_the_questions() -> None:
         "As a service",
         "Operating",
         "Logging",
+        "Speed",
         "Limits and non-goals",
     ]
 
