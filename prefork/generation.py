@@ -86,6 +86,7 @@ class Generation:
         self.crashes: list[str] = []  # what was said of the first workers that ended by themselves before they should
         self.trouble = Trouble()  # of workers that do not start
         self.fork_trouble = Trouble()
+        self._failed_ns = time.monotonic_ns()  # when a worker did so last, as workers' clocks have it
         self.gossip = 0
         self.saturated_seconds = 0.0
         self._acceptors = [Acceptors(target, target, now) for target in targets or [config.workers] * len(listeners)]
@@ -314,6 +315,7 @@ class Generation:
             self.failure = self.failure or said
             return
         self._note_crash(said)
+        self._failed_ns = time.monotonic_ns()
         seconds = self.trouble.add(now, f"a worker {what}: {who['cause']}", until_served=ready)
         log.event("worker_early", text=last_words, what=what, failures=self.trouble.failures, seconds=seconds, **who)
 
@@ -439,6 +441,8 @@ class Generation:
             self._wake(place, quiet_until)
             return
         self._strike_off(place)
+        if self.trouble.until_served and any(self._latest(place, self.board.row(place, self.pool.high[place]), self._failed_ns)):
+            self.trouble = self._overcome(self.trouble)  # nobody rings for it while a load goes on
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.

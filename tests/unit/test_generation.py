@@ -4,6 +4,7 @@ clock that we turn.
 
 import os
 import socket
+import time
 from collections.abc import Iterator
 
 import pytest
@@ -318,3 +319,17 @@ def test_a_fork_server_that_is_late_with_an_order_is_killed_once() -> None:
     # Until it has gone there is nothing to wake for.
     assert (peer.generation.wake_at(), peer.generation.link.killed) == (None, True)
     peer.close()
+
+
+def test_a_look_that_finds_somebody_served_ends_the_trouble_of_those_who_were_not(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID, status=70 << 8), now=1.0)
+    assert generation.trouble.failures == 1
+    quiet_until = generation.trouble.until
+    generation.tend(quiet_until, 0)
+    assert generation.trouble.failures == 1, "nobody has accepted since"
+    # A load that goes on has the master look, and nobody rings.
+    generation.board.words[generation.board.record(1) + scoreboard.SINCE] = time.monotonic_ns()
+    generation.look_soon(0, quiet_until + 1)
+    generation.tend(quiet_until + 1, 0)
+    assert (generation.trouble.failures, generation.trouble.until) == (0, 0.0)
