@@ -105,8 +105,8 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     for tries_left in reversed(range(_TRIES)):
         try:
             data, descriptors = _converse(path, line, patience)
-        except BrokenPipeError:
-            # Let go before it could say anything: in a crowd a daemon takes those for idlers who have not spoken yet.
+        except (BrokenPipeError, ConnectionResetError):
+            # Let go before it was heard: in a crowd a daemon takes those for idlers whose words it has not seen yet.
             if not tries_left:
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
             continue
@@ -150,7 +150,10 @@ def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, li
         except BrokenPipeError:
             raise
         except ConnectionResetError:
-            return data, list(descriptors)  # what has come is there; the other end had not read all of the request
+            # The other end closed with something unread (unix(7)): what it says was said without that, and silence says it all.
+            if not data:
+                raise
+            return data, list(descriptors)
         except (TimeoutError, BlockingIOError):
             raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
         except PermissionError:

@@ -2,18 +2,20 @@
 
 import json
 import os
+import select
 import socket
 import stat
 import subprocess
 import sys
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from prefork.ops import control
+from prefork.ops import control, instances
 from prefork.testing import Server, StartError, serve
 from tests import watch
 from tests.conftest import HANDLERS
@@ -251,6 +253,31 @@ def test_a_thousand_clients_that_say_nothing_do_not_keep_it_from_serving(prefork
             assert client.recv(5) == b"hello"
     watch.until("the daemon has dropped them", lambda: len(watch.descriptors(server.pid)) == before)
     assert server.status()["state"] == "running"
+
+
+@pytest.mark.parametrize("unread", [True, False])
+def test_a_command_that_was_let_go_unheard_is_said_again(tmp_path: Path, unread: bool) -> None:
+    """In a crowd a daemon lets go of who seems to be silent, perhaps just when the command arrives, or just before."""
+    path = str(tmp_path / "control.sock")
+
+    def crowded() -> None:
+        first, _ = listener.accept()
+        if unread:
+            assert select.select([first], [], [], watch.DEADLINE)[0]
+        else:
+            first.shutdown(socket.SHUT_RD)
+        first.close()
+        second, _ = listener.accept()
+        with second:
+            second.sendall(b'{"ok": %s}' % (b"true" if second.recv(4096) == b'{"command": "stop"}\n' else b"false") + b"\n")
+
+    with socket.socket(socket.AF_UNIX) as listener, ThreadPoolExecutor() as pool:
+        listener.bind(path)
+        listener.listen()
+        listener.settimeout(watch.DEADLINE)
+        daemon = pool.submit(crowded)
+        assert instances.ask(path, "stop", watch.DEADLINE) == ({"ok": True}, [])
+        daemon.result()
 
 
 def test_a_client_that_leaves_while_it_waits_is_forgotten(prefork_server: Start) -> None:
