@@ -9,6 +9,7 @@ master dies it lets go of the listeners without losing anybody who waits there, 
 """
 
 import atexit
+import errno
 import os
 import select
 import signal
@@ -16,8 +17,9 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
+from functools import partial
 from typing import NoReturn
 
 from prefork import handler, log, worker
@@ -27,8 +29,8 @@ from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
-from prefork.pool.wire import Kind, Order, Report
-from prefork.system import credentials, process, signals, stacks, systemd
+from prefork.pool.wire import Command, Kind, Order, Report
+from prefork.system import credentials, forks, process, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -137,7 +139,7 @@ class ForkServer:
         self._become_a_process()
         try:
             try:
-                loaded = self._boot()
+                self._boot()
             finally:
                 log.finish_prints()
         except PreforkError as error:
@@ -158,7 +160,7 @@ class ForkServer:
             self._reap()
             if self.orphaned_at is not None:
                 self._say_farewell(self.orphaned_at)
-            elif signals.PARENT_DIED in arrived or not self._obey(loaded):
+            elif signals.PARENT_DIED in arrived or not self._obey():
                 self._orphaned(poll)
 
     def _become_a_process(self) -> None:
@@ -185,7 +187,8 @@ class ForkServer:
         if os.getppid() != self.brief.master_pid:
             os._exit(0)
 
-    def _boot(self) -> handler.Handler:
+    def _boot(self) -> None:
+        """Load the handler and make all that the workers have in common. Raises PreforkError."""
         settle(self.brief.config, self.brief.credentials, self.brief.folder)
         self._tie_to_master()  # the kernel has forgotten it if credentials have changed
         try:
@@ -210,15 +213,20 @@ class ForkServer:
         # What the import registered belongs to this process' life: run at each worker's end it would remove, say, a temporary
         # directory under the others' feet. A worker runs what was registered in it.
         atexit._clear()
-        open_ones = [(place, listener) for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1]
-        self.briefs = {place: self._brief(listener, [other for _, other in open_ones]) for place, listener in open_ones}
+        # Those that a stop had not closed when this process began.
+        listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
+        private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
+        self.workers = {place: worker.Worker(self._brief(place, private), loaded) for place in listeners}
+        handler.serve_current(worker.connection_here)
+        log.configure(role=partial(worker.role, self.brief.generation))
+        signals.forget()
+        forks.in_child(worker.after_fork)
+        forks.bear_workers()
         worker.freeze()
-        return loaded
 
-    def _brief(self, listener: Listener, listeners: Sequence[Listener]) -> worker.Brief:
-        """What each worker of this listener is told. ``listeners``: all that a stop had not closed when this process began."""
-        brief = self.brief
-        others = {other.fileno() for other in listeners} - {listener.fileno()}
+    def _brief(self, place: int, private: Collection[int]) -> worker.Brief:
+        """What each worker of this listener is told. ``private``: what no worker keeps, but for its own listener."""
+        brief, listener = self.brief, self.brief.listeners[place]
         return worker.Brief(
             generation=brief.generation,
             config=brief.config,
@@ -226,6 +234,7 @@ class ForkServer:
             master_pid=brief.master_pid,
             fork_server_pid=self.pid,
             scoreboard=self.board,
+            place=place,
             listener=listener,
             listener_stat=os.fstat(listener.fileno()),
             doorbell=brief.doorbell,
@@ -233,8 +242,8 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
-            unlike_fresh=tuple(signals.unlike_fresh()),
-            private=frozenset({brief.channel.fileno(), *self.inbox.descriptors(), *others}),
+            oom_score=credentials.workers_oom_score(),
+            private=frozenset(private) - {listener.fileno()},
         )
 
     def _end_if_child(self) -> None:
@@ -249,52 +258,75 @@ class ForkServer:
 
     # -- what the master asks
 
-    def _obey(self, loaded: handler.Handler) -> bool:
+    def _obey(self) -> bool:
         """Carry out what has arrived. False when nobody is at the other end any more."""
+        commands, connected = self._receive()
+        slots: list[int] = []
+        for command in commands:
+            if command.order is Order.FORK:
+                slots.append(command.slot)
+                continue
+            self._fork(slots)  # it may be for one of those
+            slots.clear()
+            self._carry_out(command)
+        self._fork(slots)
+        return connected
+
+    def _receive(self) -> tuple[list[Command], bool]:
+        """The commands that have arrived, and whether there may be more, ever."""
+        commands: list[Command] = []
         for _ in range(COMMANDS_AT_ONCE):
             try:
                 message = self.brief.channel.recv(wire.MESSAGE_LIMIT)
             except BlockingIOError:
-                return True
+                break
             except ConnectionResetError:
-                return False
+                return commands, False
             if not message:
-                return False
-            command = wire.read_command(message)
-            if command is None:
-                continue
-            match command.order:
-                case Order.FORK:
-                    self._fork(command.slot, loaded)
-                case Order.RETIRE | Order.KILL | Order.DUMP as order:
-                    if (pid := self.by_slot.get(command.slot)) is not None:
-                        process.signal_child(pid, SIGNALS[order])
-                case Order.END:
-                    if (pid := self.by_slot.get(command.slot)) is not None:
-                        self.ending.ask(pid, command.slot, command.begun)
-                case Order.LEAVE:
-                    # Who is still serving a connection becomes the master's child, and costs only itself.
-                    self.leaving = True
-                case Order.REOPEN:
-                    log.follow_master()
-                case Order.QUIT:
-                    for pid in self.children:
-                        process.signal_child(pid, signal.SIGKILL)
-                    self.leaving = True
-        return True
+                return commands, False
+            if (command := wire.read_command(message)) is not None:
+                commands.append(command)
+        return commands, True
 
-    def _fork(self, slot: int, loaded: handler.Handler) -> None:
+    def _carry_out(self, command: Command) -> None:
+        pid = self.by_slot.get(command.slot)
+        match command.order:
+            case Order.RETIRE | Order.KILL | Order.DUMP as order:
+                if pid is not None:
+                    process.signal_child(pid, SIGNALS[order])
+            case Order.END:
+                if pid is not None:
+                    self.ending.ask(pid, command.slot, command.begun)
+            case Order.LEAVE:
+                # Who is still serving a connection becomes the master's child, and costs only itself.
+                self.leaving = True
+            case Order.REOPEN:
+                log.follow_master()
+            case Order.QUIT:
+                for pid in self.children:
+                    process.signal_child(pid, signal.SIGKILL)
+                self.leaving = True
+
+    def _fork(self, slots: Sequence[int]) -> None:
+        """Fork a worker for each. Nothing else between two forks: of all that is written there, each worker keeps a copy."""
+        workers = [self.workers[self.brief.layout.listener(slot)] for slot in slots]
+        outcomes: list[int] = []
         with signals.blocked():
-            try:
-                pid = os.fork()
-            except OSError as error:
-                self._send(Report(Kind.FORK_FAILED, slot, status=error.errno or 0))
-                return
-            if pid == 0:
-                worker.main(self.briefs[self.brief.layout.listener(slot)], slot, loaded)
-        self.children[pid] = slot
-        self.by_slot[slot] = pid
-        self._send(Report(Kind.FORKED, slot, pid))
+            for place, slot in enumerate(slots):
+                try:
+                    pid = os.fork()
+                except OSError as error:
+                    pid = -(error.errno or errno.EAGAIN)
+                if pid == 0:
+                    worker.main(workers[place], slot)
+                outcomes.append(pid)
+        for slot, pid in zip(slots, outcomes, strict=True):
+            if pid < 0:
+                self._send(Report(Kind.FORK_FAILED, slot, status=-pid))
+                continue
+            self.children[pid] = slot
+            self.by_slot[slot] = pid
+            self._send(Report(Kind.FORKED, slot, pid))
 
     # -- what the kernel tells
 

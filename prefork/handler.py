@@ -81,8 +81,8 @@ class Handler:
             raise HandlerError(f"{hook.label} raised\n{what_was_raised(error)}") from None
 
 
-# Set in a worker: what gives the connection that it serves.
-_look: Callable[[], Connection] | None = None
+# Set where workers are forked: what gives the connection that a worker serves, and None in any other process.
+_look: Callable[[], Connection | None] | None = None
 
 
 def current() -> Connection:
@@ -90,17 +90,18 @@ def current() -> Connection:
 
     Raises RuntimeError where there is none: outside a handler, or in another thread than its own.
     """
-    if _look is None:
+    if _look is not None and threading.get_ident() != threading.main_thread().ident:
+        raise RuntimeError("prefork.current(): this is not the handler's thread; call it in the handler and hand the object over")
+    connection = _look() if _look is not None else None
+    if connection is None:
         raise RuntimeError(
             "prefork.current(): this process is not a worker of prefork; only a handler that it calls has a connection"
         )
-    if threading.get_ident() != threading.main_thread().ident:
-        raise RuntimeError("prefork.current(): this is not the handler's thread; call it in the handler and hand the object over")
-    return _look()
+    return connection
 
 
-def serve_current(look: Callable[[], Connection]) -> None:
-    """This process is a worker: from now on `current` asks ``look``."""
+def serve_current(look: Callable[[], Connection | None]) -> None:
+    """From now on `current` asks ``look``."""
     global _look
     _look = look
 

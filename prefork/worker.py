@@ -23,13 +23,18 @@ import time
 import traceback
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
+from os import close, getpid, getppid, read, write
+from time import monotonic_ns as now_ns
 from types import TracebackType
 from typing import Any, NoReturn
+
+from setproctitle import setproctitle
 
 from prefork import log
 from prefork.config import Config
 from prefork.errors import HandlerError
-from prefork.handler import Connection, Handler, Shape, serve_current
+from prefork.handler import Connection, Handler, Shape
 from prefork.net.address import client_address, peer_text
 from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
@@ -46,13 +51,12 @@ UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
 EXIT_RETIRED = 0
 EXIT_BROKEN = 70
+Steps = tuple[Callable[[], object], ...]
 
 
 @dataclass(frozen=True, slots=True)
 class Brief:
-    """What a worker needs to know; the same for all of a listener's. Made before the fork: each object that a worker makes or calls
-    costs it pages of its own.
-    """
+    """What a worker needs to know; the same for all of a listener's."""
 
     generation: int
     config: Config
@@ -60,6 +64,7 @@ class Brief:
     master_pid: int
     fork_server_pid: int
     scoreboard: Scoreboard
+    place: int  # the listener's, among all
     listener: Listener
     listener_stat: os.stat_result
     doorbell: int
@@ -67,17 +72,19 @@ class Brief:
     devnull: int
     devnull_stat: os.stat_result
     stacks: int
-    unlike_fresh: tuple[tuple[int, Any], ...]  # see `prefork.system.signals.fresh`
+    oom_score: bytes  # see `prefork.system.credentials.workers_oom_score`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
-def main(brief: Brief, slot: int, handler: Handler) -> NoReturn:
-    """Be a worker. Called in the child, with all signals blocked; never returns."""
+# Set in a process that has become a worker, and nowhere else.
+_here: "Worker | None" = None
+
+
+def main(worker: "Worker", slot: int) -> NoReturn:
+    """Be this worker. Called in the child, with all signals blocked; never returns."""
     status = EXIT_BROKEN
     try:
-        worker = Worker(brief, slot, handler)
-        worker.start()
-        status = worker.run()
+        status = worker.live(slot)
     except BaseException:
         # A left-over alarm of the handler may still ring; nothing may unwind into the frames of the fork server and the master
         # below us, which would act for them on sockets that are shared.
@@ -87,16 +94,31 @@ def main(brief: Brief, slot: int, handler: Handler) -> NoReturn:
         os._exit(status)
 
 
-class Worker:
-    """One worker process."""
+def role(generation: int) -> str:
+    """What this process is called in the log: a fork server, or the worker that it has become."""
+    return f"gen {generation}" if _here is None else f"gen {generation} worker {_here.slot}"
 
-    def __init__(self, brief: Brief, slot: int, handler: Handler) -> None:
+
+def connection_here() -> Connection | None:
+    """The connection that this process serves; None where it is no worker. Raises RuntimeError when a worker serves none."""
+    return None if _here is None else _here.connection()
+
+
+def after_fork() -> None:
+    """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""
+    if _here is not None:
+        _here.be_a_child()
+
+
+class Worker:
+    """One worker process, from its birth to its end. Made before the fork, for each listener, with all that can be known there."""
+
+    def __init__(self, brief: Brief, handler: Handler) -> None:
         self.brief = brief
         self.handler = handler
         self.board = brief.scoreboard
-        self.slot = slot
-        # First of all: the master must be able to know this process, should the fork server die before it could tell.
-        self.board.words[self.board.record(self.slot) + scoreboard.PID] = os.getpid()
+        self.slot = -1
+        self.pid = 0
         self.retiring = False
         self.forked = False
         self.pauses = 0
@@ -105,161 +127,205 @@ class Worker:
         self.ends_input = brief.config.drain == "eof"
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
+        self._handlers = (
+            (signal.SIGTERM, self._on_retire),
+            (signal.SIGINT, self._on_retire),
+            (signals.PARENT_DIED, self._on_parent_died),
+        )
+        self.serve = self._prepare_to_serve()
+        self.live = self._prepare_to_live()
 
     # -- its life
 
-    def start(self) -> None:
-        """Become a process of its own: parent, descriptors, signals, in this order, and only then let signals in."""
-        brief = self.brief
-        signals.fresh(brief.unlike_fresh)
-        # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
-        # makes an orphan is sent SIGHUP when somebody has stopped a process of it (setpgid(2)).
-        os.setsid()
-        process.signal_when_orphaned(signals.PARENT_DIED)
-        if os.getppid() not in (brief.fork_server_pid, brief.master_pid):
-            os._exit(EXIT_RETIRED)  # the parent died before it could be told to signal
-        for fd in brief.private:
-            os.close(fd)
-        process.set_title(f"prefork: {brief.name} gen {brief.generation} worker {self.slot}")
-        log.configure(role=f"gen {brief.generation} worker {self.slot}")
-        for name, limit in brief.config.rlimit:
-            resource.setrlimit(RLIMITS[name], (limit, limit))
-        offer_to_the_oom_killer()
-        os.register_at_fork(after_in_child=self._after_fork)
-        serve_current(self.connection)
-        self._take_signals()
-        signals.unblock()
-        signals.forget()
+    def _prepare_to_live(self) -> Callable[[int], int]:
+        """What is a worker's life: given its slot, it becomes a process of its own, serves, cleans up, and returns the exit status.
 
-    def run(self) -> int:
-        """Wait at the gate, serve until asked to leave, clean up. Returns the exit status."""
-        board, slot = self.board, self.slot
+        The order matters: signals are still blocked, and are let in when everything is ours.
+        """
+        brief, board = self.brief, self.board
+        words, states = board.words, board.states
+        records_at, record_words = board.record(0), scoreboard.RECORD_WORDS
+        pid_at, started_at = records_at + scoreboard.PID, records_at + scoreboard.STARTED
+        title = f"prefork: {brief.name} gen {brief.generation} worker "
+        parents = (brief.fork_server_pid, brief.master_pid)
+        gate, doorbell, oom_score = brief.gate, brief.doorbell, brief.oom_score
+        ready = wire.doorbell_of(wire.Ring.READY, brief.generation)
+        starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
+        serve = self.serve
+        first: Steps = (
+            *signals.freshening(),
+            # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
+            # makes an orphan is sent SIGHUP when somebody has stopped a process of it (setpgid(2)).
+            os.setsid,
+            process.signalling_when_orphaned(signals.PARENT_DIED),
+        )
+        then: Steps = (
+            *(partial(close, fd) for fd in brief.private),
+            *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
+            *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
+            signals.unblock,
+        )
+
+        def ring() -> None:
+            try:
+                write(doorbell, ready(self.slot, self.pid))
+            except (BlockingIOError, BrokenPipeError):
+                pass  # see `_ring`
+
+        def live(slot: int) -> int:
+            global _here
+            self.slot, self.pid, _here = slot, getpid(), self
+            # First of all: the master must be able to know this process, should the fork server die before it could tell.
+            words[pid_at + slot * record_words] = self.pid
+            for step in first:
+                step()
+            if getppid() not in parents:
+                return EXIT_RETIRED  # the parent died before it could be told to signal
+            setproctitle(title + str(slot))
+            if oom_score:
+                offer_to_the_oom_killer(oom_score)
+            for step in then:
+                step()
+            if starts and (failed := self._start_hook()) is not None:
+                return failed
+            words[started_at + slot * record_words] = now_ns()
+            states[slot] = PARKED
+            ring()
+            # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
+            read(gate, 1)
+            close(gate)
+            states[slot] = IDLE
+            ring()
+            try:
+                status = serve(slot)
+            finally:
+                states[slot] = LEAVING
+            if exits:
+                self._exit_hook()
+            self._clean_up()
+            return status
+
+        return live
+
+    def _start_hook(self) -> int | None:
+        """Run it. The exit status when it failed."""
         try:
             self._run_hook("on_worker_start")
         except HandlerError as error:
-            board.leave_last_words(str(error))
+            self.board.leave_last_words(str(error))
             self._clean_up()
             return error.exit_code
-        board.words[board.record(slot) + scoreboard.STARTED] = time.monotonic_ns()
-        board.states[slot] = PARKED
-        self._ring(wire.Ring.READY)
-        # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
-        os.read(self.brief.gate, 1)
-        os.close(self.brief.gate)
-        board.states[slot] = IDLE
-        self._ring(wire.Ring.READY)
-        try:
-            status = self.serve()
-        finally:
-            board.states[slot] = LEAVING
+        return None
+
+    def _exit_hook(self) -> None:
         try:
             self._run_hook("on_worker_exit")
         except HandlerError as error:
             what, _, text = str(error).partition("\n")
             log.event("exit_failed", what=what, text=text)
-        self._clean_up()
-        return status
 
-    def serve(self) -> int:
-        """Accept, serve, again. Returns the exit status once this worker was asked to leave or can't accept any more."""
-        board, slot, listener = self.board, self.slot, self.brief.listener
+    def _prepare_to_serve(self) -> Callable[[int], int]:
+        """What accepts, serves, and again: the exit status once this worker was asked to leave or can't accept any more."""
+        board, listener, conf = self.board, self.brief.listener, self.brief.config
         states, words, order_words, retire, row = board.states, board.words, board.order_words, board.retire, board.board
-        record = board.record(slot)
-        since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
-        ok_at, error_at = record + scoreboard.OK, record + scoreboard.ERROR
-        histogram_at = record + scoreboard.HISTOGRAM
-        peer_at = board.peer_start(slot)
-        place = board.layout.listener(slot)
-        recent_at = board.recent_word(place)
+        place, last_look, last_bucket = self.brief.place, scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
+        first_slot = place * board.layout.capacity
+        records_at, record_words = board.record(0), scoreboard.RECORD_WORDS
+        peers_at, record_bytes = board.peer_start(0), board.peer_start(1) - board.peer_start(0)
+        row_at, recent_at = board.row_start(place), board.recent_word(place)
         recent_mask, recent_shift = scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
-        row_at = board.row_start(place)
-        ring_at = board.listener_word(place, scoreboard.RING_BELOW)
-        high_at = board.listener_word(place, scoreboard.HIGH)
-        last_look, last_bucket = scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
+        ring_at, high_at = board.listener_word(place, scoreboard.RING_BELOW), board.listener_word(place, scoreboard.HIGH)
         family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
         accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         is_ipv4 = family == socket.AF_INET
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
-        new_socket, close = socket.socket, _socket.socket.close
-        now_ns, default_timeout, changes = time.monotonic_ns, socket.getdefaulttimeout, signals.changes
-        timeout = self.brief.config.socket_timeout or None
-        call = self._call()
-        begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
-        last, worn = self._last_connection(begun), self._worn_out()
-        slot_number, is_one_of_many = slot + 1, slot - place * board.layout.capacity >= scoreboard.FEW
+        new_socket, close_socket = socket.socket, _socket.socket.close
+        default_timeout, changes, timeout = socket.getdefaulttimeout, signals.changes, conf.socket_timeout or None
+        call, ends_input = self._call(), conf.drain == "eof"
         log_access = self._log_access if log.access_is_logged() else None
-        ends_input, more = self.ends_input, log_access is not None or worn is not None
 
-        while True:
-            states[slot] = IDLE
-            if self.retiring or retire[slot]:
-                return EXIT_RETIRED
-            try:
-                fd, address = accept()
-            except OSError as error:
-                verdict = self._accept_failed(error)
-                if verdict is None:
-                    continue
-                return verdict
-            if self.pauses:
-                log.event("accept_again", count=self.pauses)
-                self.pauses = 0
-            since = now_ns()
-            peer = (f"{address[0]}:{address[1]}\0" if is_ipv4 else f"{peer_text(family, address)}\0").encode()
-            row[peer_at : peer_at + len(peer)] = peer
-            words[since_at] = since
-            begun += 1
-            words[begun_at] = begun
-            states[slot] = BUSY
-            if is_one_of_many:
-                words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
-            below = order_words[ring_at]
-            if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since > order_words[
-                last_look
-            ] + UNSEEN_NS:
-                self._ring(wire.Ring.ACCEPTED)
-            if begun == last:
-                self._tire()
-            sock = new_socket(family, kind, protocol, fd)
-            self.sock, self.address = sock, address
-            if ends_input:
-                self._note_input(fd)
-            if default_timeout() is not timeout:
-                sock.settimeout(timeout)
-            failed = False
-            try:
+        def serve(slot: int) -> int:
+            record = records_at + slot * record_words
+            since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
+            ok_at, error_at, histogram_at = record + scoreboard.OK, record + scoreboard.ERROR, record + scoreboard.HISTOGRAM
+            peer_at = peers_at + slot * record_bytes
+            slot_number, is_one_of_many = slot + 1, slot - first_slot >= scoreboard.FEW
+            begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+            last = self._last_connection(begun) if conf.max_connections else -1
+            worn = self._worn_out() if conf.max_lifetime or conf.max_memory else None
+            more = log_access is not None or worn is not None
+
+            while True:
+                states[slot] = IDLE
+                if self.retiring or retire[slot]:
+                    return EXIT_RETIRED
                 try:
-                    call(sock)
-                finally:
-                    if changes:
-                        self._put_back()
-            except ConnectionError as error:
-                log.event("peer_gone", peer=peer[:-1].decode(), reason=_in_words(error))
-            except BaseException as error:
-                failed = not self.forked
-                self._put_back()
-                self._handler_raised(error, peer[:-1].decode())
-            if self.forked:
-                os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
-            try:
-                # The C method: the descriptor is closed even when a file made of the socket is still referred to.
-                close(sock)
-            except OSError as error:
-                log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
-            took = now_ns() - since
-            bucket = (took >> 10).bit_length()
-            words[histogram_at + min(last_bucket, bucket)] += 1
-            if failed:
-                ended_error += 1
-                words[error_at] = ended_error
-            else:
-                ended_ok += 1
-                words[ok_at] = ended_ok
-            if more:
-                if log_access is not None:
-                    log_access(peer[:-1].decode(), took, "error" if failed else "ok")
-                if worn is not None and worn():
+                    fd, address = accept()
+                except OSError as error:
+                    verdict = self._accept_failed(error)
+                    if verdict is None:
+                        continue
+                    return verdict
+                if self.pauses:
+                    log.event("accept_again", count=self.pauses)
+                    self.pauses = 0
+                since = now_ns()
+                peer = (f"{address[0]}:{address[1]}\0" if is_ipv4 else f"{peer_text(family, address)}\0").encode()
+                row[peer_at : peer_at + len(peer)] = peer
+                words[since_at] = since
+                begun += 1
+                words[begun_at] = begun
+                states[slot] = BUSY
+                if is_one_of_many:
+                    words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
+                below = order_words[ring_at]
+                if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since > order_words[
+                    last_look
+                ] + UNSEEN_NS:
+                    self._ring(wire.Ring.ACCEPTED)
+                if begun == last:
                     self._tire()
+                sock = new_socket(family, kind, protocol, fd)
+                self.sock, self.address = sock, address
+                if ends_input:
+                    self._note_input(fd)
+                if default_timeout() is not timeout:
+                    sock.settimeout(timeout)
+                failed = False
+                try:
+                    try:
+                        call(sock)
+                    finally:
+                        if changes:
+                            self._put_back()
+                except ConnectionError as error:
+                    log.event("peer_gone", peer=peer[:-1].decode(), reason=_in_words(error))
+                except BaseException as error:
+                    failed = not self.forked
+                    self._put_back()
+                    self._handler_raised(error, peer[:-1].decode())
+                if self.forked:
+                    os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
+                try:
+                    close_socket(sock)
+                except OSError as error:
+                    log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
+                took = now_ns() - since
+                bucket = (took >> 10).bit_length()
+                words[histogram_at + min(last_bucket, bucket)] += 1
+                if failed:
+                    ended_error += 1
+                    words[error_at] = ended_error
+                else:
+                    ended_ok += 1
+                    words[ok_at] = ended_ok
+                if more:
+                    if log_access is not None:
+                        log_access(peer[:-1].decode(), took, "error" if failed else "ok")
+                    if worn is not None and worn():
+                        self._tire()
+
+        return serve
 
     # -- recycling
 
@@ -270,18 +336,14 @@ class Worker:
             self._ring(wire.Ring.TIRED)
 
     def _last_connection(self, begun: int) -> int:
-        """The slot's count at the last connection that is for this worker; a number that is never reached without a limit."""
+        """The slot's count at the last connection that is for this worker."""
         conf = self.brief.config
-        if not conf.max_connections:
-            return -1
         # Not `random`: user code may have seeded it, and then all workers would go at once.
         return begun + conf.max_connections + int.from_bytes(os.urandom(8)) % (conf.max_connections_jitter + 1)
 
-    def _worn_out(self) -> Callable[[], bool] | None:
-        """What tells, after a connection, whether this process has become too old or too large; None without limits."""
+    def _worn_out(self) -> Callable[[], bool]:
+        """What tells, after a connection, whether this process has become too old or too large."""
         conf, born = self.brief.config, time.monotonic()
-        if not conf.max_lifetime and not conf.max_memory:
-            return None
 
         def worn() -> bool:
             if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
@@ -324,7 +386,7 @@ class Worker:
 
     def _ring(self, why: wire.Ring) -> None:
         try:
-            os.write(self.brief.doorbell, wire.pack_doorbell(why, self.brief.generation, self.slot, os.getpid()))
+            write(self.brief.doorbell, wire.pack_doorbell(why, self.brief.generation, self.slot, self.pid))
         except (BlockingIOError, BrokenPipeError):
             # Full: the master has something to read and will look. Broken: it is dead, which the kernel tells.
             pass
@@ -433,8 +495,8 @@ class Worker:
             log.event("not_at_home", reason=error.strerror)
             self.retiring = True
 
-    def _after_fork(self) -> None:
-        """In a child that the handler forked: it has no slot, and must neither accept nor keep the port."""
+    def be_a_child(self) -> None:
+        """Of a handler's fork: no worker any more."""
         self.forked = True
         signal.signal(signal.SIGTERM, signal.SIG_DFL)
         signal.signal(signal.SIGINT, signal.default_int_handler)
@@ -448,9 +510,8 @@ class Worker:
     # -- leaving
 
     def _take_signals(self) -> None:
-        signals.handle(signal.SIGTERM, self._on_retire)
-        signals.handle(signal.SIGINT, self._on_retire)
-        signals.handle(signals.PARENT_DIED, self._on_parent_died)
+        for signo, handler in self._handlers:
+            signals.handle(signo, handler)
 
     def _on_retire(self, _signo: int, _frame: object) -> None:
         """Never raises: it runs between any two steps of the user's code."""

@@ -11,7 +11,7 @@ it counts up a word in the orders of every generation, and whoever writes next l
 import errno
 import os
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -21,6 +21,7 @@ from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level
 from prefork.log.formats import Entry
 from prefork.log.sink import Sink, give
 from prefork.pool.scoreboard import LOG_EPOCH
+from prefork.system import forks
 
 __all__ = ["ALWAYS", "EVENTS", "RESERVED", "Level", "Output", "Sink", "event"]
 
@@ -95,7 +96,7 @@ class Output:
 
 
 def _entry(name: str, level: Level, message: str, text: str, fields: dict[str, Any]) -> Entry:
-    return Entry(name, level, message, text, fields, _role, os.getpid(), time.time())
+    return Entry(name, level, message, text, fields, _role if isinstance(_role, str) else _role(), os.getpid(), time.time())
 
 
 def _coloured() -> bool:
@@ -104,7 +105,7 @@ def _coloured() -> bool:
 
 
 # What this process is called in its lines.
-_role = "master"
+_role: str | Callable[[], str] = "master"
 # Every sink that is open, by its path.
 _sinks: dict[str, Sink] = {"": Sink()}
 _output = Output(Level.INFO, "text", _sinks[""], None)
@@ -128,8 +129,8 @@ def access_is_logged() -> bool:
 # -- setting up
 
 
-def configure(*, role: str) -> None:
-    """What this process is called in its lines from now on."""
+def configure(*, role: str | Callable[[], str]) -> None:
+    """What this process is called in its lines from now on, or what gives it."""
     global _role
     _role = role
 
@@ -212,7 +213,7 @@ def begin_fork_server(settings: Settings, role: str, orders: memoryview) -> None
     _orders, _epoch = orders, 0
     prints.install(_output.printed)
     # What the parent has dropped is the parent's to tell.
-    os.register_at_fork(after_in_child=_forget_dropped)
+    forks.in_child(_forget_dropped)
     _forget_dropped()
 
 

@@ -6,11 +6,12 @@ until `finish`, or until it is too long; a fork's child forgets it, or it would 
 """
 
 import io
-import os
 import sys
 import threading
 from collections.abc import Callable
 from typing import TYPE_CHECKING
+
+from prefork.system import forks
 
 if TYPE_CHECKING:
     from _typeshed import ReadableBuffer
@@ -89,7 +90,7 @@ def install(say: Say) -> None:
         stream = io.TextIOWrapper(lines, encoding="utf-8", errors="backslashreplace", write_through=True)
         setattr(sys, name, stream)
         setattr(sys, f"__{name}__", stream)
-        os.register_at_fork(after_in_child=lines.forget)
+        forks.in_child(lines.forget)
         _installed.append(lines)
 
 

@@ -11,8 +11,10 @@ Readers never raise on bad input: they return what was whole and valid, and how 
 """
 
 import struct
+from collections.abc import Callable
 from dataclasses import dataclass
 from enum import IntEnum
+from functools import partial
 
 # Of all records: running fork servers and workers go on with theirs while the master becomes another program.
 VERSION = 1
@@ -103,6 +105,11 @@ class Report:
 def pack_doorbell(why: Ring, generation: int, slot: int, pid: int) -> bytes:
     """The record that a worker writes."""
     return _DOORBELL.pack(DOORBELL_MAGIC, why, generation & 0xFFFFFFFF, slot, pid)
+
+
+def doorbell_of(why: Ring, generation: int) -> Callable[[int, int], bytes]:
+    """What makes such a record of a slot and a pid."""
+    return partial(_DOORBELL.pack, DOORBELL_MAGIC, int(why), generation & 0xFFFFFFFF)
 
 
 def read_doorbells(data: bytes) -> tuple[list[Doorbell], int]:

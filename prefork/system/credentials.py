@@ -19,7 +19,7 @@ _PR_SET_NO_NEW_PRIVS = 38
 # What a worker's badness is raised by, of the 1000 that are all memory (proc_pid_oom_score_adj(5)): when memory is short the
 # kernel takes a worker, which costs a connection, before the master, which costs all of them.
 WORKER_OOM_SCORE = 200
-_OOM_SCORE_LIMIT = 1000
+_OOM_SCORE, _OOM_SCORE_LIMIT = "/proc/self/oom_score_adj", 1000
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,14 +93,20 @@ def become(who: Credentials) -> None:
         os.environ.update(USER=who.name, LOGNAME=who.name, HOME=who.home)
 
 
-def offer_to_the_oom_killer() -> None:
-    """Make this process a better victim than its parents. Not possible without /proc, and then not done."""
+def workers_oom_score() -> bytes:
+    """What makes a worker a better victim than this process, its parent; empty where that is not possible, without /proc."""
     try:
-        fd = os.open("/proc/self/oom_score_adj", os.O_RDWR | os.O_CLOEXEC)
-    except OSError:  # ProcSubset=pid keeps it; no /proc at all does not
-        return
+        with open(_OOM_SCORE) as file:  # ProcSubset=pid keeps it; no /proc at all does not
+            score = int(file.read())
+    except OSError:
+        return b""
+    return str(min(_OOM_SCORE_LIMIT, score + WORKER_OOM_SCORE)).encode()
+
+
+def offer_to_the_oom_killer(score: bytes) -> None:
+    """Make this process such a victim."""
+    fd = os.open(_OOM_SCORE, os.O_WRONLY | os.O_CLOEXEC)
     try:
-        score = int(os.read(fd, 16))
-        os.pwrite(fd, str(min(_OOM_SCORE_LIMIT, score + WORKER_OOM_SCORE)).encode(), 0)
+        os.write(fd, score)
     finally:
         os.close(fd)

@@ -75,6 +75,11 @@ def signal_when_orphaned(signo: int) -> None:
     prctl(_PR_SET_PDEATHSIG, signo)
 
 
+def signalling_when_orphaned(signo: int) -> Callable[[], object]:
+    """What does that in a child of this process, which may do it itself."""
+    return functools.partial(_libc.prctl, _PR_SET_PDEATHSIG, ctypes.c_ulong(signo), 0, 0, 0)
+
+
 def allow_limit(which: int, value: int) -> None:
     """Make sure that our children may set this limit to ``value``: root raises the hard limit. Raises PermissionError."""
     soft, hard = resource.getrlimit(which)

@@ -84,9 +84,9 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
         _set_mask(signal.SIG_SETMASK, mask)
 
 
-def unlike_fresh() -> list[tuple[int, Any]]:
-    """The signals whose disposition is not that of a process that has just started, and what it would be."""
-    found = []
+def freshening() -> list[Callable[[], object]]:
+    """What gives a child of this process, as it is now, the dispositions of a process that has just started."""
+    steps: list[Callable[[], object]] = [functools.partial(signal.set_wakeup_fd, -1)]
     for signo in BLOCKABLE:
         now = signal.getsignal(signo)
         if now is None or 32 <= signo < signal.SIGRTMIN:
@@ -95,18 +95,14 @@ def unlike_fresh() -> list[tuple[int, Any]]:
         if signo == signal.SIGINT:
             action = signal.default_int_handler
         if now != action:
-            found.append((signo, action))
-    return found
+            steps.append(functools.partial(handle, signo, action))
+    return steps
 
 
-def fresh(changes: Iterable[tuple[int, Any]] | None = None) -> None:
-    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`.
-
-    ``changes``: what `unlike_fresh` has found before, when nothing can have changed since.
-    """
-    signal.set_wakeup_fd(-1)
-    for signo, action in unlike_fresh() if changes is None else changes:
-        handle(signo, action)
+def fresh() -> None:
+    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
+    for step in freshening():
+        step()
 
 
 def block() -> None:
@@ -114,9 +110,8 @@ def block() -> None:
     _set_mask(signal.SIG_BLOCK, BLOCKABLE)
 
 
-def unblock() -> None:
-    """Let every signal in."""
-    _set_mask(signal.SIG_SETMASK, ())
+# Let every signal in.
+unblock: Callable[[], object] = functools.partial(_set_mask, int(signal.SIG_SETMASK), ())
 
 
 def name(signo: int) -> str:

@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         "a reload that serves before it is committed",
         "worker.py",
-        "        os.read(self.brief.gate, 1)\n",
+        "            read(gate, 1)\n",
         "",
         ("tests/integration/test_reload.py::test_new_code_serves_nobody_before_all_its_workers_are_ready",),
     ),
@@ -68,6 +68,20 @@ MUTANTS = [
         ("tests/integration/test_signals.py::test_a_graceful_stop_serves_whom_the_kernel_has_connected",),
     ),
     Mutant(
+        "a handler's fork that gets no fresh locks",
+        "system/forks.py",
+        "    _bearing = False\n    if",
+        "    if",
+        ("tests/integration/test_handlers.py::test_locks_are_free_in_a_worker_and_in_what_its_handler_forks",),
+    ),
+    Mutant(
+        "a worker that is born with a lock",
+        "system/forks.py",
+        "        _logging_lock.release()",
+        "        pass",
+        ("tests/integration/test_handlers.py::test_locks_are_free_in_a_worker_and_in_what_its_handler_forks",),
+    ),
+    Mutant(
         "workers that leave with their fork server",
         "worker.py",
         "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",
@@ -77,7 +91,7 @@ MUTANTS = [
     Mutant(
         "workers that stay when the master is dead",
         "worker.py",
-        "        process.signal_when_orphaned(signals.PARENT_DIED)\n",
+        "            process.signalling_when_orphaned(signals.PARENT_DIED),\n",
         "",
         ("tests/faults/test_faults.py::test_a_worker_outlives_neither_its_master_nor_its_fork_server",),
     ),
@@ -148,7 +162,7 @@ MUTANTS = [
     Mutant(
         "a print that every fork tells again",
         "log/prints.py",
-        "        os.register_at_fork(after_in_child=lines.forget)\n",
+        "        forks.in_child(lines.forget)\n",
         "",
         ("tests/unit/test_log.py::test_a_fork_does_not_tell_again_what_its_parent_has_begun",),
     ),

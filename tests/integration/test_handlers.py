@@ -5,6 +5,7 @@ import os
 import re
 import socket
 from collections.abc import Callable
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Any
 
@@ -209,6 +210,52 @@ def loop(sock):
     watch.logged(server, "hook: prefork.current(): this worker serves no connection now")
     with server.connect() as sock:
         assert b"a child that the handler forked" in all_of(sock)
+
+
+# -- what a fork copies
+
+LOCKS = """
+import logging, os, signal, sys, threading
+
+held = logging.StreamHandler(sys.stdout)
+logging.getLogger().addHandler(held)
+
+def loop(sock):
+    taken, done = threading.Event(), threading.Event()
+
+    def hold():
+        logging.warning("a thread of the worker")  # waits for ever where the worker was born with the lock
+        held.acquire()
+        taken.set()
+        done.wait()
+        held.release()
+
+    holder = threading.Thread(target=hold)
+    holder.start()
+    taken.wait()
+    if os.fork() == 0:
+        signal.alarm(10)
+        logging.warning("a child of the handler")  # waits for ever where it has the thread's lock
+        sock.sendall(b"free")
+        os._exit(0)
+    os.wait()
+    done.set()
+    holder.join()
+"""
+
+
+def test_locks_are_free_in_a_worker_and_in_what_its_handler_forks(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(LOCKS), workers=1)
+    with server.connect() as sock:
+        assert all_of(sock) == b"free"
+
+
+def test_every_worker_draws_its_own_random_numbers(prefork_server: Start, module: Module) -> None:
+    source = "import random\ndef loop(sock):\n    sock.sendall(str(random.random()).encode())\n    sock.recv(1)\n"
+    server = prefork_server("mine:loop", folder=module(source), workers=4)
+    with ExitStack() as stack:
+        clients = [stack.enter_context(server.connect()) for _ in range(4)]
+        assert len({client.recv(100) for client in clients}) == 4
 
 
 # -- time-outs and detached sockets
