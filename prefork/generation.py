@@ -194,6 +194,8 @@ class Generation:
                 self.tally.forked += 1
                 if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
                     self.fork_trouble = self._overcome(self.fork_trouble)
+                if self._was_ready(report.slot):  # its ring came before this
+                    self._came(report.slot)
             case Kind.FORK_FAILED:
                 worker = self.pool.fork_failed(report.slot)
                 if worker is None:
@@ -373,13 +375,18 @@ class Generation:
         worker = self.pool.workers.get(ring.slot)
         if worker is None:
             return False
-        first = ring.why is wire.Ring.READY and self.pool.unready.pop(worker.slot, None) is not None
-        healed = ring.why is wire.Ring.ACCEPTED if self.trouble.until_served else first
-        if healed:
+        if ring.why is wire.Ring.READY:
+            self._came(worker.slot)
+        elif ring.why is wire.Ring.ACCEPTED and self.trouble.until_served:
             self.trouble = self._overcome(self.trouble)
         # A storm of accepts must not wake the master more often than a look is worth.
         self._wake(worker.listener, max(now, self._acceptors[worker.listener].looked_at + policy.LOOK_AGAIN))
         return True
+
+    def _came(self, slot: int) -> None:
+        """A worker is known, and has come as far as accept(): two events, in whichever order."""
+        if self.pool.unready.pop(slot, None) is not None and not self.trouble.until_served:
+            self.trouble = self._overcome(self.trouble)
 
     def look_soon(self, place: int, now: float) -> None:
         """Look at this listener's workers at once."""

@@ -51,7 +51,7 @@ class Peer:
         self.generation.tend(0.0, 0)
         assert self.asked() == [Command(Order.FORK, slot) for slot in range(workers)]
         for slot in range(workers):
-            self.say(Report(Kind.FORKED, slot, PID + slot))
+            self.forked(slot)
             self.generation.board.words[self.generation.board.record(slot) + scoreboard.STARTED] = 1
             self.generation.board.states[slot] = scoreboard.IDLE
             assert self.generation.rang(wire.Doorbell(wire.Ring.READY, 1, slot, PID + slot), 0.0)
@@ -59,6 +59,9 @@ class Peer:
         self.generation.tend(0.0, 0)
         self.generation.tend(0.5, 0)
         assert self.asked() == []
+
+    def forked(self, slot: int = 0) -> None:
+        self.say(Report(Kind.FORKED, slot, PID + slot))
 
     def close(self) -> None:
         self.generation.link.pid = None
@@ -307,6 +310,25 @@ def test_a_worker_that_does_not_become_ready_is_killed_at_boot_timeout() -> None
     assert peer.generation.wake_at() == 5.0
     peer.generation.tend(5.0, 0)
     assert peer.asked() == [Command(Order.KILL, 0)]
+    peer.close()
+
+
+@pytest.mark.parametrize("ring_first", [True, False])
+def test_a_worker_has_come_when_its_fork_was_told_and_it_has_rung_in_whichever_order(ring_first: bool) -> None:
+    peer = Peer(1)
+    generation = peer.generation
+    generation.trouble.add(0.0, "a worker died before it was ready")
+    generation.tend(generation.trouble.until, 0)
+
+    def ring() -> None:
+        generation.board.words[generation.board.record(0) + scoreboard.STARTED] = 1
+        assert generation.rang(wire.Doorbell(wire.Ring.READY, 1, 0, PID), 3.0)
+
+    for step in (ring, peer.forked) if ring_first else (peer.forked, ring):
+        assert generation.trouble.failures == 1
+        step()
+    assert generation.trouble.failures == 0, "the trouble is over"
+    assert not generation.pool.unready
     peer.close()
 
 
