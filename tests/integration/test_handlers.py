@@ -289,6 +289,9 @@ def test_a_connection_can_be_handed_to_another_process(prefork_server: Start, mo
     [
         ("mine:A.loop", "mine:A.loop: loop is a method of A, and there is no object to call it on"),
         ("mine:lop", "has no 'lop'; did you mean 'loop'?"),
+        ("mien:loop", " or on the Python path; did you mean 'mine'?"),
+        ("mine.py:loop", " or on the Python path; did you mean 'mine'?"),
+        ("ecoh:loop", " or on the Python path; did you mean 'echo'?"),
         ("json:loop", "json.py is hidden by it, which prefork has loaded before: rename yours"),
     ],
 )
