@@ -27,7 +27,7 @@ from prefork.ops import control, instances
 from prefork.testing import Server, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
-from tests.integration.test_control import run
+from tests.integration.test_control import run, talk
 
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
@@ -414,6 +414,17 @@ def test_a_configuration_file_that_is_none_refuses_a_reload(
 # -- the control socket
 
 
+@pytest.mark.parametrize("sent", [b"garbage\n", bytes(range(256)), b'{"command": "nosuch"}\n', b"x" * 100_000_000], ids=len)
+def test_requests_that_are_none_leave_nothing_behind(prefork_server: Start, sent: bytes) -> None:
+    server = prefork_server("bad:loop", folder=HANDLERS, workers=2)
+    before = watch.pss_kib(server.pid)
+    with unharmed(server):
+        for _ in range(3):
+            talk(server, sent)
+            assert tell(server, "look")
+    assert watch.pss_kib(server.pid) < before + 4096
+
+
 def test_half_a_line_is_waited_for_and_keeps_nobody(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2)
     with unharmed(server), socket.socket(socket.AF_UNIX) as sock:
@@ -589,9 +600,15 @@ ITEMS: dict[str, list[tuple[str, str, str | None]]] = {
     "a privileged port": [(HERE, "test_a_privileged_port_ends_the_start_and_refuses_a_reload", None)],
     **{f"a file that {spoil.__name__.replace('_', ' ')}": [(HERE, test, spoil.__name__) for test in _FILE] for spoil in FILES},
     "a configuration file that is a pipe": [(ABUSE, "test_a_configuration_that_is_a_pipe_is_refused_and_not_waited_for", None)],
-    "garbage on the control socket": [(CONTROL, "test_a_bad_request_is_answered_with_what_is_wrong", None)],
+    "garbage on the control socket": [
+        (CONTROL, "test_a_bad_request_is_answered_with_what_is_wrong", None),
+        (HERE, "test_requests_that_are_none_leave_nothing_behind", None),
+    ],
     "half a line on the control socket": [(HERE, "test_half_a_line_is_waited_for_and_keeps_nobody", None)],
-    "100 MB on the control socket": [(CONTROL, "test_a_hundred_megabytes_are_not_taken_in", None)],
+    "100 MB on the control socket": [
+        (CONTROL, "test_a_hundred_megabytes_are_not_taken_in", None),
+        (HERE, "test_requests_that_are_none_leave_nothing_behind", None),
+    ],
     "a thousand control clients at once": [
         (CONTROL, "test_a_thousand_clients_that_say_nothing_do_not_keep_it_from_serving", None),
         (HERE, "test_a_thousand_silent_control_clients_keep_no_command_out", None),
