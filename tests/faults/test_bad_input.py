@@ -330,7 +330,7 @@ def test_an_address_that_can_not_be_bound_refuses_a_reload(prefork_server: Start
     address, _, message = ADDRESSES[item]
     file = tmp_path / "echo.toml"
     file.write_text('bind = ["127.0.0.1:0"]\n')
-    server = prefork_server("bad:loop", folder=HANDLERS, bind=[], workers=2, arguments=("--config", str(file)))
+    server = prefork_server("bad:loop", folder=HANDLERS, bind=[], workers=2, spare_timeout=1, arguments=("--config", str(file)))
     with unharmed(server):
         # One that could be opened comes before it, and must be closed again.
         file.write_text(f'bind = ["127.0.0.1:0", "[::1]:0", "{address}"]\n')
@@ -403,7 +403,7 @@ def test_a_configuration_file_that_is_none_refuses_a_reload(
 ) -> None:
     file = tmp_path / "echo.toml"
     file.write_text("workers = 2\n")
-    server = prefork_server("bad:loop", folder=HANDLERS, arguments=("--config", str(file)))
+    server = prefork_server("bad:loop", folder=HANDLERS, spare_timeout=1, arguments=("--config", str(file)))
     with unharmed(server):
         message = spoil(file)
         with watch.fewer_than(2.0, "a refusal"):
@@ -416,7 +416,7 @@ def test_a_configuration_file_that_is_none_refuses_a_reload(
 
 @pytest.mark.parametrize("sent", [b"garbage\n", bytes(range(256)), b'{"command": "nosuch"}\n', b"x" * 100_000_000], ids=len)
 def test_requests_that_are_none_leave_nothing_behind(prefork_server: Start, sent: bytes) -> None:
-    server = prefork_server("bad:loop", folder=HANDLERS, workers=2)
+    server = prefork_server("bad:loop", folder=HANDLERS, workers=2, spare_timeout=1)
     before = watch.pss_kib(server.pid)
     with unharmed(server):
         for _ in range(3):
