@@ -47,7 +47,7 @@ def test_a_stream_request_handler_serves_unchanged(prefork_server: Start) -> Non
 
 
 def test_a_stream_request_handlers_settings_work(prefork_server: Start) -> None:
-    server = prefork_server("classes:Tuned", folder=HANDLERS, socket_timeout=7)
+    server = prefork_server("classes:Tuned", folder=HANDLERS, socket_timeout=7, nodelay="off")
     with server.connect() as sock:
         assert all_of(sock) == b'[1, 0.2, "SocketIO", "BufferedWriter"] late'
 
