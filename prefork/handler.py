@@ -156,7 +156,9 @@ def _find(label: str, target: str) -> Any:
         raise
     except ModuleNotFoundError as error:
         if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
-            raise HandlerError(f"{label}: no module {error.name!r} in {_here()} or on the Python path") from None
+            raise HandlerError(
+                f"{label}: no module {error.name!r} in {_here()} or on the Python path{_near(module_name)}"
+            ) from None
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
@@ -165,6 +167,16 @@ def _find(label: str, target: str) -> Any:
     except BaseException as error:
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     return found
+
+
+def _near(module_name: str) -> str:
+    """A module that may have been meant: a slip of the finger, or a file's name (mine.py:loop)."""
+    import pkgutil  # noqa: PLC0415 - only needed when something is wrong
+
+    top, *inner = module_name.removesuffix(".py").split(".")
+    folders = [] if inner or process.is_nowhere() else [os.getcwd(), *prefork.examples.__path__]
+    near = difflib.get_close_matches(top, [module.name for module in pkgutil.iter_modules(folders)], 1)
+    return f"; did you mean {near[0]!r}?" if near else ""
 
 
 def _lacks(module: ModuleType, name: str) -> str:

@@ -27,7 +27,7 @@ from prefork.ops import control, instances
 from prefork.testing import Server, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
-from tests.integration.test_control import run
+from tests.integration.test_control import run, talk
 
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
@@ -330,7 +330,7 @@ def test_an_address_that_can_not_be_bound_refuses_a_reload(prefork_server: Start
     address, _, message = ADDRESSES[item]
     file = tmp_path / "echo.toml"
     file.write_text('bind = ["127.0.0.1:0"]\n')
-    server = prefork_server("bad:loop", folder=HANDLERS, bind=[], workers=2, arguments=("--config", str(file)))
+    server = prefork_server("bad:loop", folder=HANDLERS, bind=[], workers=2, spare_timeout=1, arguments=("--config", str(file)))
     with unharmed(server):
         # One that could be opened comes before it, and must be closed again.
         file.write_text(f'bind = ["127.0.0.1:0", "[::1]:0", "{address}"]\n')
@@ -403,7 +403,7 @@ def test_a_configuration_file_that_is_none_refuses_a_reload(
 ) -> None:
     file = tmp_path / "echo.toml"
     file.write_text("workers = 2\n")
-    server = prefork_server("bad:loop", folder=HANDLERS, arguments=("--config", str(file)))
+    server = prefork_server("bad:loop", folder=HANDLERS, spare_timeout=1, arguments=("--config", str(file)))
     with unharmed(server):
         message = spoil(file)
         with watch.fewer_than(2.0, "a refusal"):
@@ -412,6 +412,19 @@ def test_a_configuration_file_that_is_none_refuses_a_reload(
 
 
 # -- the control socket
+
+
+@pytest.mark.parametrize(
+    ("sent", "times"), [(b"garbage\n", 1), (bytes(range(256)), 1), (b'{"command": "nosuch"}\n', 1), (b"x", 100_000_000)]
+)
+def test_requests_that_are_none_leave_nothing_behind(prefork_server: Start, sent: bytes, times: int) -> None:
+    server = prefork_server("bad:loop", folder=HANDLERS, workers=2, spare_timeout=1)
+    before = watch.pss_kib(server.pid)
+    with unharmed(server):
+        for _ in range(3):
+            talk(server, sent * times)
+            assert tell(server, "look")
+    assert watch.pss_kib(server.pid) < before + 4096
 
 
 def test_half_a_line_is_waited_for_and_keeps_nobody(prefork_server: Start) -> None:
@@ -589,9 +602,15 @@ ITEMS: dict[str, list[tuple[str, str, str | None]]] = {
     "a privileged port": [(HERE, "test_a_privileged_port_ends_the_start_and_refuses_a_reload", None)],
     **{f"a file that {spoil.__name__.replace('_', ' ')}": [(HERE, test, spoil.__name__) for test in _FILE] for spoil in FILES},
     "a configuration file that is a pipe": [(ABUSE, "test_a_configuration_that_is_a_pipe_is_refused_and_not_waited_for", None)],
-    "garbage on the control socket": [(CONTROL, "test_a_bad_request_is_answered_with_what_is_wrong", None)],
+    "garbage on the control socket": [
+        (CONTROL, "test_a_bad_request_is_answered_with_what_is_wrong", None),
+        (HERE, "test_requests_that_are_none_leave_nothing_behind", None),
+    ],
     "half a line on the control socket": [(HERE, "test_half_a_line_is_waited_for_and_keeps_nobody", None)],
-    "100 MB on the control socket": [(CONTROL, "test_a_hundred_megabytes_are_not_taken_in", None)],
+    "100 MB on the control socket": [
+        (CONTROL, "test_a_hundred_megabytes_are_not_taken_in", None),
+        (HERE, "test_requests_that_are_none_leave_nothing_behind", None),
+    ],
     "a thousand control clients at once": [
         (CONTROL, "test_a_thousand_clients_that_say_nothing_do_not_keep_it_from_serving", None),
         (HERE, "test_a_thousand_silent_control_clients_keep_no_command_out", None),

@@ -54,6 +54,23 @@ def test_the_table_of_options_is_that_of_the_program() -> None:
             assert default == value
 
 
+def test_the_status_of_the_readme_is_that_of_a_daemon(prefork_server: Callable[..., Server]) -> None:
+    block = re.search(r'^(    {"name", "module", "version".*?})$', README, re.MULTILINE | re.DOTALL)
+    assert block is not None
+    status = prefork_server("echo:loop", workers=1).status()
+
+    def keys(of: object) -> list[str]:
+        """All of them, in the order in which they are written."""
+        entries = of.items() if isinstance(of, dict) else ()
+        return [name for key, value in entries for name in (key, *keys(value[0] if isinstance(value, list) and value else value))]
+
+    # What is null or empty in a daemon at rest.
+    told = re.findall(
+        r'"(\w+)"', re.sub(r': "[^"]*"|(?<="reload": ){.*?}|(?<="backoff": ){.*?}|(?<="deaths": )\[{.*?}\]', "", block[1])
+    )
+    assert told == keys(status)
+
+
 def test_the_readme_answers_in_the_order_of_the_questions() -> None:
     assert re.findall(r"^## (.*)", README, re.MULTILINE) == [
         "What you get",

@@ -48,7 +48,7 @@ def test_a_stream_request_handler_serves_unchanged(prefork_server: Start) -> Non
 
 
 def test_a_stream_request_handlers_settings_work(prefork_server: Start) -> None:
-    server = prefork_server("classes:Tuned", folder=HANDLERS, socket_timeout=7)
+    server = prefork_server("classes:Tuned", folder=HANDLERS, socket_timeout=7, nodelay="off")
     with server.connect() as sock:
         assert all_of(sock) == b'[1, 0.2, "SocketIO", "BufferedWriter"] late'
 
@@ -336,6 +336,9 @@ def test_a_connection_can_be_handed_to_another_process(prefork_server: Start, mo
     [
         ("mine:A.loop", "mine:A.loop: loop is a method of A, and there is no object to call it on"),
         ("mine:lop", "has no 'lop'; did you mean 'loop'?"),
+        ("mien:loop", " or on the Python path; did you mean 'mine'?"),
+        ("mine.py:loop", " or on the Python path; did you mean 'mine'?"),
+        ("ecoh:loop", " or on the Python path; did you mean 'echo'?"),
         ("json:loop", "json.py is hidden by it, which prefork has loaded before: rename yours"),
     ],
 )

@@ -314,7 +314,7 @@ def loop(sock):
 
 def test_a_database_connection_for_each_worker_survives_reloads_and_killed_workers(prefork_server: Start, module: Module) -> None:
     hooks = {"on_worker_start": "mine:connect", "on_worker_exit": "mine:disconnect"}
-    server = prefork_server("mine:loop", folder=module(DATABASE), workers=2, **hooks)
+    server = prefork_server("mine:loop", folder=module(DATABASE), workers=2, spare_timeout=1, **hooks)
     pids: list[int] = []
 
     def hit() -> int:
@@ -342,7 +342,7 @@ def test_a_database_connection_for_each_worker_survives_reloads_and_killed_worke
 
 def test_a_database_connection_for_each_worker_survives_recycling(prefork_server: Start, module: Module) -> None:
     hooks = {"on_worker_start": "mine:connect", "on_worker_exit": "mine:disconnect"}
-    server = prefork_server("mine:loop", folder=module(DATABASE), workers=2, max_connections=2, **hooks)
+    server = prefork_server("mine:loop", folder=module(DATABASE), workers=2, spare_timeout=1, max_connections=2, **hooks)
     pids: set[int] = set()
     hits = 0
 
