@@ -37,6 +37,7 @@ PATIENCE = 2.0
 CRASHES_KEPT = 8
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
+_BUSY = bytes([BUSY])
 
 
 @dataclass(slots=True)
@@ -448,7 +449,7 @@ class Generation:
             self._wake(place, quiet_until)
             return
         self._strike_off(place)
-        if self.trouble.until_served and any(self._latest(place, self.board.row(place, self.pool.high[place]), self._failed_ns)):
+        if self.trouble.until_served and self._latest(place, self.board.row(place, self.pool.high[place]), self._failed_ns):
             self.trouble = self._overcome(self.trouble)  # nobody rings for it while a load goes on
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
@@ -507,9 +508,10 @@ class Generation:
         board, acceptors = self.board, self._acceptors[place]
         first = place * self.layout.capacity
         row = board.row(place, self.pool.high[place])
-        idle, busy = row.count(IDLE), row.count(BUSY)
+        others = row.translate(None, _BUSY)  # one pass through a long row
+        idle, busy = others.count(IDLE), len(row) - len(others)
         tired = sum(row[slot - first] in (IDLE, PAUSED) for slot in self._tired if 0 <= slot - first < len(row))
-        starting = row.count(STARTING) + row.count(PARKED) + row.count(PAUSED)
+        starting = others.count(STARTING) + others.count(PARKED) + others.count(PAUSED)
         for slot in self._absent:
             if 0 <= slot - first < len(row):
                 state = row[slot - first]
@@ -525,7 +527,7 @@ class Generation:
         if missing > 0:
             returning = self._returning(place, row)
         elif since_ns is not None:
-            accepted = any(self._latest(place, row, since_ns))
+            accepted = bool(self._latest(place, row, since_ns))
         return View(acceptors.target, idle, starting, returning, busy, room, acceptors.vacated, tired, leaving, accepted)
 
     def _returning(self, place: int, row: bytes) -> int:
@@ -545,18 +547,16 @@ class Generation:
                 asleep += 1
         return policy.returning(runnable, fresh_ones, asleep)
 
-    def _latest(self, place: int, row: bytes, after_ns: int) -> Iterator[tuple[int, int]]:
+    def _latest(self, place: int, row: bytes, after_ns: int) -> list[tuple[int, int]]:
         """The slots that have accepted since then and when, as their workers say; of many only those that the ring knows."""
         board, first = self.board, place * self.layout.capacity
-        for slot, since in enumerate(board.since(place, min(len(row), scoreboard.FEW)), first):
-            if since > after_ns:
-                yield slot, since
-        if len(row) > scoreboard.FEW:
-            now_ns = time.monotonic_ns()
-            for slot in board.recent(place, now_ns, now_ns - after_ns):
-                since = board.words[board.record(slot) + scoreboard.SINCE]
-                if since > after_ns:
-                    yield slot, since
+        if len(row) <= scoreboard.FEW:
+            return [(slot, since) for slot, since in enumerate(board.since(place, len(row)), first) if since > after_ns]
+        now_ns = time.monotonic_ns()
+        found = [
+            (slot, board.words[board.record(slot) + scoreboard.SINCE]) for slot in board.recent(place, now_ns, now_ns - after_ns)
+        ]
+        return [(slot, since) for slot, since in found if since > after_ns]
 
     def _fork(self, place: int, now: float) -> None:
         worker = self.pool.take(place, now)

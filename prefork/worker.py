@@ -229,11 +229,10 @@ class Worker:
         board, listener, conf = self.board, self.brief.listener, self.brief.config
         states, words, order_words, retire, row = board.states, board.words, board.order_words, board.retire, board.board
         place, last_look, last_bucket = self.brief.place, scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
-        first_slot = place * board.layout.capacity
         records_at, record_words = board.record(0), scoreboard.RECORD_WORDS
         peers_at, record_bytes = board.peer_start(0), board.peer_start(1) - board.peer_start(0)
         row_at, recent_at = board.row_start(place), board.recent_word(place)
-        recent_mask, recent_shift = scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
+        recent_entry, recent_mask, recent_shift = scoreboard.recent_entry, scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
         ring_at, high_at = board.listener_word(place, scoreboard.RING_BELOW), board.listener_word(place, scoreboard.HIGH)
         family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
         accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
@@ -249,7 +248,7 @@ class Worker:
             since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
             ok_at, error_at, histogram_at = record + scoreboard.OK, record + scoreboard.ERROR, record + scoreboard.HISTOGRAM
             peer_at = peers_at + slot * record_bytes
-            slot_number, is_one_of_many = slot + 1, slot - first_slot >= scoreboard.FEW
+            slot_number, few = slot + 1, scoreboard.FEW
             begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
             last = self._last_connection(begun) if conf.max_connections else -1
             worn = self._worn_out() if conf.max_lifetime or conf.max_memory else None
@@ -276,12 +275,12 @@ class Worker:
                 begun += 1
                 words[begun_at] = begun
                 states[slot] = BUSY
-                if is_one_of_many:
-                    words[recent_at + (since >> recent_shift & recent_mask)] = slot_number
+                high = order_words[high_at]
+                if high > few:
+                    entry = since >> recent_shift
+                    words[recent_at + (entry & recent_mask)] = recent_entry(entry, slot_number)
                 below = order_words[ring_at]
-                if (below and row[row_at : row_at + order_words[high_at]].count(IDLE) < below) or since > order_words[
-                    last_look
-                ] + UNSEEN_NS:
+                if (below and row[row_at : row_at + high].count(IDLE) < below) or since > order_words[last_look] + UNSEEN_NS:
                     self._ring(wire.Ring.ACCEPTED)
                 if begun == last:
                     self._tire()

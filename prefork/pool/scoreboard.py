@@ -69,13 +69,16 @@ HISTOGRAM = PEER + PEER_BYTES // _WORD
 BUCKETS = 32
 RECORD_WORDS = 64
 
-# A listener's first slots are looked at one by one.
+# So many slots of a listener are looked at one by one.
 FEW = 256
-# Of the others there is a ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds slot + 1. One entry is 131 us, the
-# ring 67 ms. A look at the pool needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one
-# entry lose one of them, which costs at most a look at one worker fewer.
+# Of more there is a ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds ``now >> RECENT_SHIFT`` in its upper
+# half, so that old ones are told at once, and slot + 1 in its lower one. One entry is 131 us, the ring 67 ms. A look at the pool
+# needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one entry lose one of them,
+# which costs at most a look at one worker fewer.
 RECENT = 512
 RECENT_SHIFT = 17
+
+_SLOT_MASK = 0xFFFFFFFF
 
 # The orders' words: the generation's (word 0 is the magic), each listener's, then rows.
 # LOG_EPOCH counts how often the master has opened log files again.
@@ -259,10 +262,14 @@ class Scoreboard:
         first = self.recent_word(listener)
         ring = self.words[first : first + RECENT].tolist()
         newest = now_ns >> RECENT_SHIFT
-        oldest = newest - min(RECENT - 1, age_ns >> RECENT_SHIFT)
-        found = {ring[entry % RECENT] for entry in range(oldest, newest + 1)}
+        since = recent_entry(newest - min(RECENT - 1, age_ns >> RECENT_SHIFT), 0)
+        until = recent_entry(newest + 1, 0)
+        if since < until:
+            found = [entry for entry in ring if since <= entry < until]
+        else:  # the upper half has come round: once in six days
+            found = [entry for entry in ring if since <= entry or entry < until]
         low = listener * self.layout.capacity
-        return {slot - 1 for slot in found if low < slot <= low + self.layout.capacity}
+        return {slot - 1 for entry in found if low < (slot := entry & _SLOT_MASK) <= low + self.layout.capacity}
 
     def peer(self, slot: int) -> str:
         """The peer of the connection being served, or of the last one: up to the first NUL."""
@@ -327,6 +334,11 @@ class Scoreboard:
         begun_at = self.record(slot) + BEGUN
         for offset, value in enumerate((counts.begun, counts.ok, counts.error, counts.rejected)):
             self.words[begun_at + offset] = value
+
+
+def recent_entry(when: int, slot_number: int) -> int:
+    """An entry of the ring of latest accepts: the time in units of its entries, and slot + 1."""
+    return (when & _SLOT_MASK) << 32 | slot_number
 
 
 def create(name: str, size: int) -> int:

@@ -10,7 +10,7 @@ from contextlib import contextmanager
 from itertools import pairwise
 
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
 from prefork.pool import scoreboard
@@ -254,9 +254,11 @@ def test_close_unmaps() -> None:
 def accepted(board: Scoreboard, slot: int, at_ns: int, listener: int) -> None:
     """What a worker notes in its listener's ring when it accepts."""
     ring = board.layout.recent_at // WORD + listener * scoreboard.RECENT
-    board.words[ring + (at_ns >> scoreboard.RECENT_SHIFT) % scoreboard.RECENT] = slot + 1
+    when = at_ns >> scoreboard.RECENT_SHIFT
+    board.words[ring + when % scoreboard.RECENT] = scoreboard.recent_entry(when, slot + 1)
 
 
+@example(now=2**32 << scoreboard.RECENT_SHIFT, ages={1: 0, 2: MS, 3: 40 * MS})  # the upper half of an entry comes round
 @given(now=st.integers(10**9, 10**18), ages=st.dictionaries(st.integers(0, 9), st.integers(0, 66 * MS), max_size=10))
 def test_recent_tells_who_accepted_lately(now: int, ages: dict[int, int]) -> None:
     entry = 1 << scoreboard.RECENT_SHIFT
@@ -273,7 +275,7 @@ def test_recent_tells_who_accepted_lately(now: int, ages: dict[int, int]) -> Non
 def test_recent_tells_of_no_other_listeners_workers_and_believes_no_nonsense() -> None:
     now = 10**12
     with mapped(Layout(3, 4), Access.MASTER) as [board]:
-        for offset, slot in enumerate([3, 4, 7, 8, 2**40]):  # of listener 1 only 4 to 7
+        for offset, slot in enumerate([3, 4, 7, 8, 2**31]):  # of listener 1 only 4 to 7
             accepted(board, slot, now - offset * MS, 1)
         assert board.recent(1, now, 50 * MS) == {4, 7}
         assert board.recent(0, now, 50 * MS) == set()
