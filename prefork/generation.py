@@ -625,6 +625,7 @@ class Generation:
         """Open the gate: the workers that wait there go to accept()."""
         self.committed = True
         self.link.open_gate()
+        self.board.order_words[scoreboard.COMMITTED] = 1
         self.look_soon_all(now)
 
     @property

@@ -143,7 +143,7 @@ class Worker:
         The order matters: signals are still blocked, and are let in when everything is ours.
         """
         brief, board = self.brief, self.board
-        words, states = board.words, board.states
+        words, states, order_words, committed = board.words, board.states, board.order_words, scoreboard.COMMITTED
         records_at, record_words = board.record(0), scoreboard.RECORD_WORDS
         pid_at, started_at = records_at + scoreboard.PID, records_at + scoreboard.STARTED
         title = f"prefork: {brief.name} gen {brief.generation} worker "
@@ -189,10 +189,11 @@ class Worker:
             if starts and (failed := self._start_hook()) is not None:
                 return failed
             words[started_at + slot * record_words] = now_ns()
-            states[slot] = PARKED
-            ring()
-            # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
-            read(gate, 1)
+            if not order_words[committed]:
+                states[slot] = PARKED
+                ring()
+                # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
+                read(gate, 1)
             close(gate)
             states[slot] = IDLE
             ring()

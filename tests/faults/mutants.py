@@ -56,7 +56,7 @@ MUTANTS = [
     Mutant(
         "a reload that serves before it is committed",
         "worker.py",
-        "            read(gate, 1)\n",
+        "                read(gate, 1)\n",
         "",
         ("tests/integration/test_reload.py::test_new_code_serves_nobody_before_all_its_workers_are_ready",),
     ),
