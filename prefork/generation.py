@@ -466,7 +466,7 @@ class Generation:
             self._release_tired(place, view, now)
         if decision.look_at is not None:
             self._wake(place, decision.look_at)
-        if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.STEADY_LOOK):
+        if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.CALM_LOOK):
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
 

@@ -81,11 +81,11 @@ class Master:
             if self.handed is not None:
                 self._take_over(*self.handed)
             while not self.stopping.finished:
-                self._sleep()
-                # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.
-                arrived = self.inbox.take()
-                self._reap()
-                self._obey_signals(arrived)
+                if self._sleep():
+                    # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.
+                    arrived = self.inbox.take()
+                    self._reap()
+                    self._obey_signals(arrived)
                 self._tend()
                 if self.upgrading.due:
                     self._hand_over()
@@ -198,8 +198,8 @@ class Master:
         self._reap()
         self._obey_signals(late)
 
-    def _sleep(self) -> None:
-        """Wait for the next event or deadline, and pass events on."""
+    def _sleep(self) -> bool:
+        """Wait for the next event or deadline, and pass events on. Whether a signal has come."""
         daemon = self.daemon
         planned = self._wake_at()
         for generation in daemon.generations():
@@ -214,6 +214,7 @@ class Master:
         daemon.now = daemon.clock()
         for key, _ in events:
             key.data(daemon.now)
+        return any(key.fileobj is self.inbox for key, _ in events)
 
     def _answer_the_door(self, now: float) -> None:
         try:

@@ -312,7 +312,7 @@ class Worker:
                     log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
                 took = now_ns() - since
                 bucket = (took >> 10).bit_length()
-                words[histogram_at + min(last_bucket, bucket)] += 1
+                words[histogram_at + (min(last_bucket, bucket))] += 1
                 if failed:
                     ended_error += 1
                     words[error_at] = ended_error

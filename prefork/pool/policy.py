@@ -10,10 +10,11 @@ cold. So:
 worker that computes and then blocks is still runnable when the master first looks, and no later event tells of it. Hence there
 is always a next look while somebody is missing. Places known to be empty (a death, a start, a raised target) are filled at once.
 
-Under a load that takes and gives back acceptors all the time every accept would be worth a look. So looks come ever more seldom
-while nobody is blocked, up to STEADY_LOOK, and meanwhile nobody rings: to count the idle ones at each accept costs more than
-everything else that is noted of a connection (measured: 2 us of 30). Once a look finds that nobody was accepted since the last
-one, it was the last, and the next accept rings.
+Under a load that takes and gives back acceptors all the time every accept would be worth a look, and a look has cold caches (300
+us at 3,000 connections a second: a tenth of what those cost). So looks come ever more seldom while nobody is blocked, and meanwhile
+nobody rings. From STEADY_LOOK on whoever takes the last idle acceptor does, and looks become rarer still, up to CALM_LOOK; where
+there is mostly no idle one it stays at STEADY_LOOK, because each accept would ring. Once a look finds that nobody was accepted
+since the last one, it was the last, and the next accept rings.
 
 Surplus acceptors are those that were never needed during a whole ``spare_timeout``: the low-water mark of idle workers, kept
 exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
@@ -26,7 +27,7 @@ not missed any more: `released`.
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-LOOK_AGAIN, STEADY_LOOK = 0.002, 0.032
+LOOK_AGAIN, STEADY_LOOK, CALM_LOOK = 0.002, 0.032, 0.256
 # A busy worker may be about to be back as long as it is runnable and has been busy for less than YOUNG, or less than FRESH anyhow.
 YOUNG, FRESH = 0.050, 0.0006
 # At the ceiling nothing can be done until somebody ends, which is an event; the look only keeps `saturated_seconds` true.
@@ -96,14 +97,14 @@ def decide(memory: Memory, view: View, now: float, spare_timeout: float) -> tupl
 def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory, Decision]:
     shortage = max(0, missing - view.returning)
     settled, short, short_at = 0, shortage, now
-    next_look = now + (LOOK_AGAIN if shortage else _later(memory))
+    wait = LOOK_AGAIN if shortage else _later(memory, view)
     if memory.short_at is not None:
         if now >= memory.short_at + LOOK_AGAIN:
             settled = min(shortage, memory.short)
         else:
             # Woken early, by somebody's death or the other listener: the first look still stands, with the smaller shortage.
             short, short_at = min(shortage, memory.short), memory.short_at
-            next_look = memory.short_at + LOOK_AGAIN
+            wait = memory.short_at + LOOK_AGAIN - now
     # Who was needed in this window is not surplus.
     low = None if memory.low_water is None else min(memory.low_water, view.idle)
     wanted = max(settled, min(shortage, view.vacated))
@@ -113,21 +114,26 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
         return Memory(low_water=low, window_at=memory.window_at, saturated=saturated), Decision(0, 0, now + SATURATED_LOOK, 0)
     if fork:
         # What was forked is `starting` from now on: the next pair of looks begins here.
-        short, short_at, next_look = shortage - fork, now, now + LOOK_AGAIN
-    return Memory(next_look - now, short, short_at, low, memory.window_at), Decision(fork, 0, next_look, 0)
+        short, short_at, wait = shortage - fork, now, LOOK_AGAIN
+    return Memory(wait, short, short_at, low, memory.window_at), Decision(fork, 0, now + wait, _last_one(wait))
 
 
-def _later(memory: Memory) -> float:
+def _later(memory: Memory, view: View) -> float:
     """How long to wait while a load goes on and nobody is blocked."""
-    return min(STEADY_LOOK, max(LOOK_AGAIN, 2 * memory.wait))
+    return min(CALM_LOOK if view.idle else STEADY_LOOK, max(LOOK_AGAIN, 2 * memory.wait))
+
+
+def _last_one(wait: float) -> int:
+    """Whether an accept that leaves nobody idle has to ring before a look so late: what `ring_below` is for it."""
+    return int(wait > STEADY_LOOK)
 
 
 def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
     needed = view.target - min(view.starting, view.target)
     wait, look_at = 0.0, None
     if view.accepted:
-        wait = _later(memory)
-        needed, look_at = 0, now + wait
+        wait = _later(memory, view)
+        needed, look_at = _last_one(wait), now + wait
     if view.idle + view.starting + view.busy <= view.target:
         return Memory(wait), Decision(0, 0, look_at, needed)
     # More workers than acceptors wanted. No event tells when the busy ones are done, so there is a look at every window's end.

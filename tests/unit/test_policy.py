@@ -12,6 +12,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from prefork.pool.policy import (
     BACKOFF_LIMIT,
+    CALM_LOOK,
     FORK_BACKOFF_LIMIT,
     LOOK_AGAIN,
     SATURATED_LOOK,
@@ -181,16 +182,34 @@ def test_busy_surplus_is_looked_at_again_without_any_event() -> None:
     assert decide(Memory(), view(2, 2, busy=7), 1.0, SPARE)[1].look_at == 1.0 + SPARE
 
 
-def test_looks_at_a_load_that_blocks_nobody_come_ever_more_seldom_and_end_with_it() -> None:
-    memory, now, waits = Memory(), 1.0, []
-    for idle in (7, 8, 6, 8, 7, 8):
+def steady(idle_at_looks: list[int]) -> tuple[Memory, float, list[float], list[int]]:
+    """Looks at a load that blocks nobody: what is remembered, the time, how long after each look the next came, and who rang."""
+    memory, now, waits, rings = Memory(), 1.0, [], []
+    for idle in idle_at_looks:
         memory, decision = decide(memory, view(8, idle, busy=8 - idle, returning=8 - idle, accepted=True), now, SPARE)
         assert decision.look_at is not None
-        assert (decision.fork, decision.ring_below) == (0, 0)
+        assert decision.fork == 0
         waits.append(decision.look_at - now)
+        rings.append(decision.ring_below)
         now = decision.look_at
-    assert waits == pytest.approx([LOOK_AGAIN, 2 * LOOK_AGAIN, 4 * LOOK_AGAIN, 8 * LOOK_AGAIN, STEADY_LOOK, STEADY_LOOK])
+    return memory, now, waits, rings
+
+
+def test_looks_at_a_load_that_blocks_nobody_come_ever_more_seldom_and_end_with_it() -> None:
+    memory, now, waits, rings = steady([7, 8, 6, 8, 7, 8, 1, 7, 8])
+    doubled = [LOOK_AGAIN * 2**look for look in range(8)]
+    assert waits == pytest.approx([*doubled, CALM_LOOK])
+    assert doubled[-1] == pytest.approx(CALM_LOOK)
+    assert rings == [0] * doubled.index(STEADY_LOOK) + [0] + [1] * 4, "from then on an accept that leaves nobody idle"
     assert decide(memory, view(8, 8), now, SPARE) == (Memory(), Decision(fork=0, retire=0, look_at=None, ring_below=8))
+
+
+def test_where_nobody_is_idle_looks_do_not_become_so_rare_that_somebody_has_to_ring() -> None:
+    _, _, waits, rings = steady([0] * 9)
+    assert waits[-2:] == pytest.approx([STEADY_LOOK, STEADY_LOOK])
+    assert rings == [0] * 9
+    _, _, waits, rings = steady([8] * 9 + [0])
+    assert (waits[-1], rings[-1]) == (pytest.approx(STEADY_LOOK), 0)
 
 
 def test_in_a_steady_load_a_worker_that_blocks_is_replaced_two_looks_later() -> None:
@@ -514,7 +533,8 @@ class DaemonMachine(RuleBasedStateMachine):
             if pool.missing > 0:
                 assert pool.look_at is not None
                 blocked = pool.looks[-1][1] > 0
-                patience = SATURATED_LOOK if pool.room <= 0 else LOOK_AGAIN if blocked else STEADY_LOOK
+                steady = CALM_LOOK if pool.ring_below else STEADY_LOOK
+                patience = SATURATED_LOOK if pool.room <= 0 else LOOK_AGAIN if blocked else steady
                 assert pool.look_at - self.daemon.now <= patience + EPSILON
 
     @invariant()
