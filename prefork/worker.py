@@ -239,7 +239,7 @@ class Worker:
         accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         is_ipv4 = family == socket.AF_INET
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
-        new_socket, close_socket = socket.socket, _socket.socket.close
+        close_socket = _socket.socket.close
         default_timeout, changes, timeout = socket.getdefaulttimeout, signals.changes, conf.socket_timeout or None
         call, ends_input = self._call(), conf.drain == "eof"
         log_access = self._log_access if log.access_is_logged() else None
@@ -253,7 +253,8 @@ class Worker:
             begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
             last = self._last_connection(begun) if conf.max_connections else -1
             worn = self._worn_out() if conf.max_lifetime or conf.max_memory else None
-            more = log_access is not None or worn is not None
+            more, unseen_at = log_access is not None or worn is not None, 0
+            new_socket = socket.socket  # on_worker_start may have put another one there
 
             while True:
                 states[slot] = IDLE
@@ -281,8 +282,12 @@ class Worker:
                     entry = since >> recent_shift
                     words[recent_at + (entry & recent_mask)] = recent_entry(entry, slot_number)
                 below = order_words[ring_at]
-                if (below and row[row_at : row_at + high].count(IDLE) < below) or since > order_words[last_look] + UNSEEN_NS:
+                if below and row[row_at : row_at + high].count(IDLE) < below:
                     self._ring(wire.Ring.ACCEPTED)
+                elif since > unseen_at:
+                    unseen_at = order_words[last_look] + UNSEEN_NS
+                    if since > unseen_at:
+                        self._ring(wire.Ring.ACCEPTED)
                 if begun == last:
                     self._tire()
                 sock = new_socket(family, kind, protocol, fd)
@@ -312,7 +317,7 @@ class Worker:
                     log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
                 took = now_ns() - since
                 bucket = (took >> 10).bit_length()
-                words[histogram_at + (min(last_bucket, bucket))] += 1
+                words[histogram_at + min(last_bucket, bucket)] += 1
                 if failed:
                     ended_error += 1
                     words[error_at] = ended_error
