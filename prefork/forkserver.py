@@ -216,15 +216,15 @@ class ForkServer:
         # Those that a stop had not closed when this process began.
         listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
-        self.workers = {place: worker.Worker(self._brief(place, private), loaded) for place in listeners}
+        oom_score = credentials.workers_oom_score()
+        self.workers = {place: worker.Worker(self._brief(place, private, oom_score), loaded) for place in listeners}
         handler.serve_current(worker.connection_here)
         log.configure(role=partial(worker.role, self.brief.generation))
-        signals.forget()
         forks.in_child(worker.after_fork)
-        forks.bear_workers()
+        forks.prepare_to_spare()
         worker.freeze()
 
-    def _brief(self, place: int, private: Collection[int]) -> worker.Brief:
+    def _brief(self, place: int, private: Collection[int], oom_score: bytes) -> worker.Brief:
         """What each worker of this listener is told. ``private``: what no worker keeps, but for its own listener."""
         brief, listener = self.brief, self.brief.listeners[place]
         return worker.Brief(
@@ -242,7 +242,7 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
-            oom_score=credentials.workers_oom_score(),
+            oom_score=oom_score,
             private=frozenset(private) - {listener.fileno()},
         )
 
@@ -311,6 +311,7 @@ class ForkServer:
         """Fork a worker for each. Nothing else between two forks: of all that is written there, each worker keeps a copy."""
         workers = [self.workers[self.brief.layout.listener(slot)] for slot in slots]
         outcomes: list[int] = []
+        forks.spare(everything=not log.has_dropped())
         with signals.blocked():
             for place, slot in enumerate(slots):
                 try:

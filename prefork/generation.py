@@ -190,13 +190,10 @@ class Generation:
             case Kind.FAILED if not self.ready:
                 self.failure = report.text
             case Kind.FORKED:
-                if not self._may_be_a_worker(report.pid) or self.pool.forked(report.slot, report.pid) is None:
+                if not self._may_be_a_worker(report.pid) or not self._born(report.slot, report.pid):
                     return False
-                self.tally.forked += 1
                 if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
                     self.fork_trouble = self._overcome(self.fork_trouble)
-                if self._was_ready(report.slot):  # its ring came before this
-                    self._came(report.slot)
             case Kind.FORK_FAILED:
                 worker = self.pool.fork_failed(report.slot)
                 if worker is None:
@@ -253,11 +250,10 @@ class Generation:
         """Workers whose fork was ordered and never confirmed: known by the pid they wrote, or given up."""
         for worker in list(self.pool.unborn.values()):
             pid = self.board.words[self.board.record(worker.slot) + scoreboard.PID]
-            if self._may_be_a_worker(pid) and process.is_child(pid) and self.pool.forked(worker.slot, pid) is not None:
-                self.tally.forked += 1
-            elif now >= self._limbo_until:
-                if self._may_be_a_worker(pid) and self.pool.forked(worker.slot, pid) is not None:
-                    self.tally.forked += 1
+            if self._may_be_a_worker(pid) and process.is_child(pid) and self._born(worker.slot, pid):
+                continue
+            if now >= self._limbo_until:
+                if self._may_be_a_worker(pid) and self._born(worker.slot, pid):
                     self.exited(worker.slot, pid, None, 0.0, 0, now)  # it has come and gone, perhaps with a connection
                 else:
                     self.pool.fork_failed(worker.slot)
@@ -384,6 +380,15 @@ class Generation:
         self._wake(worker.listener, max(now, self._acceptors[worker.listener].looked_at + policy.LOOK_AGAIN))
         return True
 
+    def _born(self, slot: int, pid: int) -> bool:
+        """The fork happened. False when it can't be true."""
+        if self.pool.forked(slot, pid) is None:
+            return False
+        self.tally.forked += 1
+        if self._was_ready(slot):  # its ring came before this
+            self._came(slot)
+        return True
+
     def _came(self, slot: int) -> None:
         """A worker is known, and has come as far as accept(): two events, in whichever order."""
         if self.pool.unready.pop(slot, None) is not None and not self.trouble.until_served:
@@ -466,6 +471,7 @@ class Generation:
             self._release_tired(place, view, now)
         if decision.look_at is not None:
             self._wake(place, decision.look_at)
+        # Not in a calm load, where there is a look soon anyhow.
         if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.CALM_LOOK):
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
@@ -537,7 +543,7 @@ class Generation:
         runnable = fresh_ones = asleep = 0
         for slot, since in self._latest(place, row, now_ns - young):
             worker = self.pool.workers.get(slot)
-            if worker is None or self.board.states[slot] != BUSY or slot in self._absent:
+            if worker is None or not worker.pid or self.board.states[slot] != BUSY or slot in self._absent:
                 continue
             if 0 <= now_ns - since < fresh:
                 fresh_ones += 1
@@ -551,12 +557,13 @@ class Generation:
         """The slots that have accepted since then and when, as their workers say; of many only those that the ring knows."""
         board, first = self.board, place * self.layout.capacity
         if len(row) <= scoreboard.FEW:
-            return [(slot, since) for slot, since in enumerate(board.since(place, len(row)), first) if since > after_ns]
-        now_ns = time.monotonic_ns()
-        found = [
-            (slot, board.words[board.record(slot) + scoreboard.SINCE]) for slot in board.recent(place, now_ns, now_ns - after_ns)
-        ]
-        return [(slot, since) for slot, since in found if since > after_ns]
+            seen = list(enumerate(board.since(place, len(row)), first))
+        else:
+            now_ns, others = time.monotonic_ns(), first + scoreboard.LOWEST
+            recent = [slot for slot in board.recent(place, now_ns, now_ns - after_ns) if slot >= others]
+            seen = [*enumerate(board.since(place, scoreboard.LOWEST), first)]
+            seen += [(slot, board.words[board.record(slot) + scoreboard.SINCE]) for slot in recent]
+        return [(slot, since) for slot, since in seen if since > after_ns]
 
     def _fork(self, place: int, now: float) -> None:
         worker = self.pool.take(place, now)

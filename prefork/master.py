@@ -80,6 +80,7 @@ class Master:
         try:
             if self.handed is not None:
                 self._take_over(*self.handed)
+            self._reap()  # children from before, for whose end no signal comes any more
             while not self.stopping.finished:
                 if self._sleep():
                     # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.

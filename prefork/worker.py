@@ -1,7 +1,7 @@
 """A worker: one process that blocks in accept(), serves one connection at a time, and says so on the scoreboard.
 
-Read `Worker.run` for its life and `Worker.serve` for the loop. What it must not do: poll, raise out of accept(), or let the
-handler's mess reach the next client.
+Read `Worker._prepare_to_live` for its life and `_prepare_to_serve` for the loop. What it must not do: poll, raise out of
+accept(), or let the handler's mess reach the next client.
 
 How a worker retires without losing a connection (signal(7), PEP 475; measured: 0 lost in 1,996 retirements under full load,
 where a handler that raises lost one for every three): being asked is a byte on the master's orders, read before each accept,
@@ -124,20 +124,22 @@ class Worker:
         self.pauses = 0
         self.sock: socket.socket  # the latest connection
         self.address: Any  # what accept() said of its peer
-        self.ends_input = brief.config.drain == "eof"
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
+        self._ready, self._accepted, self._worn = (
+            wire.doorbell_of(why, brief.generation) for why in (wire.Ring.READY, wire.Ring.ACCEPTED, wire.Ring.TIRED)
+        )
+        self._ring = self._prepare_to_ring()
         self._handlers = (
             (signal.SIGTERM, self._on_retire),
             (signal.SIGINT, self._on_retire),
             (signals.PARENT_DIED, self._on_parent_died),
         )
-        self.serve = self._prepare_to_serve()
-        self.live = self._prepare_to_live()
+        self.live = self._prepare_to_live(self._prepare_to_serve())
 
     # -- its life
 
-    def _prepare_to_live(self) -> Callable[[int], int]:
+    def _prepare_to_live(self, serve: Callable[[int], int]) -> Callable[[int], int]:
         """What is a worker's life: given its slot, it becomes a process of its own, serves, cleans up, and returns the exit status.
 
         The order matters: signals are still blocked, and are let in when everything is ours.
@@ -148,10 +150,8 @@ class Worker:
         pid_at, started_at = records_at + scoreboard.PID, records_at + scoreboard.STARTED
         title = f"prefork: {brief.name} gen {brief.generation} worker "
         parents = (brief.fork_server_pid, brief.master_pid)
-        gate, doorbell, oom_score = brief.gate, brief.doorbell, brief.oom_score
-        ready = wire.doorbell_of(wire.Ring.READY, brief.generation)
+        gate, oom_score, ring, ready = brief.gate, brief.oom_score, self._ring, self._ready
         starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
-        serve = self.serve
         first: Steps = (
             *signals.freshening(),
             # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
@@ -164,13 +164,8 @@ class Worker:
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
             signals.unblock,
+            *signals.forgetting,
         )
-
-        def ring() -> None:
-            try:
-                write(doorbell, ready(self.slot, self.pid))
-            except (BlockingIOError, BrokenPipeError):
-                pass  # see `_ring`
 
         def live(slot: int) -> int:
             global _here
@@ -191,12 +186,12 @@ class Worker:
             words[started_at + slot * record_words] = now_ns()
             if not order_words[committed]:
                 states[slot] = PARKED
-                ring()
+                ring(ready)
                 # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
                 read(gate, 1)
             close(gate)
             states[slot] = IDLE
-            ring()
+            ring(ready)
             try:
                 status = serve(slot)
             finally:
@@ -207,6 +202,18 @@ class Worker:
             return status
 
         return live
+
+    def _prepare_to_ring(self) -> Callable[[Callable[[int, int], bytes]], None]:
+        doorbell = self.brief.doorbell
+
+        def ring(why: Callable[[int, int], bytes]) -> None:
+            try:
+                write(doorbell, why(self.slot, self.pid))
+            except (BlockingIOError, BrokenPipeError):
+                # Full: the master has something to read and will look. Broken: it is dead, which the kernel tells.
+                pass
+
+        return ring
 
     def _start_hook(self) -> int | None:
         """Run it. The exit status when it failed."""
@@ -241,7 +248,7 @@ class Worker:
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
         close_socket = _socket.socket.close
         default_timeout, changes, timeout = socket.getdefaulttimeout, signals.changes, conf.socket_timeout or None
-        call, ends_input = self._call(), conf.drain == "eof"
+        call, ends_input, ring, accepted = self._call(), conf.drain == "eof", self._ring, self._accepted
         log_access = self._log_access if log.access_is_logged() else None
 
         def serve(slot: int) -> int:
@@ -283,11 +290,11 @@ class Worker:
                     words[recent_at + (entry & recent_mask)] = recent_entry(entry, slot_number)
                 below = order_words[ring_at]
                 if below and row[row_at : row_at + high].count(IDLE) < below:
-                    self._ring(wire.Ring.ACCEPTED)
+                    ring(accepted)
                 elif since > unseen_at:
                     unseen_at = order_words[last_look] + UNSEEN_NS
                     if since > unseen_at:
-                        self._ring(wire.Ring.ACCEPTED)
+                        ring(accepted)
                 if begun == last:
                     self._tire()
                 sock = new_socket(family, kind, protocol, fd)
@@ -338,7 +345,7 @@ class Worker:
         """Ask to be recycled: to be told to leave once somebody else accepts in this place."""
         if not self.board.tired[self.slot]:
             self.board.tired[self.slot] = 1
-            self._ring(wire.Ring.TIRED)
+            self._ring(self._worn)
 
     def _last_connection(self, begun: int) -> int:
         """The slot's count at the last connection that is for this worker."""
@@ -378,7 +385,7 @@ class Worker:
                 self.board.states[self.slot] = PAUSED
                 time.sleep(PAUSE)
                 self.board.states[self.slot] = IDLE
-                self._ring(wire.Ring.READY)  # an acceptor again, which the master did not count on meanwhile
+                self._ring(self._ready)  # an acceptor again, which the master did not count on meanwhile
                 return None
             case Verdict.UNPLUGGED | Verdict.CLOSED if self._asked_to_leave():
                 return EXIT_RETIRED
@@ -388,13 +395,6 @@ class Worker:
 
     def _asked_to_leave(self) -> bool:
         return self.retiring or bool(self.board.retire[self.slot]) or bool(self.board.order_words[scoreboard.STOPPING])
-
-    def _ring(self, why: wire.Ring) -> None:
-        try:
-            write(self.brief.doorbell, wire.pack_doorbell(why, self.brief.generation, self.slot, self.pid))
-        except (BlockingIOError, BrokenPipeError):
-            # Full: the master has something to read and will look. Broken: it is dead, which the kernel tells.
-            pass
 
     # -- the handler
 
@@ -526,7 +526,7 @@ class Worker:
             self._unplug(self.brief.gate, None)
         elif state != BUSY:
             self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)
-        elif self.ends_input:
+        elif self.brief.config.drain == "eof":
             self._end_input()
 
     def _note_input(self, fd: int) -> None:

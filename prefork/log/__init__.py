@@ -217,6 +217,11 @@ def begin_fork_server(settings: Settings, role: str, orders: memoryview) -> None
     _forget_dropped()
 
 
+def has_dropped() -> bool:
+    """Whether lines were lost that this process has to tell of."""
+    return any(sink.dropped for sink in _sinks.values())
+
+
 def _forget_dropped() -> None:
     for sink in _sinks.values():
         sink.dropped = 0

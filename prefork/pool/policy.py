@@ -12,9 +12,9 @@ is always a next look while somebody is missing. Places known to be empty (a dea
 
 Under a load that takes and gives back acceptors all the time every accept would be worth a look, and a look has cold caches (300
 us at 3,000 connections a second: a tenth of what those cost). So looks come ever more seldom while nobody is blocked, and meanwhile
-nobody rings. From STEADY_LOOK on whoever takes the last idle acceptor does, and looks become rarer still, up to CALM_LOOK; where
-there is mostly no idle one it stays at STEADY_LOOK, because each accept would ring. Once a look finds that nobody was accepted
-since the last one, it was the last, and the next accept rings.
+nobody rings. From STEADY_LOOK on whoever takes the acceptor by which fewer than half of the idle ones are left does, and looks
+become rarer still, up to CALM_LOOK. If somebody has rung, or nobody is idle, it is STEADY_LOOK again, and no ring. Once a look
+finds that nobody was accepted since the last one, it was the last, and the next accept rings.
 
 Surplus acceptors are those that were never needed during a whole ``spare_timeout``: the low-water mark of idle workers, kept
 exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
@@ -25,7 +25,7 @@ not missed any more: `released`.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 LOOK_AGAIN, STEADY_LOOK, CALM_LOOK = 0.002, 0.032, 0.256
 # A busy worker may be about to be back as long as it is runnable and has been busy for less than YOUNG, or less than FRESH anyhow.
@@ -56,9 +56,10 @@ class View:
 
 @dataclass(frozen=True, slots=True)
 class Memory:
-    """What is carried from one look to the next. ``wait``: how long after the one before it the last look was to be."""
+    """What is carried from one look to the next. ``wait``: how long after this one that is to be; ``due``: when."""
 
     wait: float = 0.0
+    due: float = 0.0
     short: int = 0
     short_at: float | None = None
     low_water: int | None = None  # fewest idle since `window_at`; None when there are no more workers than wanted
@@ -89,6 +90,8 @@ def returning(runnable: int, fresh: int, asleep: int) -> int:
 def decide(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
     """One look at one listener: what to fork or retire, when to look again, and what to remember."""
     missing = view.target - view.idle - view.starting
+    if memory.wait > STEADY_LOOK and now < memory.due:
+        memory = replace(memory, wait=STEADY_LOOK / 2)  # somebody has rung, and would at each accept
     if missing > 0:
         return _short(memory, view, missing, now)
     return _enough(memory, view, now, spare_timeout)
@@ -115,7 +118,7 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
     if fork:
         # What was forked is `starting` from now on: the next pair of looks begins here.
         short, short_at, wait = shortage - fork, now, LOOK_AGAIN
-    return Memory(wait, short, short_at, low, memory.window_at), Decision(fork, 0, now + wait, _last_one(wait))
+    return Memory(wait, now + wait, short, short_at, low, memory.window_at), Decision(fork, 0, now + wait, _alarm(wait, view))
 
 
 def _later(memory: Memory, view: View) -> float:
@@ -123,9 +126,9 @@ def _later(memory: Memory, view: View) -> float:
     return min(CALM_LOOK if view.idle else STEADY_LOOK, max(LOOK_AGAIN, 2 * memory.wait))
 
 
-def _last_one(wait: float) -> int:
-    """Whether an accept that leaves nobody idle has to ring before a look so late: what `ring_below` is for it."""
-    return int(wait > STEADY_LOOK)
+def _alarm(wait: float, view: View) -> int:
+    """What `ring_below` is while a load goes on: before a look that is late somebody has to tell when acceptors become few."""
+    return max(1, view.idle // 2) if wait > STEADY_LOOK else 0
 
 
 def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
@@ -133,9 +136,9 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     wait, look_at = 0.0, None
     if view.accepted:
         wait = _later(memory, view)
-        needed, look_at = _last_one(wait), now + wait
+        needed, look_at = _alarm(wait, view), now + wait
     if view.idle + view.starting + view.busy <= view.target:
-        return Memory(wait), Decision(0, 0, look_at, needed)
+        return Memory(wait, look_at or 0.0), Decision(0, 0, look_at, needed)
     # More workers than acceptors wanted. No event tells when the busy ones are done, so there is a look at every window's end.
     low = view.idle if memory.low_water is None else min(memory.low_water, view.idle)
     begun = now if memory.low_water is None else memory.window_at
@@ -146,7 +149,8 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     if low > view.target:
         needed = low  # whoever is needed in this window is heard of
     ends = begun + spare_timeout
-    return Memory(wait, low_water=low, window_at=begun), Decision(0, retire, min(ends, look_at or ends), needed)
+    due = min(ends, look_at or ends)
+    return Memory(wait, due, low_water=low, window_at=begun), Decision(0, retire, due, needed)
 
 
 def released(view: View, busy: int) -> tuple[int, int]:

@@ -69,11 +69,11 @@ HISTOGRAM = PEER + PEER_BYTES // _WORD
 BUCKETS = 32
 RECORD_WORDS = 64
 
-# So many slots of a listener are looked at one by one.
-FEW = 256
-# Of more there is a ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds ``now >> RECENT_SHIFT`` in its upper
-# half, so that old ones are told at once, and slot + 1 in its lower one. One entry is 131 us, the ring 67 ms. A look at the pool
-# needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one entry lose one of them,
+# So many slots of a listener are looked at one by one, and where there were more, the lowest: they are used first.
+FEW, LOWEST = 256, 32
+# Of the others there is a ring of latest accepts: entry ``(now >> RECENT_SHIFT) % RECENT`` holds ``now >> RECENT_SHIFT`` in its
+# upper half, so that old ones are told at once, and slot + 1 in its lower one. One entry is 131 us, the ring 67 ms. A look at the
+# pool needs the workers that accepted in the last 50 ms, whichever of 10,000 they are; two accepts in one entry lose one of them,
 # which costs at most a look at one worker fewer.
 RECENT = 512
 RECENT_SHIFT = 17
@@ -258,11 +258,11 @@ class Scoreboard:
         return self.words[first : first + high * RECORD_WORDS : RECORD_WORDS].tolist()
 
     def recent(self, listener: int, now_ns: int, age_ns: int) -> set[int]:
-        """Slots that accepted within the last ``age_ns`` (at most 67 ms): gossip, to be checked against their records."""
+        """Slots that accepted within the last ``age_ns``, unless others did since: gossip, to be checked against their records."""
         first = self.recent_word(listener)
         ring = self.words[first : first + RECENT].tolist()
         newest = now_ns >> RECENT_SHIFT
-        since = recent_entry(newest - min(RECENT - 1, age_ns >> RECENT_SHIFT), 0)
+        since = recent_entry(newest - min(_SLOT_MASK >> 1, age_ns >> RECENT_SHIFT), 0)
         until = recent_entry(newest + 1, 0)
         if since < until:
             found = [entry for entry in ring if since <= entry < until]

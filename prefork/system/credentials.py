@@ -94,9 +94,10 @@ def become(who: Credentials) -> None:
 
 
 def workers_oom_score() -> bytes:
-    """What makes a worker a better victim than this process, its parent; empty where that is not possible, without /proc."""
+    """What makes a worker a better victim than this process, its parent; empty where that is not possible."""
     try:
-        with open(_OOM_SCORE) as file:  # ProcSubset=pid keeps it; no /proc at all does not
+        # No /proc, a read-only one, or a process that can't be dumped and is not root's. ProcSubset=pid has this file.
+        with open(_OOM_SCORE, "r+") as file:
             score = int(file.read())
     except OSError:
         return b""
@@ -104,9 +105,14 @@ def workers_oom_score() -> bytes:
 
 
 def offer_to_the_oom_killer(score: bytes) -> None:
-    """Make this process such a victim."""
-    fd = os.open(_OOM_SCORE, os.O_WRONLY | os.O_CLOEXEC)
+    """Make this process such a victim, if the kernel lets it."""
+    try:
+        fd = os.open(_OOM_SCORE, os.O_WRONLY | os.O_CLOEXEC)
+    except OSError:  # no descriptor is left, say
+        return
     try:
         os.write(fd, score)
+    except OSError:  # somebody has given the fork server a higher one meanwhile, below which only root may go
+        return
     finally:
         os.close(fd)

@@ -70,16 +70,23 @@ MUTANTS = [
     Mutant(
         "a handler's fork that gets no fresh locks",
         "system/forks.py",
-        "    _bearing = False\n    if",
-        "    if",
+        "        _sparing = False\n",
+        "",
         ("tests/integration/test_handlers.py::test_locks_are_free_in_a_worker_and_in_what_its_handler_forks",),
     ),
     Mutant(
         "a worker that is born with a lock",
         "system/forks.py",
-        "        _logging_lock.release()",
-        "        pass",
+        "            _logging_lock.release()",
+        "            pass",
         ("tests/integration/test_handlers.py::test_locks_are_free_in_a_worker_and_in_what_its_handler_forks",),
+    ),
+    Mutant(
+        "a child from before that is never reaped",
+        "master.py",
+        "            self._reap()  # children from before",
+        "            # children from before",
+        ("tests/integration/test_addresses.py::test_a_child_from_before_that_has_ended_is_no_zombie",),
     ),
     Mutant(
         "workers that leave with their fork server",

@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prefork.testing import Server, StartError, connect, serve
@@ -63,6 +64,18 @@ def started(tmp_path: Path, command: list[str], fds: tuple[int, ...]) -> Iterato
         yield server
     finally:
         server.stop()
+
+
+def test_a_child_from_before_that_has_ended_is_no_zombie(tmp_path: Path) -> None:
+    become = (
+        "import os, sys\n"
+        "if not (pid := os.fork()): os._exit(0)\n"
+        "os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)\n"  # its signal comes before there is a daemon
+        "os.execv(sys.executable, [sys.executable, *sys.argv[1:]])\n"
+    )
+    with started(tmp_path, ["-c", become, *SERVE, "--bind=127.0.0.1:0"], ()) as server:
+        assert server.status()["state"] == "running"
+        assert all(child.status() != psutil.STATUS_ZOMBIE for child in psutil.Process(server.pid).children())
 
 
 @contextmanager

@@ -250,6 +250,38 @@ def test_locks_are_free_in_a_worker_and_in_what_its_handler_forks(prefork_server
         assert all_of(sock) == b"free"
 
 
+HOOKED = """
+import logging, os, signal, threading
+
+held = logging.StreamHandler()
+held.lock = None  # logging's own fork hook raises at this
+
+def mark(signo, frame):
+    pass
+
+os.register_at_fork(after_in_child=lambda: signal.signal(signal.SIGUSR1, mark))
+
+def loop(sock):
+    if sock.recv(1) == b"f" and os.fork() == 0:
+        return  # back into the worker's loop
+    sock.sendall(f"{os.getpid()} {signal.getsignal(signal.SIGUSR1) is mark}".encode())
+"""
+
+
+def test_what_user_codes_fork_hooks_do_stays_and_one_that_raises_makes_no_second_worker(
+    prefork_server: Start, module: Module
+) -> None:
+    server = prefork_server("mine:loop", folder=module(HOOKED), workers=1, max_workers=1)
+
+    def told(first: bytes) -> bytes:
+        with server.connect() as sock:
+            sock.sendall(first)
+            return all_of(sock)
+
+    [worker] = server.status()["workers"]
+    assert {told(first) for first in (b"f", b"g", b"f", b"g")} == {f"{worker['pid']} True".encode()}
+
+
 def test_every_worker_draws_its_own_random_numbers(prefork_server: Start, module: Module) -> None:
     source = "import random\ndef loop(sock):\n    sock.sendall(str(random.random()).encode())\n    sock.recv(1)\n"
     server = prefork_server("mine:loop", folder=module(source), workers=4)

@@ -55,7 +55,9 @@ class Peer:
             self.generation.board.words[self.generation.board.record(slot) + scoreboard.STARTED] = 1
             self.generation.board.states[slot] = scoreboard.IDLE
             assert self.generation.rang(wire.Doorbell(wire.Ring.READY, 1, slot, PID + slot), 0.0)
+        assert not self.generation.board.order_words[scoreboard.COMMITTED], "workers wait at the gate"
         self.generation.commit(0.0)
+        assert self.generation.board.order_words[scoreboard.COMMITTED], "those who come later need not"
         self.generation.tend(0.0, 0)
         self.generation.tend(0.5, 0)
         assert self.asked() == []

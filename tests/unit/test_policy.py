@@ -200,7 +200,7 @@ def test_looks_at_a_load_that_blocks_nobody_come_ever_more_seldom_and_end_with_i
     doubled = [LOOK_AGAIN * 2**look for look in range(8)]
     assert waits == pytest.approx([*doubled, CALM_LOOK])
     assert doubled[-1] == pytest.approx(CALM_LOOK)
-    assert rings == [0] * doubled.index(STEADY_LOOK) + [0] + [1] * 4, "from then on an accept that leaves nobody idle"
+    assert rings == [0, 0, 0, 0, 0, 4, 1, 3, 4], "after STEADY_LOOK an accept that leaves fewer than half of the idle ones"
     assert decide(memory, view(8, 8), now, SPARE) == (Memory(), Decision(fork=0, retire=0, look_at=None, ring_below=8))
 
 
@@ -211,6 +211,27 @@ def test_where_nobody_is_idle_looks_do_not_become_so_rare_that_somebody_has_to_r
     _, _, waits, rings = steady([8] * 9 + [0])
     assert waits[-1] == pytest.approx(STEADY_LOOK)
     assert rings[-1] == 0
+
+
+def test_who_rings_in_a_calm_load_has_it_looked_at_more_often_again_and_rings_only_once() -> None:
+    memory, now, waits, _ = steady([8] * 8)
+    assert waits[-1] == pytest.approx(CALM_LOOK)
+    rung_at = now - CALM_LOOK / 2
+    memory, decision = decide(memory, view(8, 3, busy=5, returning=5, accepted=True), rung_at, SPARE)
+    assert decision.look_at == pytest.approx(rung_at + STEADY_LOOK)
+    assert decision.ring_below == 0
+    _, decision = decide(memory, view(8, 8, accepted=True), rung_at + STEADY_LOOK, SPARE)
+    assert decision.ring_below == 4
+
+
+def test_in_a_calm_load_acceptors_that_block_are_missed_before_half_of_them_are_gone() -> None:
+    memory, now, _, rings = steady([8] * 8)
+    assert rings[-1] == 4
+    # The fifth that blocks rings.
+    memory, first = decide(memory, view(8, 3, busy=5, accepted=True), now - CALM_LOOK / 2, SPARE)
+    assert first.look_at is not None
+    assert first.look_at == pytest.approx(now - CALM_LOOK / 2 + LOOK_AGAIN)
+    assert decide(memory, view(8, 3, busy=5), first.look_at, SPARE)[1].fork == 5
 
 
 def test_in_a_steady_load_a_worker_that_blocks_is_replaced_two_looks_later() -> None:
