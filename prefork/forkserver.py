@@ -266,10 +266,12 @@ class ForkServer:
             if command.order is Order.FORK:
                 slots.append(command.slot)
                 continue
-            self._fork(slots)  # it may be for one of those
-            slots.clear()
+            if slots:
+                self._fork(slots)  # it may be for one of those
+                slots.clear()
             self._carry_out(command)
-        self._fork(slots)
+        if slots:
+            self._fork(slots)
         return connected
 
     def _receive(self) -> tuple[list[Command], bool]:

@@ -265,6 +265,20 @@ class Generation:
 
     # -- workers
 
+    def _born(self, slot: int, pid: int) -> bool:
+        """The fork happened. False when it can't be true."""
+        if self.pool.forked(slot, pid) is None:
+            return False
+        self.tally.forked += 1
+        if self._was_ready(slot):  # its ring came before this
+            self._came(slot)
+        return True
+
+    def _came(self, slot: int) -> None:
+        """A worker is known, and has come as far as accept(): two events, in whichever order."""
+        if self.pool.unready.pop(slot, None) is not None and not self.trouble.until_served:
+            self.trouble = self._overcome(self.trouble)
+
     def exited(self, slot: int, pid: int, status: int | None, cpu: float, max_rss_kib: int, now: float) -> bool:
         """A worker was reaped. False when that slot does not hold that pid."""
         worker = self.pool.exited(slot, pid)
@@ -380,20 +394,6 @@ class Generation:
         self._wake(worker.listener, max(now, self._acceptors[worker.listener].looked_at + policy.LOOK_AGAIN))
         return True
 
-    def _born(self, slot: int, pid: int) -> bool:
-        """The fork happened. False when it can't be true."""
-        if self.pool.forked(slot, pid) is None:
-            return False
-        self.tally.forked += 1
-        if self._was_ready(slot):  # its ring came before this
-            self._came(slot)
-        return True
-
-    def _came(self, slot: int) -> None:
-        """A worker is known, and has come as far as accept(): two events, in whichever order."""
-        if self.pool.unready.pop(slot, None) is not None and not self.trouble.until_served:
-            self.trouble = self._overcome(self.trouble)
-
     def look_soon(self, place: int, now: float) -> None:
         """Look at this listener's workers at once."""
         self._wake(place, now)
@@ -418,7 +418,7 @@ class Generation:
         for place, acceptors in enumerate(self._acceptors):
             acceptors.vacated += max(0, workers - acceptors.target)
             acceptors.target, acceptors.memory = workers, Memory()
-            view = self._view(place, 0)
+            view = self._view(place, 0, self._row(place))
             self._retire_some(place, view.idle + view.starting - workers, now)
             self.look_soon(place, now)
 
@@ -453,14 +453,14 @@ class Generation:
         if now < quiet_until:
             self._wake(place, quiet_until)
             return
-        self._strike_off(place)
-        if self.trouble.until_served and self._latest(place, self.board.row(place, self.pool.high[place]), self._failed_ns):
+        row = self._true_row(place)
+        if self.trouble.until_served and self._latest(place, row, self._failed_ns):
             self.trouble = self._overcome(self.trouble)  # nobody rings for it while a load goes on
         room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
         if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
-        view = self._view(place, room, seen_before)
+        view = self._view(place, room, row, seen_before)
         acceptors.vacated = 0
         acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
         self._note_saturation(place, now)
@@ -476,14 +476,19 @@ class Generation:
             self._wake(place, now + SETTLE)
         self._arm(place, decision.ring_below)
 
-    def _strike_off(self, place: int) -> None:
-        """Free the slots where a stray write has put workers that do not exist: they would count as acceptors, for good."""
-        row = self.board.row(place, self.pool.high[place])
+    def _row(self, place: int) -> bytes:
+        return self.board.row(place, self.pool.high[place])
+
+    def _true_row(self, place: int) -> bytes:
+        """The row, without the workers that a stray write has put into free slots: they would count as acceptors, for good."""
+        row = self._row(place)
         if len(row) - row.count(FREE) > self.pool.live[place]:
             first = place * self.layout.capacity
             for slot in range(first, first + len(row)):
                 if slot not in self.pool.workers:
                     self.board.states[slot] = FREE
+            row = self._row(place)
+        return row
 
     def _note_tired(self, place: int) -> bool:
         """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""
@@ -509,11 +514,9 @@ class Generation:
         """Until when workers that are retired now may finish; None is as long as they take."""
         return now + self.config.drain_timeout if self.config.drain_timeout else None
 
-    def _view(self, place: int, room: int, since_ns: int | None = None) -> View:
+    def _view(self, place: int, room: int, row: bytes, since_ns: int | None = None) -> View:
         """What there is of a listener's workers. ``since_ns``: of accepts after it is to be told."""
-        board, acceptors = self.board, self._acceptors[place]
-        first = place * self.layout.capacity
-        row = board.row(place, self.pool.high[place])
+        acceptors, first = self._acceptors[place], place * self.layout.capacity
         others = row.translate(None, _BUSY)  # one pass through a long row
         idle, busy = others.count(IDLE), len(row) - len(others)
         tired = sum(row[slot - first] in (IDLE, PAUSED) for slot in self._tired if 0 <= slot - first < len(row))
@@ -639,7 +642,7 @@ class Generation:
     def parked(self) -> bool:
         """Whether the first acceptors of every listener are ready."""
         return self.ready and all(
-            acceptors.retired or self.board.row(place, self.pool.high[place]).count(PARKED) >= acceptors.target
+            acceptors.retired or self._row(place).count(PARKED) >= acceptors.target
             for place, acceptors in enumerate(self._acceptors)
         )
 
@@ -708,7 +711,7 @@ class Generation:
         if count <= 0:
             return
         first = place * self.layout.capacity
-        row = self.board.row(place, self.pool.high[place])
+        row = self._row(place)
         for offset in reversed(range(len(row))):
             worker = self.pool.workers.get(first + offset)
             if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):
@@ -800,7 +803,7 @@ class Generation:
             return not self.retiring.waiting
         return not self.retiring.waiting and all(
             acceptors.memory.saturated
-            or ((view := self._view(place, 0)).idle + view.returning >= acceptors.target and not view.starting)
+            or ((view := self._view(place, 0, self._row(place))).idle + view.returning >= acceptors.target and not view.starting)
             for place, acceptors in enumerate(self._acceptors)
         )
 

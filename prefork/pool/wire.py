@@ -102,13 +102,8 @@ class Report:
     text: str = ""
 
 
-def pack_doorbell(why: Ring, generation: int, slot: int, pid: int) -> bytes:
-    """The record that a worker writes."""
-    return _DOORBELL.pack(DOORBELL_MAGIC, why, generation & 0xFFFFFFFF, slot, pid)
-
-
 def doorbell_of(why: Ring, generation: int) -> Callable[[int, int], bytes]:
-    """What makes such a record of a slot and a pid."""
+    """What makes the record that a worker writes of its slot and its pid."""
     return partial(_DOORBELL.pack, DOORBELL_MAGIC, int(why), generation & 0xFFFFFFFF)
 
 

@@ -2,8 +2,8 @@
 
 Whatever a child touches becomes memory of its own, page by page. Functions that `os.register_at_fork` knows run in each child;
 those of `threading` and `logging`, which is to say of every program, give it fresh locks, because a thread that was not copied may
-hold the old ones. Where there is one thread nobody does, and that would cost each worker 270 KiB (measured: a quarter of what an
-idle one has). So they are left out at the birth of a worker, and are there again for what its handler forks.
+hold the old ones. Where there is one thread nobody does, and that would cost each worker 270 KiB (measured; an idle one has 600
+without). So they are left out at the birth of a worker, and are there again for what its handler forks.
 
 CPython keeps these functions in a list that only the garbage collector shows. Where it is not found (another interpreter, an
 import that has called `gc.freeze`), or there are more threads, everything runs in every child, as anywhere.

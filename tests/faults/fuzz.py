@@ -101,8 +101,8 @@ def _run(inputs: st.SearchStrategy[Any], read: Read, number: int, figures: dict[
 # -- the records
 
 _u32, _u64 = st.integers(0, 2**32 - 1), st.integers(0, 2**64 - 1)
-_rings = st.builds(wire.pack_doorbell, st.sampled_from(Ring), _u32, _u32, _u32)
-_magic = wire.pack_doorbell(Ring.READY, 0, 0, 0)[:2]
+_rings = st.builds(lambda why, *numbers: wire.doorbell_of(why, numbers[0])(*numbers[1:]), st.sampled_from(Ring), _u32, _u32, _u32)
+_magic = wire.doorbell_of(Ring.READY, 0)(0, 0)[:2]
 _plain = st.sampled_from([kind for kind in Kind if kind is not Kind.FAILED])
 _reports = st.builds(Report, _plain, _u32, _u32, st.integers(-(2**31), 2**31 - 1), _u64, _u64, _u64).map(wire.pack_report)
 _failures = st.text().map(lambda text: wire.pack_report(Report(Kind.FAILED, text=text)))
@@ -132,7 +132,7 @@ def doorbells(data: bytes) -> None:
 
 
 def _packed(ring: Doorbell) -> bytes:
-    return wire.pack_doorbell(ring.why, ring.generation, ring.slot, ring.pid)
+    return wire.doorbell_of(ring.why, ring.generation)(ring.slot, ring.pid)
 
 
 @target(spoilt(_reports | _failures))

@@ -75,7 +75,7 @@ def ring(count: str) -> str:
             for number in range(int(count)):
                 os.write(fd, secrets.token_bytes(1 + number % 64))
                 for why in wire.Ring:
-                    os.write(fd, wire.pack_doorbell(why, number % 3, secrets.randbelow(64), secrets.randbelow(1 << 22)))
+                    os.write(fd, wire.doorbell_of(why, number % 3)(secrets.randbelow(64), secrets.randbelow(1 << 22)))
                 written += 1
         except BlockingIOError:
             continue

@@ -345,6 +345,30 @@ def test_a_fork_server_that_is_late_with_an_order_is_killed_once() -> None:
     peer.close()
 
 
+def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates() -> None:
+    peer = Peer(1, max_workers=400)
+    generation, board = peer.generation, peer.generation.board
+    now = time.monotonic_ns()
+
+    def accepted(slot: int, ago: float, *, in_ring: bool = True) -> None:
+        at = now - int(ago * 1e9)
+        board.words[board.record(slot) + scoreboard.SINCE] = at
+        if in_ring:
+            entry = at >> scoreboard.RECENT_SHIFT
+            board.words[board.recent_word(0) + entry % scoreboard.RECENT] = scoreboard.recent_entry(entry, slot + 1)
+
+    accepted(3, 0.001, in_ring=False)
+    accepted(4, 0.1, in_ring=False)
+    accepted(300, 0.002)
+    accepted(301, 0.1)
+    row = bytes(scoreboard.FEW + 100)
+    seen = generation._latest(0, row, now - int(0.05 * 1e9))
+    assert [slot for slot, _ in sorted(seen)] == [3, 300]
+    seen = generation._latest(0, row, now - int(0.2 * 1e9))
+    assert [slot for slot, _ in sorted(seen)] == [3, 4, 300, 301], "older than the ring is long, and still in it"
+    peer.close()
+
+
 def test_a_look_that_finds_somebody_served_ends_the_trouble_of_those_who_were_not(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID, status=70 << 8), now=1.0)

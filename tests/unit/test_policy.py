@@ -224,7 +224,7 @@ def test_who_rings_in_a_calm_load_has_it_looked_at_more_often_again_and_rings_on
     assert decision.ring_below == 4
 
 
-def test_in_a_calm_load_acceptors_that_block_are_missed_before_half_of_them_are_gone() -> None:
+def test_in_a_calm_load_acceptors_that_block_are_missed_once_fewer_than_half_are_left() -> None:
     memory, now, _, rings = steady([8] * 8)
     assert rings[-1] == 4
     # The fifth that blocks rings.

@@ -12,14 +12,14 @@ u64 = st.integers(0, 2**64 - 1)
 rings = st.builds(Doorbell, st.sampled_from(Ring), u32, u32, u32)
 plain_kinds = st.sampled_from([kind for kind in Kind if kind is not Kind.FAILED])
 reports = st.builds(Report, plain_kinds, u32, u32, st.integers(-(2**31), 2**31 - 1), u64, u64, u64)
-MAGIC = wire.pack_doorbell(Ring.READY, 0, 0, 0)[:2]
+MAGIC = wire.doorbell_of(Ring.READY, 0)(0, 0)[:2]
 # Bytes, and pieces that look like the beginning of something.
 pieces = st.binary(max_size=40) | st.just(MAGIC) | st.just(MAGIC + b"\1\0") | rings.map(lambda ring: packed(ring)[:9])
 rubbish = st.lists(pieces).map(b"".join)
 
 
 def packed(ring: Doorbell) -> bytes:
-    return wire.pack_doorbell(ring.why, ring.generation, ring.slot, ring.pid)
+    return wire.doorbell_of(ring.why, ring.generation)(ring.slot, ring.pid)
 
 
 # -- the doorbell
@@ -57,7 +57,7 @@ def test_a_doorbell_can_be_written_atomically_to_a_full_pipe() -> None:
 
 
 def test_a_generation_number_that_outgrows_its_field_still_packs() -> None:
-    [ring], _ = wire.read_doorbells(wire.pack_doorbell(Ring.READY, 2**32 + 5, 1, 2))
+    [ring], _ = wire.read_doorbells(wire.doorbell_of(Ring.READY, 2**32 + 5)(1, 2))
     assert ring.generation == 5
 
 
