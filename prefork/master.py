@@ -210,8 +210,10 @@ class Master:
         # epoll takes at most 2**31 milliseconds.
         timeout = None if planned is None else min(LONGEST_SLEEP, max(0.0, planned - before))
         events = daemon.selector.select(timeout)
-        if timeout is not None:
-            daemon.lost += max(0.0, daemon.clock() - max(daemon.now, before + timeout) - OVERSLEPT)
+        if timeout is not None and (overslept := daemon.clock() - max(daemon.now, before + timeout) - OVERSLEPT) > 0:
+            daemon.lost += overslept
+            # SIGCONT interrupts epoll_wait(2), and Python does not ask again once the time is over: what has come is there unseen.
+            events = events or daemon.selector.select(0)
         daemon.now = daemon.clock()
         for key, _ in events:
             key.data(daemon.now)

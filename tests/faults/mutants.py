@@ -89,6 +89,13 @@ MUTANTS = [
         ("tests/integration/test_addresses.py::test_a_child_from_before_that_has_ended_is_no_zombie",),
     ),
     Mutant(
+        "events that a stopped master does not see",
+        "master.py",
+        "            events = events or daemon.selector.select(0)\n",
+        "",
+        ("tests/integration/test_reload.py::test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late",),
+    ),
+    Mutant(
         "workers that leave with their fork server",
         "worker.py",
         "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",

@@ -264,3 +264,15 @@ def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -
         old = [w["pid"] for w in watch.workers(server)]
     # The promise is 100 ms on a machine that is not starved; this one runs several tests at once.
     assert slowest < 1.0
+
+
+def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(prefork_server: Start) -> None:
+    timeout = 0.6
+    server = prefork_server("slowimport:loop", folder=HANDLERS, boot_timeout=timeout, environment={"IMPORT_SECONDS": "0.2"})
+    os.kill(server.pid, signal.SIGHUP)
+    watch.until("its fork server is there", lambda: any("gen 2" in child.name() for child in watch.family(server.pid)))
+    os.kill(server.pid, signal.SIGSTOP)
+    time.sleep(2 * timeout)  # it sleeps until boot_timeout, and the import ends meanwhile
+    os.kill(server.pid, signal.SIGCONT)
+    watch.until("the reload has ended", lambda: (server.status()["reload"] or {}).get("result"))
+    assert (server.status()["reload"]["result"], server.status()["generation"]) == ("ok", 2)
