@@ -150,12 +150,13 @@ class Changeover:
 
     def _tend_boot(self, reload: Reload) -> None:
         generation = reload.generation
+        if generation.failure is None and generation.parked:
+            self._commit(reload)  # also when we were stopped, and find it ready after its deadline
+            return
         if generation.failure is None and generation.boot_deadline <= self.daemon.now:
             generation.failure = _what_hangs(generation)
         if generation.failure is not None:
             self._refuse(reload, generation.failure)
-        elif generation.parked:
-            self._commit(reload)
 
     def wake_at(self) -> float | None:
         """When to `tend`."""

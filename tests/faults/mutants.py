@@ -96,6 +96,13 @@ MUTANTS = [
         ("tests/integration/test_reload.py::test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late",),
     ),
     Mutant(
+        "a reload that is ready, but found so late",
+        "changeover.py",
+        "        if generation.failure is None and generation.parked:\n",
+        "        if generation.failure is None and generation.parked and generation.boot_deadline > self.daemon.now:\n",
+        ("tests/integration/test_reload.py::test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late",),
+    ),
+    Mutant(
         "workers that leave with their fork server",
         "worker.py",
         "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",

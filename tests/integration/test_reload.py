@@ -266,13 +266,28 @@ def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -
     assert slowest < 1.0
 
 
-def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(prefork_server: Start) -> None:
-    timeout = 0.6
-    server = prefork_server("slowimport:loop", folder=HANDLERS, boot_timeout=timeout, environment={"IMPORT_SECONDS": "0.2"})
+SLOW = """
+import time
+from prefork.examples.echo import loop
+time.sleep({imported})
+
+def start():
+    time.sleep({started})
+"""
+
+
+@pytest.mark.parametrize(("imported", "started", "comes"), [(0.2, 0, "gen 2"), (0, 0.2, "gen 2 worker")])
+def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(
+    prefork_server: Start, module: Module, imported: float, started: float, comes: str
+) -> None:
+    timeout = 1.0
+    folder = module(SLOW.format(imported=imported, started=started))
+    server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
     os.kill(server.pid, signal.SIGHUP)
-    watch.until("its fork server is there", lambda: any("gen 2" in child.name() for child in watch.family(server.pid)))
+    watch.until(f"{comes} is there", lambda: any(comes in child.name() for child in watch.family(server.pid)))
     os.kill(server.pid, signal.SIGSTOP)
-    time.sleep(2 * timeout)  # it sleeps until boot_timeout, and the import ends meanwhile
+    time.sleep(2 * timeout)  # it sleeps until boot_timeout, and what it waits for comes meanwhile
     os.kill(server.pid, signal.SIGCONT)
     watch.until("the reload has ended", lambda: (server.status()["reload"] or {}).get("result"))
-    assert (server.status()["reload"]["result"], server.status()["generation"]) == ("ok", 2)
+    reload = server.status()["reload"]
+    assert reload["result"] == "ok", reload["reason"]
