@@ -5,7 +5,8 @@ import random
 import signal
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import pytest
@@ -138,37 +139,43 @@ def no_more_forks(*_):
     def fork():
         raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
     os.fork = fork
+    print("no more forks", file=sys.stderr, flush=True)
 
 Master.scale = {"bug": bug, "no more forks": no_more_forks}[sys.argv[1]]
 sys.exit(Server("tiny:obey", bind=sys.argv[2], control=sys.argv[3], pid_file=sys.argv[4], workers=2).run())
 """
 
 
-def with_a_fault(tmp_path: Path, fault: str) -> Server:
+@contextmanager
+def with_a_fault(tmp_path: Path, fault: str) -> Iterator[Server]:
     """A daemon whose master has this fault from the first SIGTTIN on."""
     control, port = tmp_path / "control", watch.free_port()
     command = [sys.executable, "-c", BUGGY, fault, f"127.0.0.1:{port}", str(control), str(tmp_path / "pid")]
     with (tmp_path / "log").open("wb") as log:
         process = subprocess.Popen(command, cwd=HANDLERS, stderr=log)
     server = Server(("127.0.0.1", port), process.pid, str(control), tmp_path / "log", process)
-    watch.until("it listens", control.exists)
-    watch.settled(server, 2)
-    return server
+    try:
+        watch.until("it listens", control.exists)
+        watch.settled(server, 2)
+        yield server
+    finally:
+        server.stop()
 
 
 def test_a_fork_server_that_can_not_be_forked_refuses_the_reload_with_the_limits_to_look_at(tmp_path: Path) -> None:
-    server = with_a_fault(tmp_path, "no more forks")
-    os.kill(server.pid, signal.SIGTTIN)
-    for _ in range(2):
-        answer = server.command("reload")
-        assert answer["reason"].startswith("can't start a fork server: Resource temporarily unavailable: see RLIMIT_NPROC")
-    fds = len(watch.descriptors(server.pid))
-    assert not server.command("reload")["ok"]
-    assert len(watch.descriptors(server.pid)) == fds
-    with server.connect() as sock:
-        sock.sendall(b"hello\n")
-        assert sock.recv(64).endswith(b"hello\n")
-    assert server.stop() == 0
+    with with_a_fault(tmp_path, "no more forks") as server:
+        os.kill(server.pid, signal.SIGTTIN)
+        watch.logged(server, "no more forks")
+        for _ in range(2):
+            answer = server.command("reload")
+            assert answer["reason"].startswith("can't start a fork server: Resource temporarily unavailable: see RLIMIT_NPROC")
+        fds = len(watch.descriptors(server.pid))
+        assert not server.command("reload")["ok"]
+        assert len(watch.descriptors(server.pid)) == fds
+        with server.connect() as sock:
+            sock.sendall(b"hello\n")
+            assert sock.recv(64).endswith(b"hello\n")
+        assert server.stop() == 0
 
 
 NO_FORKS = """
@@ -196,13 +203,13 @@ def test_a_start_that_can_not_fork_leaves_nothing_behind(tmp_path: Path) -> None
 
 
 def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> None:
-    server = with_a_fault(tmp_path, "bug")
-    family = watch.family(server.pid)
-    with server.connect() as held:
-        os.kill(server.pid, signal.SIGTTIN)
-        assert server.process.wait(watch.DEADLINE) == 70
-        held.sendall(b"still here\n")
-        assert held.recv(64).endswith(b"still here\n")
+    with with_a_fault(tmp_path, "bug") as server:
+        family = watch.family(server.pid)
+        with server.connect() as held:
+            os.kill(server.pid, signal.SIGTTIN)
+            assert server.process.wait(watch.DEADLINE) == 70
+            held.sendall(b"still here\n")
+            assert held.recv(64).endswith(b"still here\n")
     watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
     assert "internal error in the master" in server.log()
     assert "ZeroDivisionError: a bug" in server.log()
