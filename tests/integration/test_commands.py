@@ -193,7 +193,8 @@ def test_processes_that_the_import_started_are_ended_with_it(module: Callable[[s
 @pytest.mark.parametrize("signo", [signal.SIGTERM, signal.SIGINT, signal.SIGHUP])
 def test_a_check_that_is_interrupted_leaves_nobody(module: Callable[[str], Path], signo: int) -> None:
     folder = module(CHILDREN + "time.sleep(99)\n")
-    command = [sys.executable, "-m", "prefork", "check", "--module=mine:loop"]
+    # A shell that runs tests in the background has them ignore SIGINT.
+    command = ["env", "--default-signal", sys.executable, "-m", "prefork", "check", "--module=mine:loop"]
     with subprocess.Popen(command, cwd=folder, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL) as process:
         watch.until("the import has forked", lambda: len(list(folder.glob("pid.*"))) == 4)
         process.send_signal(signo)
