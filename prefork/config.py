@@ -146,6 +146,12 @@ class Config:
     )
     chdir: str = _option("", values.path(), "Their working directory, first on the import path; as started unless said.", "DIR")
     nice: int = _option(0, values.whole(-39, 39), "How much nicer they are than the master (nice(2)); less than 0 takes root.", "N")
+    scheduling: str = _option(
+        "batch",
+        values.choice("batch", "inherit"),
+        "How a worker that wakes treats one that runs: lets it finish (batch: SCHED_BATCH), or by the policy it was started with.",
+        "batch|inherit",
+    )
     rlimit: tuple[tuple[str, int], ...] = _option(
         (), values.rlimits, "Limits of each worker: nofile=1024,as=512M,cpu=60.", "LIMITS", plain=values.rlimits_text
     )

@@ -17,7 +17,7 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import NoReturn
@@ -216,15 +216,24 @@ class ForkServer:
         # Those that a stop had not closed when this process began.
         listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
-        oom_score = credentials.workers_oom_score()
-        self.workers = {place: worker.Worker(self._brief(place, private, oom_score), loaded) for place in listeners}
+        self.oom_score, self.schedule = credentials.workers_oom_score(), self._scheduling()
+        self.workers = {place: worker.Worker(self._brief(place, private), loaded) for place in listeners}
         handler.serve_current(worker.connection_here)
         log.configure(role=partial(worker.role, self.brief.generation))
         forks.in_child(worker.after_fork)
         forks.prepare_to_spare()
         worker.freeze()
 
-    def _brief(self, place: int, private: Collection[int], oom_score: bytes) -> worker.Brief:
+    def _scheduling(self) -> Callable[[], object] | None:
+        if self.brief.config.scheduling == "inherit":
+            return None
+        try:
+            return process.running_as_batch()
+        except OSError as error:  # a sandbox
+            log.event("not_batch", reason=error.strerror)
+            return None
+
+    def _brief(self, place: int, private: Collection[int]) -> worker.Brief:
         """What each worker of this listener is told. ``private``: what no worker keeps, but for its own listener."""
         brief, listener = self.brief, self.brief.listeners[place]
         return worker.Brief(
@@ -242,7 +251,8 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
-            oom_score=oom_score,
+            oom_score=self.oom_score,
+            schedule=self.schedule,
             private=frozenset(private) - {listener.fileno()},
         )
 

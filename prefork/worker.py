@@ -73,6 +73,7 @@ class Brief:
     devnull_stat: os.stat_result
     stacks: int
     oom_score: bytes  # see `prefork.system.credentials.workers_oom_score`
+    schedule: Callable[[], object] | None  # see `prefork.system.process.running_as_batch`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
@@ -160,6 +161,7 @@ class Worker:
             process.signalling_when_orphaned(signals.PARENT_DIED),
         )
         then: Steps = (
+            *((brief.schedule,) if brief.schedule is not None else ()),
             *(partial(close, fd) for fd in brief.private),
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),

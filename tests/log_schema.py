@@ -90,6 +90,7 @@ EVENT_FIELDS = {
     "handing_over": ["version", "program"],
     "upgraded": ["version", "before", "pid"],
     "folder_gone": ["folder"],
+    "not_batch": ["reason"],
     "reload_queued": [],
     "ignored": ["what", "why"],
     "fork_server_died": ["generation", "cause"],

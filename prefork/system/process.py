@@ -80,6 +80,20 @@ def signalling_when_orphaned(signo: int) -> Callable[[], object]:
     return functools.partial(_libc.prctl, _PR_SET_PDEATHSIG, ctypes.c_ulong(signo), 0, 0, 0)
 
 
+def running_as_batch() -> Callable[[], object] | None:
+    """What makes a child of this process one that interrupts nobody when it wakes (SCHED_BATCH, sched(7)).
+
+    None when this process was given another policy than the usual one: that is somebody's wish. Raises OSError where it is
+    forbidden.
+    """
+    if os.sched_getscheduler(0) != os.SCHED_OTHER:
+        return None
+    usual = os.sched_param(0)
+    os.sched_setscheduler(0, os.SCHED_BATCH, usual)
+    os.sched_setscheduler(0, os.SCHED_OTHER, usual)
+    return functools.partial(_libc.sched_setscheduler, 0, os.SCHED_BATCH, ctypes.byref(ctypes.c_int(0)))
+
+
 def allow_limit(which: int, value: int) -> None:
     """Make sure that our children may set this limit to ``value``: root raises the hard limit. Raises PermissionError."""
     soft, hard = resource.getrlimit(which)

@@ -29,6 +29,7 @@ from tests.bench.cpu import clock_ns
 from tests.bench.goals import ACCEPTORS
 from tests.bench.load import BenchError, Seen
 from tests.bench.peers import PEERS, Running, Wish
+from tests.bench.sources.handlers import COMPUTE
 from tests.bench.workloads import DEFAULTS, NoMemoryError, Place, available, hold
 
 WORKERS = 8
@@ -307,6 +308,36 @@ def _errors(seen: Seen) -> list[str]:
     return [f"clients that failed: {seen.errors}"] if seen.errors else []
 
 
+def scheduling(place: Place) -> tuple[Figures, list[str]]:
+    """What a client waits while a handler computes on each core, and what a connection costs without them, by that option."""
+    policies, notes = ("batch", "inherit"), []
+    turns: dict[str, list[float]] = {}
+    for _ in range(place.settings.rounds):
+        for policy in policies:
+            with daemon(place, Wish(handler="computing", scheduling=policy)) as (running, _, board), ExitStack() as clients:
+                seen, used = _with_cost(place, running, clients=4)
+                turns.setdefault(f"{policy}: CPU for each connection of 4 clients, us", []).append(used)
+                notes += _errors(seen)
+                for number in range(os.cpu_count() or 1):
+                    sock = clients.enter_context(socket.create_connection(("127.0.0.1", running.port)))
+                    sock.sendall(COMPUTE)
+                    glance_until("a handler computes", lambda: board.count(BUSY) > number)  # noqa: B023 - called at once
+                seen = place.generator.run(running.port, clients=4, rate=500, seconds=place.settings.seconds)
+                for part in ("p50", "p99"):
+                    turns.setdefault(f"{policy}: latency beside handlers that compute, {part}, ms", []).append(
+                        seen.latency[part] / 1e3
+                    )
+                notes += _errors(seen)
+    return {name: statistics.median(values) for name, values in turns.items()}, notes
+
+
+def _with_cost(place: Place, running: Running, **load: float) -> tuple[Seen, float]:
+    """A load, and the microseconds that each connection of it cost the server."""
+    used = running.account.usage_ns()
+    seen = place.generator.run(running.port, seconds=place.settings.seconds, **load)
+    return seen, (running.account.usage_ns() - used) / 1e3 / (seen.connections or 1)
+
+
 # -- idle
 
 
@@ -431,6 +462,7 @@ MEASURES = {
     "workers": Measure("worker processes under 4 saturating clients, workers = 8", workers),
     "restored": Measure("the acceptors' number is restored, echo, workers = 8", restored),
     "ten_thousand": Measure("{held:,} connections held, a process each", ten_thousand),
+    "scheduling": Measure("the option scheduling: short connections, and the same beside handlers that compute", scheduling),
     "idle": Measure("100 acceptors, nobody comes", idle),
     "start": Measure("start to ready, reload to committed, echo, workers = 8", start),
     "memory": Measure("own memory (PSS), echo, 8 workers and 100", memory),

@@ -31,7 +31,7 @@ SOURCES = Path(__file__).parent / "sources"
 BACKLOG = 4096
 # A machine that others use, too.
 START_DEADLINE, STOP_DEADLINE = 30.0, 30.0
-HANDLERS = {"echo": "echo:loop", "late": "handlers:late", "http": "handlers:Http"}
+HANDLERS = {"echo": "echo:loop", "late": "handlers:late", "http": "handlers:Http", "computing": "handlers:computing"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +53,7 @@ class Wish:
     fixed: int = 8
     max_workers: int = 256
     spare_timeout: float = 10.0
+    scheduling: str = "batch"
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,7 +82,7 @@ class Peer:
 
     @contextmanager
     def _daemon(self, account: cpu.Account, wish: Wish) -> Iterator[Running]:
-        options = {name: getattr(wish, name) for name in ("workers", "max_workers", "spare_timeout")}
+        options = {name: getattr(wish, name) for name in ("workers", "max_workers", "spare_timeout", "scheduling")}
         with ExitStack() as stack:
             with account.born_here():
                 daemon = stack.enter_context(serve(HANDLERS[wish.handler], folder=SOURCES, backlog=BACKLOG, **options))

@@ -4,6 +4,7 @@ import json
 import os
 import signal
 import socket
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -261,3 +262,43 @@ def test_a_worker_that_somebody_stopped_outlives_its_fork_server(prefork_server:
         held.sendall(b"still here")
         assert not watch.is_gone(worker)
     assert watch.quiet(server)["ok"] == 1
+
+
+POLICY = "import os\ndef loop(sock):\n    sock.sendall(b'%d' % os.sched_getscheduler(0))\n"
+# Has sched_setscheduler(2) fail with EPERM from now on (seccomp(2), a filter of five instructions).
+FORBIDDING = """
+import ctypes, platform, struct
+number = {"x86_64": 144, "aarch64": 119}[platform.machine()]
+program = b"".join(struct.pack("HBBI", *one) for one in (
+    (0x20, 0, 0, 0), (0x15, 0, 1, number), (0x06, 0, 0, 0x00050001), (0x06, 0, 0, 0x7FFF0000)))
+class Filter(ctypes.Structure):
+    _fields_ = [("length", ctypes.c_ushort), ("program", ctypes.c_char_p)]
+libc = ctypes.CDLL(None, use_errno=True)
+assert libc.prctl(38, ctypes.c_ulong(1), 0, 0, 0) == 0
+assert libc.prctl(22, ctypes.c_ulong(2), ctypes.byref(Filter(4, program)), 0, 0) == 0, ctypes.get_errno()
+"""
+
+
+@pytest.mark.parametrize(("scheduling", "policy"), [("batch", os.SCHED_BATCH), ("inherit", os.SCHED_OTHER)])
+def test_workers_interrupt_nobody_and_those_who_look_after_them_may(
+    prefork_server: Start, module: Callable[[str], Path], scheduling: str, policy: int
+) -> None:
+    server = prefork_server("mine:loop", folder=module(POLICY), workers=2, scheduling=scheduling)
+    assert tell(server, "") == b"%d" % policy
+    assert os.sched_getscheduler(server.pid) == os.sched_getscheduler(watch.fork_server(server)) == os.SCHED_OTHER
+
+
+def test_a_scheduling_policy_that_the_daemon_was_given_is_its_workers_too(module: Callable[[str], Path], tmp_path: Path) -> None:
+    watch.needs("chrt")
+    command = ["chrt", "--idle", "0", sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--bind=127.0.0.1:0"]
+    with watch.running(command, module(POLICY), tmp_path) as server:
+        worker = watch.settled(server, 8)["workers"][0]["pid"]
+        assert os.sched_getscheduler(worker) == os.SCHED_IDLE
+
+
+def test_where_no_policy_may_be_chosen_workers_serve_with_the_usual_one(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    server = prefork_server("mine:loop", folder=module(FORBIDDING + POLICY), workers=2)
+    assert tell(server, "") == b"%d" % os.SCHED_OTHER
+    watch.logged(server, "workers keep the usual scheduling policy, another is forbidden here: Operation not permitted")

@@ -1,5 +1,6 @@
 """What prefork and gunicorn serve here."""
 
+import select
 import socket
 import time
 from collections.abc import Callable, Iterable
@@ -7,12 +8,22 @@ from http.server import BaseHTTPRequestHandler
 from typing import Any
 
 LATE_SECONDS = 0.005
+COMPUTE = b"compute"
 
 
 def late(sock: socket.socket) -> None:
     """An echo that has to wait for something."""
     while data := sock.recv(4096):
         time.sleep(LATE_SECONDS)
+        sock.sendall(data)
+
+
+def computing(sock: socket.socket) -> None:
+    """An echo, but for whoever sends COMPUTE: for them it computes until they leave."""
+    while data := sock.recv(4096):
+        if data == COMPUTE:
+            while not select.select([sock], [], [], 0)[0]:
+                sum(range(100_000))
         sock.sendall(data)
 
 
