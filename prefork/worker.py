@@ -35,7 +35,7 @@ from prefork import log
 from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.handler import Connection, Handler, Shape
-from prefork.net.address import client_address, peer_text
+from prefork.net.address import client_address, peer_parts, peer_text
 from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
@@ -124,7 +124,7 @@ class Worker:
         self.forked = False
         self.pauses = 0
         self.sock: socket.socket  # the latest connection
-        self.address: Any  # what accept() said of its peer
+        self.address: Any  # what accept() said of its peer, for handlers that are told
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
         self._ready, self._accepted, self._worn = (
@@ -236,73 +236,77 @@ class Worker:
 
     def _prepare_to_serve(self) -> Callable[[int], int]:
         """What accepts, serves, and again: the exit status once this worker was asked to leave or can't accept any more."""
-        board, listener, conf = self.board, self.brief.listener, self.brief.config
-        states, words, order_words, retire, row = board.states, board.words, board.order_words, board.retire, board.board
-        place, last_look, last_bucket = self.brief.place, scoreboard.LAST_LOOK, scoreboard.BUCKETS - 1
+        board, listener, conf, place = self.board, self.brief.listener, self.brief.config, self.brief.place
         records_at, record_words = board.record(0), scoreboard.RECORD_WORDS
         peers_at, record_bytes = board.peer_start(0), board.peer_start(1) - board.peer_start(0)
-        row_at, recent_at = board.row_start(place), board.recent_word(place)
-        recent_entry, recent_mask, recent_shift = scoreboard.recent_entry, scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
-        ring_at, high_at = board.listener_word(place, scoreboard.RING_BELOW), board.listener_word(place, scoreboard.HIGH)
-        family, kind, protocol = int(listener.sock.family), int(listener.sock.type), listener.sock.proto
-        accept: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
-        is_ipv4 = family == socket.AF_INET
+        recent_at, recent_mask, recent_shift = board.recent_word(place), scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
+        accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
+        needs_address, log_access = self.handler.shape is Shape.REQUEST, self._log_access if log.access_is_logged() else None
+        boards = board.states, board.retire, board.words, board.order_words, board.board
+        places = (
+            board.listener_word(place, scoreboard.RING_BELOW),
+            board.listener_word(place, scoreboard.HIGH),
+            board.row_start(place),
+        )
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
-        close_socket = _socket.socket.close
-        default_timeout, changes, timeout = socket.getdefaulttimeout, signals.changes, conf.socket_timeout or None
-        call, ends_input, ring, accepted = self._call(), conf.drain == "eof", self._ring, self._accepted
-        log_access = self._log_access if log.access_is_logged() else None
+        calls = accept_one, self._call(), _socket.socket.close, socket.getdefaulttimeout, now_ns, scoreboard.pack_peer
+        kinds = int(listener.sock.family), int(listener.sock.type), listener.sock.proto, conf.socket_timeout or None
 
         def serve(slot: int) -> int:
-            record = records_at + slot * record_words
-            since_at, begun_at = record + scoreboard.SINCE, record + scoreboard.BEGUN
+            # Local variables: one of the function around us is a cache line more, and where clients are few, caches are cold.
+            states, retire, words, order_words, row = boards
+            ring_at, high_at, row_at = places
+            accept, call, close_socket, default_timeout, now, pack_peer = calls
+            family, kind, protocol, timeout = kinds
+            me, changes, few, is_ipv4, slot_number = self, signals.changes, scoreboard.FEW, family == socket.AF_INET, slot + 1
+            record, peer_at = records_at + slot * record_words, peers_at + slot * record_bytes
+            since_at, begun_at, port_at = record + scoreboard.SINCE, record + scoreboard.BEGUN, record + scoreboard.PORT
             ok_at, error_at, histogram_at = record + scoreboard.OK, record + scoreboard.ERROR, record + scoreboard.HISTOGRAM
-            peer_at = peers_at + slot * record_bytes
-            slot_number, few = slot + 1, scoreboard.FEW
             begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
             last = self._last_connection(begun) if conf.max_connections else -1
             worn = self._worn_out() if conf.max_lifetime or conf.max_memory else None
-            more, unseen_at = log_access is not None or worn is not None, 0
+            prepares, more = needs_address or conf.drain == "eof", log_access is not None or worn is not None
+            unseen_at, paused = 0, False
             new_socket = socket.socket  # on_worker_start may have put another one there
 
             while True:
                 states[slot] = IDLE
-                if self.retiring or retire[slot]:
+                if retire[slot] or me.retiring:
                     return EXIT_RETIRED
                 try:
                     fd, address = accept()
                 except OSError as error:
                     verdict = self._accept_failed(error)
                     if verdict is None:
+                        paused = True
                         continue
                     return verdict
-                if self.pauses:
-                    log.event("accept_again", count=self.pauses)
-                    self.pauses = 0
-                since = now_ns()
-                peer = (f"{address[0]}:{address[1]}\0" if is_ipv4 else f"{peer_text(family, address)}\0").encode()
-                row[peer_at : peer_at + len(peer)] = peer
-                words[since_at] = since
+                if paused:
+                    paused = False
+                    self._accepts_again()
+                words[since_at] = since = now()
+                host, port = address if is_ipv4 else peer_parts(family, address)
+                pack_peer(row, peer_at, host.encode())
+                words[port_at] = port
                 begun += 1
                 words[begun_at] = begun
                 states[slot] = BUSY
                 high = order_words[high_at]
                 if high > few:
                     entry = since >> recent_shift
-                    words[recent_at + (entry & recent_mask)] = recent_entry(entry, slot_number)
+                    words[recent_at + (entry & recent_mask)] = scoreboard.recent_entry(entry, slot_number)
                 below = order_words[ring_at]
                 if below and row[row_at : row_at + high].count(IDLE) < below:
-                    ring(accepted)
+                    self._ring(self._accepted)
                 elif since > unseen_at:
-                    unseen_at = order_words[last_look] + UNSEEN_NS
+                    unseen_at = order_words[scoreboard.LAST_LOOK] + UNSEEN_NS
                     if since > unseen_at:
-                        ring(accepted)
+                        self._ring(self._accepted)
                 if begun == last:
                     self._tire()
-                sock = new_socket(family, kind, protocol, fd)
-                self.sock, self.address = sock, address
-                if ends_input:
-                    self._note_input(fd)
+                me.sock = sock = new_socket(family, kind, protocol, fd)
+                if prepares:
+                    self._prepare_for(fd, address)
                 if default_timeout() is not timeout:
                     sock.settimeout(timeout)
                 failed = False
@@ -313,20 +317,18 @@ class Worker:
                         if changes:
                             self._put_back()
                 except ConnectionError as error:
-                    log.event("peer_gone", peer=peer[:-1].decode(), reason=_in_words(error))
+                    log.event("peer_gone", peer=board.peer(slot), reason=_in_words(error))
                 except BaseException as error:
-                    failed = not self.forked
+                    failed = not me.forked
                     self._put_back()
-                    self._handler_raised(error, peer[:-1].decode())
-                if self.forked:
+                    self._handler_raised(error)
+                if me.forked:
                     os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
                 try:
                     close_socket(sock)
                 except OSError as error:
-                    log.event("peer_gone", peer=peer[:-1].decode(), reason=error)
-                took = now_ns() - since
-                bucket = (took >> 10).bit_length()
-                words[histogram_at + min(last_bucket, bucket)] += 1
+                    log.event("peer_gone", peer=board.peer(slot), reason=error)
+                words[histogram_at + (now() - since >> 10).bit_length()] += 1
                 if failed:
                     ended_error += 1
                     words[error_at] = ended_error
@@ -335,11 +337,17 @@ class Worker:
                     words[ok_at] = ended_ok
                 if more:
                     if log_access is not None:
-                        log_access(peer[:-1].decode(), took, "error" if failed else "ok")
+                        log_access(board.peer(slot), now() - since, "error" if failed else "ok")
                     if worn is not None and worn():
                         self._tire()
 
         return serve
+
+    def _prepare_for(self, fd: int, address: Any) -> None:
+        """What not every handler needs to be kept of a connection."""
+        self.address = address
+        if self.brief.config.drain == "eof":
+            self._note_input(fd)
 
     # -- recycling
 
@@ -370,6 +378,12 @@ class Worker:
         return worn
 
     # -- accepting
+
+    def _accepts_again(self) -> None:
+        """A connection was accepted, for the first time since accept() has failed."""
+        if self.pauses:
+            log.event("accept_again", count=self.pauses)
+            self.pauses = 0
 
     def _accept_failed(self, error: OSError) -> int | None:
         """None to accept again, an exit status to leave."""
@@ -456,7 +470,7 @@ class Worker:
                 process.settle()
                 self._put_back(signals.keep)
 
-    def _handler_raised(self, error: BaseException, peer: str) -> None:
+    def _handler_raised(self, error: BaseException) -> None:
         suppressed = self.board.may_log_traceback(int(time.monotonic()), TRACEBACKS_A_SECOND)
         if suppressed is None:
             return
@@ -465,7 +479,9 @@ class Worker:
         tb: TracebackType | None = error.__traceback__
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next
-        log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
+        log.event(
+            "handler_error", peer=self.board.peer(self.slot), text="".join(traceback.format_exception(type(error), error, tb))
+        )
 
     def _log_access(self, peer: str, took_ns: int, outcome: str) -> None:
         brief = self.brief

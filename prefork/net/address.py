@@ -160,16 +160,23 @@ def check_path(path: str) -> None:
         raise ValueError(f"a Unix socket's path has at most {UNIX_PATH_LIMIT - TEMPORARY_NAME} bytes")
 
 
-def peer_text(family: int, address: Any) -> str:
-    """A peer as people read it; a mapped IPv4 address as IPv4. ``address`` is what accept(2) gave; Unix clients have none."""
+def peer_parts(family: int, address: Any) -> tuple[str, int]:
+    """A peer's host, as people read it (a mapped IPv4 address as IPv4), and port, which is 0 for Unix clients: they have no name.
+
+    ``address`` is what accept(2) gave.
+    """
     if family == socket.AF_UNIX:
-        return "unix"
-    host, port = address[0], address[1]
+        return "unix", 0
+    host: str = address[0]
     if family == socket.AF_INET6:
-        if host.startswith(_MAPPED):
-            return f"{host[len(_MAPPED) :]}:{port}"
-        return f"[{host}]:{port}"
-    return f"{host}:{port}"
+        host = host[len(_MAPPED) :] if host.startswith(_MAPPED) else f"[{host}]"
+    return host, address[1]
+
+
+def peer_text(family: int, address: Any) -> str:
+    """Both of them, as one text."""
+    host, port = peer_parts(family, address)
+    return f"{host}:{port}" if port else host
 
 
 def client_address(address: Any) -> Any:

@@ -22,6 +22,7 @@ The descriptors stay with the master (it hands them to `prefork status`); fork s
 
 import mmap
 import os
+import struct
 from dataclasses import dataclass
 from enum import Enum
 
@@ -61,11 +62,12 @@ TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
 _WORDS_AT, _WORDS_END = 64, _PAGE
 
 # A slot's record, in words.
-PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED = range(7)
+PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED, PORT = range(8)
 PEER = 8
 PEER_BYTES = 64
 HISTOGRAM = PEER + PEER_BYTES // _WORD
-# Bucket k counts durations below 2**k * 1.024 us; the last one, everything from about 18 minutes.
+# Bucket k counts durations below 2**k * 1.024 us; the last one, everything from about 18 minutes: for readers. Workers have as many
+# as a record has room for, four years and a half, so that they need not look whether it is the last.
 BUCKETS = 32
 RECORD_WORDS = 64
 
@@ -272,14 +274,16 @@ class Scoreboard:
         return {slot - 1 for entry in found if low < (slot := entry & _SLOT_MASK) <= low + self.layout.capacity}
 
     def peer(self, slot: int) -> str:
-        """The peer of the connection being served, or of the last one: up to the first NUL."""
-        at = self.peer_start(slot)
-        return self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
+        """The peer of the connection being served, or of the last one: its host up to the first NUL, and its port if it has one."""
+        at, port = self.peer_start(slot), self.words[self.record(slot) + PORT]
+        host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
+        return f"{host}:{port}" if port else host
 
     def histogram(self, slot: int) -> list[int]:
         """Durations of the slot's connections, by bucket."""
-        first = self.record(slot) + HISTOGRAM
-        return self.words[first : first + BUCKETS].tolist()
+        record = self.record(slot)
+        counts = self.words[record + HISTOGRAM : record + RECORD_WORDS].tolist()
+        return [*counts[: BUCKETS - 1], sum(counts[BUCKETS - 1 :])]
 
     def begun(self, listener: int, high: int) -> int:
         """Connections that a listener's first ``high`` slots have begun, for a rate: quick, and what a worker says of itself."""
@@ -334,6 +338,10 @@ class Scoreboard:
         begun_at = self.record(slot) + BEGUN
         for offset, value in enumerate((counts.begun, counts.ok, counts.error, counts.rejected)):
             self.words[begun_at + offset] = value
+
+
+# Store a host in the board at a byte: cut where it is too long, and filled up with NUL.
+pack_peer = struct.Struct(f"{PEER_BYTES}s").pack_into
 
 
 def recent_entry(when: int, slot_number: int) -> int:

@@ -81,10 +81,22 @@ def assert_apart(regions: list[tuple[int, int]], size: int) -> None:
 
 def test_the_fields_of_a_record_do_not_overlap() -> None:
     words = [scoreboard.PID, scoreboard.SINCE, scoreboard.BEGUN, scoreboard.OK, scoreboard.ERROR, scoreboard.REJECTED]
-    words += [scoreboard.STARTED, *range(scoreboard.PEER, scoreboard.PEER + scoreboard.PEER_BYTES // WORD)]
-    words += range(scoreboard.HISTOGRAM, scoreboard.HISTOGRAM + scoreboard.BUCKETS)
+    words += [scoreboard.STARTED, scoreboard.PORT, *range(scoreboard.PEER, scoreboard.PEER + scoreboard.PEER_BYTES // WORD)]
     assert len(set(words)) == len(words)
-    assert max(words) < scoreboard.RECORD_WORDS
+    assert max(words) < scoreboard.HISTOGRAM
+    four_years_ns = 4 * 366 * 86_400 * 10**9
+    assert scoreboard.HISTOGRAM + (four_years_ns >> 10).bit_length() < scoreboard.RECORD_WORDS, "no worker lives longer"
+
+
+def test_durations_of_more_than_the_last_bucket_are_counted_in_it() -> None:
+    with mapped(Layout(1, 2), Access.MASTER) as [board]:
+        first = board.record(0) + scoreboard.HISTOGRAM
+        for took_ns in (1, 1024, 500_000, 10**15, 10**17):
+            board.words[first + (took_ns >> 10).bit_length()] += 1
+        histogram = board.histogram(0)
+        assert len(histogram) == scoreboard.BUCKETS
+        assert (histogram[0], histogram[1], histogram[-1], sum(histogram)) == (1, 1, 2, 5)
+        assert sum(board.histogram(1)) == 0
 
 
 @settings(max_examples=30)
@@ -292,15 +304,17 @@ def test_the_tired_are_found_among_one_listeners_slots_in_use(ours: set[int], ot
         assert board.tired_slots(1, high) == [50 + slot for slot in sorted(ours) if slot < high]
 
 
-def test_a_peer_ends_at_its_nul_whatever_a_longer_one_left_behind() -> None:
+def test_nothing_is_left_of_a_longer_peer_and_too_long_a_one_is_cut() -> None:
     with mapped(Layout(1, 2), Access.MASTER) as [board]:
-        at = (board.record(0) + scoreboard.PEER) * WORD
-        for text in (b"[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff]:65535", b"10.0.0.1:5"):
-            board.board[at : at + len(text) + 1] = text + b"\0"
-            assert board.peer(0) == text.decode()
-        board.board[at : at + scoreboard.PEER_BYTES] = b"\xff" * scoreboard.PEER_BYTES
+        at, port_at = board.peer_start(0), board.record(0) + scoreboard.PORT
+        longest = "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff%fifteen-letters]"
+        for host, port, text in ((longest, 65535, f"{longest}:65535"), ("10.0.0.1", 5, "10.0.0.1:5"), ("unix", 0, "unix")):
+            scoreboard.pack_peer(board.board, at, host.encode())
+            board.words[port_at] = port
+            assert board.peer(0) == text
+        scoreboard.pack_peer(board.board, at, b"\xff" * 100)
         assert board.peer(0) == "\ufffd" * scoreboard.PEER_BYTES
-        assert board.peer(1) == ""
+        assert (board.peer(1), board.histogram(0)) == ("", [0] * scoreboard.BUCKETS)
 
 
 # -- last words
