@@ -8,7 +8,8 @@ cold. So:
 
 `returning` says who is about to be back. Of two looks LOOK_AGAIN apart the smaller shortage is forked. One look is not enough: a
 worker that computes and then blocks is still runnable when the master first looks, and no later event tells of it. Hence there
-is always a next look while somebody is missing. Places known to be empty (a death, a start, a raised target) are filled at once.
+is always a next look while somebody is missing. Places known to be empty (a death, a start, a raised target) are filled at once, and
+if that is all, nobody is.
 
 Under a load that takes and gives back acceptors all the time every accept would be worth a look, and a look has cold caches (300
 us at 3,000 connections a second: a tenth of what those cost). So looks come ever more seldom while nobody is blocked, and meanwhile
@@ -92,9 +93,13 @@ def decide(memory: Memory, view: View, now: float, spare_timeout: float) -> tupl
     missing = view.target - view.idle - view.starting
     if memory.wait > STEADY_LOOK and now < memory.due:
         memory = replace(memory, wait=STEADY_LOOK / 2)  # somebody has rung, and would at each accept
-    if missing > 0:
-        return _short(memory, view, missing, now)
-    return _enough(memory, view, now, spare_timeout)
+    if missing <= 0:
+        return _enough(memory, view, now, spare_timeout)
+    if missing <= min(view.vacated, view.room) and not view.returning:
+        # Once these are forked nobody is missing, and nobody was taken by a load that goes on: two looks fewer for each death.
+        memory, decision = _enough(memory, replace(view, starting=view.starting + missing), now, spare_timeout)
+        return memory, replace(decision, fork=missing)
+    return _short(memory, view, missing, now)
 
 
 def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory, Decision]:
@@ -132,7 +137,8 @@ def _alarm(wait: float, view: View) -> int:
 
 
 def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
-    needed = view.target - min(view.starting, view.target)
+    # Where nobody can be spared each accept rings, by either of the two: so it is the one that stays when all have started.
+    needed = view.target if view.idle + view.starting == view.target else view.target - min(view.starting, view.target)
     wait, look_at = 0.0, None
     if view.accepted:
         wait = _later(memory, view)

@@ -157,8 +157,10 @@ def test_workers_that_start_are_not_forked_again() -> None:
 
 
 def test_who_takes_an_acceptor_below_the_target_rings_even_while_others_start() -> None:
-    # Two of four have started: the accept that leaves one idle makes somebody missing.
-    assert decide(Memory(), view(4, 2, starting=2), 1.0, SPARE)[1].ring_below == 2
+    # Three of five have started, four are wanted: the accept that leaves one idle makes somebody missing.
+    assert decide(Memory(), view(4, 3, starting=2), 1.0, SPARE)[1].ring_below == 2
+    # Of four two have: each accept does, and what is asked for now will be right when all have started.
+    assert decide(Memory(), view(4, 2, starting=2), 1.0, SPARE)[1].ring_below == 4
 
 
 def test_surplus_that_was_not_needed_for_a_whole_window_goes() -> None:
@@ -247,6 +249,21 @@ def test_in_a_steady_load_a_worker_that_blocks_is_replaced_two_looks_later() -> 
 )
 def test_fresh_workers_are_about_to_be_back_unless_most_are_found_asleep(runnable: int, fresh: int, asleep: int, back: int) -> None:
     assert returning(runnable, fresh, asleep) == back
+
+
+def test_the_places_of_the_dead_are_filled_and_the_next_accept_rings_without_another_look() -> None:
+    assert decide(Memory(), view(8, 6, vacated=2), 1.0, SPARE) == (Memory(), Decision(fork=2, retire=0, look_at=None, ring_below=8))
+    # Somebody else is missing, too, or may come back: that takes looks.
+    for seen in (view(8, 5, vacated=2), view(8, 6, busy=1, returning=1, vacated=2), view(8, 6, vacated=2, room=1)):
+        decision = decide(Memory(), seen, 1.0, SPARE)[1]
+        assert (decision.look_at is not None, decision.fork) == (True, 2 if seen.idle == 5 else 1)
+
+
+def test_a_death_among_more_workers_than_wanted_does_not_end_their_window() -> None:
+    memory, _ = decide(Memory(), view(2, 4, busy=1), 1.0, SPARE)
+    memory, decision = decide(memory, view(2, 1, busy=3, vacated=1), 2.0, SPARE)
+    assert (decision.fork, decision.look_at) == (1, 1.0 + SPARE)
+    assert decide(memory, view(2, 4), 1.0 + SPARE, SPARE)[1].retire == 0, "one idle worker was all there was in this window"
 
 
 def test_a_pool_at_rest_is_left_alone() -> None:
