@@ -8,8 +8,8 @@ cold. So:
 
 `returning` says who is about to be back. Of two looks LOOK_AGAIN apart the smaller shortage is forked. One look is not enough: a
 worker that computes and then blocks is still runnable when the master first looks, and no later event tells of it. Hence there
-is always a next look while somebody is missing. Places known to be empty (a death, a start, a raised target) are filled at once, and
-if that is all, nobody is.
+is always a next look while somebody is missing. Places known to be empty (a death, a start, a raised target) are filled at once;
+when these were all, nobody is missing.
 
 Under a load that takes and gives back acceptors all the time every accept would be worth a look, and a look has cold caches (300
 us at 3,000 connections a second: a tenth of what those cost). So looks come ever more seldom while nobody is blocked, and meanwhile
