@@ -47,10 +47,17 @@ MUTANTS = [
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_workers]",),
     ),
     Mutant(
-        "a fork too few",
+        "a fork too few for those who block",
         "pool/policy.py",
         "    fork = min(wanted, max(0, view.room))\n",
         "    fork = min(wanted - 1, max(0, view.room))\n",
+        ("tests/integration/test_pool.py::test_a_worker_whose_handler_blocks_is_replaced",),
+    ),
+    Mutant(
+        "a fork too few for the dead",
+        "pool/policy.py",
+        "        return memory, replace(decision, fork=missing)\n",
+        "        return memory, replace(decision, fork=missing - 1)\n",
         ("tests/integration/test_pool.py::test_a_worker_that_is_killed_is_replaced_at_once",),
     ),
     Mutant(
