@@ -149,7 +149,7 @@ class Config:
     scheduling: str = _option(
         "batch",
         values.choice("batch", "inherit"),
-        "How a worker that wakes treats one that runs: lets it finish (batch: SCHED_BATCH), or by the policy it was started with.",
+        "Workers' scheduling policy: batch (SCHED_BATCH: one that wakes interrupts nobody), or inherit, what prefork was started with.",
         "batch|inherit",
     )
     rlimit: tuple[tuple[str, int], ...] = _option(

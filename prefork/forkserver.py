@@ -228,7 +228,7 @@ class ForkServer:
         if self.brief.config.scheduling == "inherit":
             return None
         try:
-            return process.running_as_batch()
+            return process.batch_scheduling()
         except OSError as error:  # a sandbox
             log.event("not_batch", reason=error.strerror)
             return None

@@ -35,7 +35,7 @@ from prefork import log
 from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.handler import Connection, Handler, Shape
-from prefork.net.address import client_address, peer_parts, peer_text
+from prefork.net.address import client_address, parts_text, peer_parts, peer_text
 from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
@@ -73,7 +73,7 @@ class Brief:
     devnull_stat: os.stat_result
     stacks: int
     oom_score: bytes  # see `prefork.system.credentials.workers_oom_score`
-    schedule: Callable[[], object] | None  # see `prefork.system.process.running_as_batch`
+    schedule: Callable[[], object] | None  # see `prefork.system.process.batch_scheduling`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
@@ -243,7 +243,7 @@ class Worker:
         accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         needs_address, log_access = self.handler.shape is Shape.REQUEST, self._log_access if log.access_is_logged() else None
         boards = board.states, board.retire, board.words, board.order_words, board.board
-        places = (
+        indices = (
             board.listener_word(place, scoreboard.RING_BELOW),
             board.listener_word(place, scoreboard.HIGH),
             board.row_start(place),
@@ -255,9 +255,10 @@ class Worker:
         def serve(slot: int) -> int:
             # Local variables: one of the function around us is a cache line more, and where clients are few, caches are cold.
             states, retire, words, order_words, row = boards
-            ring_at, high_at, row_at = places
+            ring_at, high_at, row_at = indices
             accept, call, close_socket, default_timeout, now, pack_peer = calls
             family, kind, protocol, timeout = kinds
+            # `me` is for every connection, `self` for what is rare.
             me, changes, few, is_ipv4, slot_number = self, signals.changes, scoreboard.FEW, family == socket.AF_INET, slot + 1
             record, peer_at = records_at + slot * record_words, peers_at + slot * record_bytes
             since_at, begun_at, port_at = record + scoreboard.SINCE, record + scoreboard.BEGUN, record + scoreboard.PORT
@@ -317,18 +318,19 @@ class Worker:
                         if changes:
                             self._put_back()
                 except ConnectionError as error:
-                    log.event("peer_gone", peer=board.peer(slot), reason=_in_words(error))
+                    log.event("peer_gone", peer=parts_text(host, port), reason=_in_words(error))
                 except BaseException as error:
                     failed = not me.forked
                     self._put_back()
-                    self._handler_raised(error)
+                    self._handler_raised(error, parts_text(host, port))
                 if me.forked:
                     os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
                 try:
                     close_socket(sock)
                 except OSError as error:
-                    log.event("peer_gone", peer=board.peer(slot), reason=error)
-                words[histogram_at + (now() - since >> 10).bit_length()] += 1
+                    log.event("peer_gone", peer=parts_text(host, port), reason=error)
+                took = now() - since
+                words[histogram_at + (took >> 10).bit_length()] += 1
                 if failed:
                     ended_error += 1
                     words[error_at] = ended_error
@@ -337,14 +339,14 @@ class Worker:
                     words[ok_at] = ended_ok
                 if more:
                     if log_access is not None:
-                        log_access(board.peer(slot), now() - since, "error" if failed else "ok")
+                        log_access(parts_text(host, port), took, "error" if failed else "ok")
                     if worn is not None and worn():
                         self._tire()
 
         return serve
 
     def _prepare_for(self, fd: int, address: Any) -> None:
-        """What not every handler needs to be kept of a connection."""
+        """Keep of this connection what only some handlers and configurations need."""
         self.address = address
         if self.brief.config.drain == "eof":
             self._note_input(fd)
@@ -470,7 +472,7 @@ class Worker:
                 process.settle()
                 self._put_back(signals.keep)
 
-    def _handler_raised(self, error: BaseException) -> None:
+    def _handler_raised(self, error: BaseException, peer: str) -> None:
         suppressed = self.board.may_log_traceback(int(time.monotonic()), TRACEBACKS_A_SECOND)
         if suppressed is None:
             return
@@ -480,7 +482,7 @@ class Worker:
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next
         log.event(
-            "handler_error", peer=self.board.peer(self.slot), text="".join(traceback.format_exception(type(error), error, tb))
+            "handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb))
         )
 
     def _log_access(self, peer: str, took_ns: int, outcome: str) -> None:

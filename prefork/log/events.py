@@ -37,7 +37,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "dropped": (Level.WARNING, "{count} log lines could not be written"),
     "reopened": (Level.INFO, "log files opened again: {paths}"),
     "log_kept": (Level.WARNING, "{path} can't be opened again ({reason}): the file that is open is written on"),
-    "not_batch": (Level.INFO, "workers keep the usual scheduling policy, another is forbidden here: {reason}"),
+    "not_batch": (Level.INFO, "workers keep the usual scheduling policy, another can't be had here: {reason}"),
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (
         Level.WARNING,

@@ -173,10 +173,14 @@ def peer_parts(family: int, address: Any) -> tuple[str, int]:
     return host, address[1]
 
 
-def peer_text(family: int, address: Any) -> str:
-    """Both of them, as one text."""
-    host, port = peer_parts(family, address)
+def parts_text(host: str, port: int) -> str:
+    """What `peer_parts` gives, as one text."""
     return f"{host}:{port}" if port else host
+
+
+def peer_text(family: int, address: Any) -> str:
+    """A peer as people read it. ``address`` is what accept(2) gave."""
+    return parts_text(*peer_parts(family, address))
 
 
 def client_address(address: Any) -> Any:

@@ -137,7 +137,7 @@ def _alarm(wait: float, view: View) -> int:
 
 
 def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tuple[Memory, Decision]:
-    # Where nobody can be spared each accept rings, by either of the two: so it is the one that stays when all have started.
+    # With idle + starting = target every accept leaves somebody missing, and ``target`` is still right when all have started.
     needed = view.target if view.idle + view.starting == view.target else view.target - min(view.starting, view.target)
     wait, look_at = 0.0, None
     if view.accepted:

@@ -61,7 +61,8 @@ TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
 # The rest of that page, in bytes: why the latest worker that could not start did not. Only ever shown.
 _WORDS_AT, _WORDS_END = 64, _PAGE
 
-# A slot's record, in words.
+# A slot's record, in words. PEER is a host; a PORT of 0 is a Unix client's, and that of a worker from before there was one, whose
+# PEER has both.
 PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED, PORT = range(8)
 PEER = 8
 PEER_BYTES = 64
@@ -275,7 +276,10 @@ class Scoreboard:
         return {slot - 1 for entry in found if low < (slot := entry & _SLOT_MASK) <= low + self.layout.capacity}
 
     def peer(self, slot: int) -> str:
-        """The peer of the connection being served, or of the last one: its host up to the first NUL, and its port if it has one."""
+        """The peer of the connection being served, or of the last one.
+
+        While the worker lives it may accept the next one between the two parts: then host and port are of two clients.
+        """
         at, port = self.peer_start(slot), self.words[self.record(slot) + PORT]
         host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
         return f"{host}:{port}" if port else host
@@ -341,7 +345,8 @@ class Scoreboard:
             self.words[begun_at + offset] = value
 
 
-# Store a host in the board at a byte: cut where it is too long, and filled up with NUL.
+# Store a host in the board at a byte: cut where it is too long, and filled up with NUL. Not in one piece, so it is done before the
+# state says that somebody is served and the count of the begun goes up.
 pack_peer = struct.Struct(f"{PEER_BYTES}s").pack_into
 
 

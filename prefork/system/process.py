@@ -80,11 +80,11 @@ def signalling_when_orphaned(signo: int) -> Callable[[], object]:
     return functools.partial(_libc.prctl, _PR_SET_PDEATHSIG, ctypes.c_ulong(signo), 0, 0, 0)
 
 
-def running_as_batch() -> Callable[[], object] | None:
+def batch_scheduling() -> Callable[[], object] | None:
     """What makes a child of this process one that interrupts nobody when it wakes (SCHED_BATCH, sched(7)).
 
-    None when this process was given another policy than the usual one: that is somebody's wish. Raises OSError where it is
-    forbidden.
+    None when this process was given another policy than the usual one: that is somebody's wish. Raises OSError where it can't be
+    had, which is tried here, so that nobody's birth can fail of it.
     """
     if os.sched_getscheduler(0) != os.SCHED_OTHER:
         return None

@@ -312,16 +312,17 @@ def scheduling(place: Place) -> tuple[Figures, list[str]]:
     """What a client waits while a handler computes on each core, and what a connection costs without them, by that option."""
     policies, notes = ("batch", "inherit"), []
     turns: dict[str, list[float]] = {}
-    for _ in range(place.settings.rounds):
-        for policy in policies:
+    for number in range(place.settings.rounds):
+        for policy in policies if number % 2 else policies[::-1]:
             with daemon(place, Wish(handler="computing", scheduling=policy)) as (running, _, board), ExitStack() as clients:
                 seen, used = _with_cost(place, running, clients=4)
                 turns.setdefault(f"{policy}: CPU for each connection of 4 clients, us", []).append(used)
                 notes += _errors(seen)
-                for number in range(os.cpu_count() or 1):
+                glance_until("the load has gone", lambda: board.count(BUSY) == 0)  # noqa: B023 - called at once
+                for _ in range(os.cpu_count() or 1):
                     sock = clients.enter_context(socket.create_connection(("127.0.0.1", running.port)))
                     sock.sendall(COMPUTE)
-                    glance_until("a handler computes", lambda: board.count(BUSY) > number)  # noqa: B023 - called at once
+                    sock.recv(1)  # it begins
                 seen = place.generator.run(running.port, clients=4, rate=500, seconds=place.settings.seconds)
                 for part in ("p50", "p99"):
                     turns.setdefault(f"{policy}: latency beside handlers that compute, {part}, ms", []).append(

@@ -118,6 +118,25 @@ def test_a_child_that_the_handler_forks_and_that_returns_does_not_serve(prefork_
     assert tell(server, "go on") == f"{pid} go on\n".encode()
 
 
+def test_a_child_that_raises_late_is_told_with_its_own_client(prefork_server: Start, module: Callable[[str], Path]) -> None:
+    source = (
+        "import os\n"
+        "def loop(sock):\n"
+        "    if sock.recv(64) == b'fork' and os.fork() == 0:\n"
+        "        sock.recv(64)\n"
+        "        raise ValueError('late')\n"
+    )
+    server = prefork_server("mine:loop", folder=module(source), workers=1, max_workers=1)
+    with server.connect() as first:
+        first.sendall(b"fork")
+        host, port = first.getsockname()
+        with server.connect() as second:  # the only worker serves somebody else meanwhile
+            second.sendall(b"x")
+            assert second.recv(64) == b""
+        first.sendall(b"go on")
+        assert f"the handler raised, serving {host}:{port}\n" in watch.logged(server, "the handler raised, serving")
+
+
 def _ended(child: psutil.Process) -> bool:
     return watch.is_gone(child.pid)
 
@@ -265,7 +284,7 @@ def test_a_worker_that_somebody_stopped_outlives_its_fork_server(prefork_server:
 
 
 POLICY = "import os\ndef loop(sock):\n    sock.sendall(b'%d' % os.sched_getscheduler(0))\n"
-# Has sched_setscheduler(2) fail with EPERM from now on (seccomp(2), a filter of five instructions).
+# Has sched_setscheduler(2) fail with EPERM from now on (seccomp(2), a filter of four instructions).
 FORBIDDING = """
 import ctypes, platform, struct
 number = {"x86_64": 144, "aarch64": 119}[platform.machine()]
@@ -301,4 +320,4 @@ def test_where_no_policy_may_be_chosen_workers_serve_with_the_usual_one(
 ) -> None:
     server = prefork_server("mine:loop", folder=module(FORBIDDING + POLICY), workers=2)
     assert tell(server, "") == b"%d" % os.SCHED_OTHER
-    watch.logged(server, "workers keep the usual scheduling policy, another is forbidden here: Operation not permitted")
+    watch.logged(server, "workers keep the usual scheduling policy, another can't be had here: Operation not permitted")

@@ -19,9 +19,10 @@ def late(sock: socket.socket) -> None:
 
 
 def computing(sock: socket.socket) -> None:
-    """An echo, but for whoever sends COMPUTE: for them it computes until they leave."""
+    """An echo, but for whoever sends COMPUTE: they get a byte, and then it computes until they leave."""
     while data := sock.recv(4096):
         if data == COMPUTE:
+            sock.sendall(b"!")
             while not select.select([sock], [], [], 0)[0]:
                 sum(range(100_000))
         sock.sendall(data)
