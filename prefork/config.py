@@ -149,7 +149,7 @@ class Config:
     scheduling: str = _option(
         "batch",
         values.choice("batch", "inherit"),
-        "Workers' scheduling policy: batch (SCHED_BATCH: one that wakes interrupts nobody), or inherit, what prefork was started with.",
+        "Workers' scheduling policy: batch (SCHED_BATCH: one that wakes interrupts nobody), or inherit, as prefork was started.",
         "batch|inherit",
     )
     rlimit: tuple[tuple[str, int], ...] = _option(

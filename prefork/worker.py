@@ -481,9 +481,7 @@ class Worker:
         tb: TracebackType | None = error.__traceback__
         while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
             tb = tb.tb_next
-        log.event(
-            "handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb))
-        )
+        log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
 
     def _log_access(self, peer: str, took_ns: int, outcome: str) -> None:
         brief = self.brief

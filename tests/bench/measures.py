@@ -318,7 +318,7 @@ def scheduling(place: Place) -> tuple[Figures, list[str]]:
                 seen, used = _with_cost(place, running, clients=4)
                 turns.setdefault(f"{policy}: CPU for each connection of 4 clients, us", []).append(used)
                 notes += _errors(seen)
-                glance_until("the load has gone", lambda: board.count(BUSY) == 0)  # noqa: B023 - called at once
+                glance_until("the load has gone", lambda: board.count(BUSY) == 0)
                 for _ in range(os.cpu_count() or 1):
                     sock = clients.enter_context(socket.create_connection(("127.0.0.1", running.port)))
                     sock.sendall(COMPUTE)
