@@ -187,9 +187,12 @@ def _answer_time(server: Server) -> float:
 
 
 def _nobody_waits(server: Server) -> dict[str, int] | None:
-    status = server.status()
-    totals: dict[str, int] = status["totals"]
-    return totals if totals["serving"] == status["listeners"][0]["queue"] == 0 else None
+    # Totals are counted before the queue is read, and who has just left it may not have been counted yet: so they are those of
+    # looks after the one that has found it empty, and stay what they are.
+    if server.status()["listeners"][0]["queue"]:
+        return None
+    first, second = (server.status()["totals"] for _ in range(2))
+    return second if first == second and not second["serving"] else None
 
 
 BACKLOG, BURST = 64, 300
