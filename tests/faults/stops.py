@@ -48,6 +48,10 @@ def master(rounds: Rounds, workload: str) -> Figures:
         strikes.hup(ring)
         ring.replaced(generation)
         strikes.hup(ring)
+        # The second answer comes after the signal was obeyed. A master that had not heard it would sleep until the drain's end, as
+        # planned, whether it is stopped or not.
+        for _ in range(2):
+            ring.server.status()
         os.kill(ring.server.pid, signal.SIGSTOP)
         for _ in rounds:
             time.sleep(1.0)
