@@ -23,6 +23,8 @@ _ACCOUNT = re.compile(r"[A-Za-z_][A-Za-z0-9_.-]{0,31}\$?|[0-9]{1,10}")
 # The number after it means "leave it as it is" (setresuid(2), chown(2)), which must never be taken for somebody.
 ID_LIMIT = (1 << 32) - 2
 _MAPPED = "::ffff:"
+# Unix clients have no name.
+_UNIX_PEER = "unix"
 
 
 @dataclass(frozen=True, slots=True)
@@ -166,7 +168,7 @@ def peer_parts(family: int, address: Any) -> tuple[str, int]:
     ``address`` is what accept(2) gave.
     """
     if family == socket.AF_UNIX:
-        return "unix", 0
+        return _UNIX_PEER, 0
     host: str = address[0]
     if family == socket.AF_INET6:
         host = host[len(_MAPPED) :] if host.startswith(_MAPPED) else f"[{host}]"
@@ -175,7 +177,7 @@ def peer_parts(family: int, address: Any) -> tuple[str, int]:
 
 def parts_text(host: str, port: int) -> str:
     """What `peer_parts` gives, as one text."""
-    return f"{host}:{port}" if port else host
+    return host if host == _UNIX_PEER else f"{host}:{port}"
 
 
 def peer_text(family: int, address: Any) -> str:

@@ -131,7 +131,7 @@ def test_any_text_is_an_address_or_a_value_error(text: str) -> None:
     assert parse(str(parsed)).host == parsed.host, "what was accepted can be shown and read again"
 
 
-@given(host=v4, port=st.integers(1, 65535))  # no client has port 0 (RFC 6335)
+@given(host=v4, port=ports)
 def test_a_mapped_peer_is_shown_as_ipv4(host: str, port: int) -> None:
     assert address.peer_text(socket.AF_INET6, (f"::ffff:{host}", port, 0, 0)) == f"{host}:{port}"
     assert address.peer_text(socket.AF_INET, (host, port)) == f"{host}:{port}"
