@@ -9,7 +9,7 @@ A generation has two boards, each a memfd:
 
 Rules, each from a measurement:
 
-* Words are stored through ``memoryview.cast("Q")`` (one aligned 8-byte store). ``struct.pack_into`` on a shared mapping is not
+* Words are stored through a cast ``memoryview`` (one aligned 8-byte store). ``struct.pack_into`` on a shared mapping is not
   atomic: another process read half-written values in 6 to 14 % of reads.
 * Counters belong to the slot, not to the worker: they are never zeroed, a new owner goes on from what is there. So nothing is
   folded twice and nothing goes back.
@@ -25,6 +25,7 @@ import os
 import struct
 from dataclasses import dataclass
 from enum import Enum
+from typing import Literal
 
 # A state byte. They are letters so that a dump of the row can be read.
 FREE = 0
@@ -47,6 +48,8 @@ STATES = {
 # A reader that is put off the CPU between two words has to read again; one that is put off so often has other troubles.
 _TRIES = 100
 _WORD = 8
+# CPython makes an unsigned long digit by digit, and an unsigned long long by way of an array of bytes.
+_WORD_FORMAT: Literal["L", "Q"] = "L" if struct.calcsize("L") == _WORD else "Q"
 _PAGE = 4096
 # Of the layout: running workers go on with theirs while the master becomes another program.
 VERSION = 1
@@ -61,11 +64,11 @@ TRACEBACK_SECOND, TRACEBACKS, SUPPRESSED = 1, 2, 3
 # The rest of that page, in bytes: why the latest worker that could not start did not. Only ever shown.
 _WORDS_AT, _WORDS_END = 64, _PAGE
 
-# A slot's record, in words. PEER is a host; a PORT of 0 is a Unix client's, and that of a worker from before there was one, whose
-# PEER has both.
+# A slot's record, in words. PEER is a host, filled up with NUL; a PORT of 0 is a Unix client's, and that of a worker from before
+# there was one, whose PEER has both.
 PID, SINCE, BEGUN, OK, ERROR, REJECTED, STARTED, PORT = range(8)
 PEER = 8
-PEER_BYTES = 64
+PEER_BYTES = 64  # enough for any: INET6_ADDRSTRLEN (46), a scope (16), brackets
 HISTOGRAM = PEER + PEER_BYTES // _WORD
 # Bucket k counts durations below 2**k * 1.024 us; the last one, everything from about 18 minutes: for readers. Workers have as many
 # as a record has room for, four years and a half, so that they need not look whether it is the last.
@@ -202,10 +205,10 @@ class Scoreboard:
             # A fork server maps for itself, read-only what is read-only: the master's own mappings stay with the master.
             self.board.madvise(mmap.MADV_DONTFORK)
             self.orders.madvise(mmap.MADV_DONTFORK)
-        self.words = memoryview(self.board).cast("Q")
+        self.words = memoryview(self.board).cast(_WORD_FORMAT)
         self.states = memoryview(self.board)[_PAGE : _PAGE + layout.slots]
         self.tired = memoryview(self.board)[layout.tired_at : layout.tired_at + layout.slots]
-        self.order_words = memoryview(self.orders).cast("Q")
+        self.order_words = memoryview(self.orders).cast(_WORD_FORMAT)
         self.retire = memoryview(self.orders)[layout.retire_at : layout.retire_at + layout.slots]
 
     def close(self) -> None:
@@ -246,15 +249,24 @@ class Scoreboard:
 
     def row_start(self, listener: int) -> int:
         """Index in `board` of the listener's first state byte."""
-        return _PAGE + listener * self.layout.capacity
+        return self.state_at(listener * self.layout.capacity)
+
+    def state_at(self, slot: int) -> int:
+        """Index in `board` of the slot's state byte."""
+        return _PAGE + slot
+
+    def retire_at(self, slot: int) -> int:
+        """Index in `orders` of the byte that asks the slot's worker to leave."""
+        return self.layout.retire_at + slot
 
     def recent_word(self, listener: int) -> int:
         """Index in `words` of the listener's ring of latest accepts."""
         return self.layout.recent_at // _WORD + listener * RECENT
 
-    def peer_start(self, slot: int) -> int:
-        """Index in `board` of the slot's peer."""
-        return (self.record(slot) + PEER) * _WORD
+    def peer_place(self, slot: int) -> slice:
+        """Where in `board` the slot's peer is."""
+        start = (self.record(slot) + PEER) * _WORD
+        return slice(start, start + PEER_BYTES)
 
     def since(self, listener: int, high: int) -> list[int]:
         """When each of a listener's first ``high`` slots last accepted, in nanoseconds of the monotonic clock."""
@@ -280,8 +292,8 @@ class Scoreboard:
 
         While the worker lives it may accept the next one between the two parts: then host and port are of two clients.
         """
-        at, port = self.peer_start(slot), self.words[self.record(slot) + PORT]
-        host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
+        port = self.words[self.record(slot) + PORT]
+        host = self.board[self.peer_place(slot)].split(b"\0", 1)[0].decode("utf-8", "replace")
         return f"{host}:{port}" if port else host
 
     def histogram(self, slot: int) -> list[int]:
@@ -343,11 +355,6 @@ class Scoreboard:
         begun_at = self.record(slot) + BEGUN
         for offset, value in enumerate((counts.begun, counts.ok, counts.error, counts.rejected)):
             self.words[begun_at + offset] = value
-
-
-# Store a host in the board at a byte: cut where it is too long, and filled up with NUL. Not in one piece, so it is done before the
-# state says that somebody is served and the count of the begun goes up.
-pack_peer = struct.Struct(f"{PEER_BYTES}s").pack_into
 
 
 def recent_entry(when: int, slot_number: int) -> int:

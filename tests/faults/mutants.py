@@ -47,6 +47,13 @@ MUTANTS = [
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_workers]",),
     ),
     Mutant(
+        "a connection's object that is used again though its handler has kept it",
+        "worker.py",
+        "references(sock) == known and ",
+        "",
+        ("tests/integration/test_handlers.py::test_nothing_that_a_handler_did_to_a_connections_object_is_the_next_clients",),
+    ),
+    Mutant(
         "a fork too few for those who block",
         "pool/policy.py",
         "    fork = min(wanted, max(0, view.room))\n",

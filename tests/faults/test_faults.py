@@ -252,7 +252,7 @@ def loop(sock):
             if isinstance(found, Scoreboard):
                 for slot in range(8):
                     record = found.record(slot)
-                    found.words[record : record + 64] = memoryview(os.urandom(512)).cast("Q")
+                    found.words[record : record + 64] = memoryview(os.urandom(512)).cast(found.words.format)
     sock.sendall(line)
 """
 

@@ -338,6 +338,87 @@ def test_a_detached_connection_stays_open_until_its_worker_leaves(prefork_server
         assert first.recv(1) == b""
 
 
+REMEMBERING = """
+import json, os, socket, sys, warnings, weakref
+made, numbers, warned = [], [], []
+warnings.simplefilter("always")
+warnings.showwarning = lambda message, *more: warned.append(str(message))
+sys.addaudithook(lambda event, args: made.append(event) if event == "socket.__new__" else None)
+kept, known = [], weakref.WeakKeyDictionary()
+def loop(sock):
+    what = sock.recv(16).decode()
+    told = {"made": len(made), "timeout": sock.gettimeout(), "known": known.get(sock), "closed": [old.fileno() for old in kept]}
+    told |= {"peer": sock.getpeername()[1], "number": sock.fileno(), "warned": warned}
+    match what:
+        case "keep":
+            kept.append(sock)
+        case "file":
+            kept.append(sock.makefile("rb"))
+        case "know":
+            known[sock] = "of another client"
+        case "timeout":
+            sock.settimeout(9)
+        case "raise":
+            raise ValueError
+        case "cycle":
+            knot = [sock]
+            knot.append(knot)
+        case "free":
+            os.close(numbers.pop())
+    sock.sendall(json.dumps(told).encode())
+    match what:
+        case "close":
+            sock.close()
+        case "occupy":
+            sock.shutdown(socket.SHUT_RDWR)
+            numbers.append(sock.detach())
+"""
+
+
+def remembered(server: Server, what: str) -> dict[str, Any]:
+    """Tell the handler to do that; what it says of the connection, which is this one."""
+    with server.connect() as sock:
+        sock.sendall(what.encode())
+        told = all_of(sock) or b"{}"
+        facts: dict[str, Any] = json.loads(told)
+        assert facts.pop("peer", sock.getsockname()[1]) == sock.getsockname()[1]
+        return facts
+
+
+def test_nothing_that_a_handler_did_to_a_connections_object_is_the_next_clients(prefork_server: Start, module: Module) -> None:
+    """The object is used again where nobody can tell, and only there."""
+    server = prefork_server("mine:loop", folder=module(REMEMBERING), workers=1, max_workers=1)
+    fresh: dict[str, Any] = {"timeout": None, "known": None, "warned": []}
+    plain = remembered(server, "look")
+    made = plain["made"]
+    fresh["number"] = plain["number"]
+    assert plain == {"made": made, "closed": [], **fresh}
+    for _ in range(3):
+        assert remembered(server, "look") == plain, "an object that nobody knows is made once"
+    for what in ("know", "timeout", "cycle", "close"):
+        assert remembered(server, what)["made"] == made
+        made += 1
+        assert remembered(server, "look") == {"made": made, "closed": [], **fresh}, f"after {what!r} a new one is made"
+    for closed, what in enumerate(("keep", "file"), 1):
+        assert remembered(server, what)["made"] == made
+        made += 1
+        assert remembered(server, "look") == {"made": made, "closed": [-1] * closed, **fresh}, "who is kept is closed"
+    assert remembered(server, "raise") == {}
+    assert remembered(server, "look")["timeout"] is None
+
+
+def test_a_connection_with_another_number_than_the_last_one_is_itself(prefork_server: Start, module: Module) -> None:
+    """A handler occupies the number of a connection that it has detached, and frees it later."""
+    server = prefork_server("mine:loop", folder=module(REMEMBERING), workers=1, max_workers=1)
+    told = [remembered(server, what) for what in ("occupy", "look", "free", "look", "look")]
+    first, other, *numbers = [facts["number"] for facts in told]
+    assert first != other
+    assert numbers == [other, first, first]
+    assert told[-1]["warned"] == [], "an object that is of no use any more lets go of its number, which may be somebody else's"
+    made = [facts["made"] - told[0]["made"] for facts in told]
+    assert made == [0, 1, 1, 2, 2], "one object is used while the number is the same"
+
+
 HANDING = """
 import os, socket
 def loop(sock):

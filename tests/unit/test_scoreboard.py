@@ -304,15 +304,15 @@ def test_the_tired_are_found_among_one_listeners_slots_in_use(ours: set[int], ot
         assert board.tired_slots(1, high) == [50 + slot for slot in sorted(ours) if slot < high]
 
 
-def test_nothing_is_left_of_a_longer_peer_and_too_long_a_one_is_cut() -> None:
+def test_nothing_is_left_of_a_longer_peer() -> None:
     with mapped(Layout(1, 2), Access.MASTER) as [board]:
-        at, port_at = board.peer_start(0), board.record(0) + scoreboard.PORT
+        place, port_at = board.peer_place(0), board.record(0) + scoreboard.PORT
         longest = "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff%fifteen-letters]"
         for host, port, text in ((longest, 65535, f"{longest}:65535"), ("10.0.0.1", 5, "10.0.0.1:5"), ("unix", 0, "unix")):
-            scoreboard.pack_peer(board.board, at, host.encode())
+            board.board[place] = host.encode().ljust(scoreboard.PEER_BYTES, b"\0")
             board.words[port_at] = port
             assert board.peer(0) == text
-        scoreboard.pack_peer(board.board, at, b"\xff" * 100)
+        board.board[place], board.words[port_at] = b"\xff" * scoreboard.PEER_BYTES, 0
         assert board.peer(0) == "\ufffd" * scoreboard.PEER_BYTES
         assert (board.peer(1), board.histogram(0)) == ("", [0] * scoreboard.BUCKETS)
 
