@@ -165,7 +165,8 @@ class ForkServer:
 
     def _become_a_process(self) -> None:
         brief = self.brief
-        os.setsid()  # only the master hears the terminal
+        self.part = process.parting()
+        self.part()
         signals.fresh()
         systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
@@ -252,6 +253,7 @@ class ForkServer:
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
             oom_score=self.oom_score,
+            part=self.part,
             schedule=self.schedule,
             private=frozenset(private) - {listener.fileno()},
         )

@@ -132,6 +132,7 @@ def serve(
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
+                start_new_session=True,  # as a service manager does it
             )
             try:
                 _wait_until_ready(process, ready, log_path)

@@ -73,6 +73,7 @@ class Brief:
     devnull_stat: os.stat_result
     stacks: int
     oom_score: bytes  # see `prefork.system.credentials.workers_oom_score`
+    part: Callable[[], object]  # see `prefork.system.process.parting`
     schedule: Callable[[], object] | None  # see `prefork.system.process.batch_scheduling`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
@@ -155,9 +156,7 @@ class Worker:
         starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
         first: Steps = (
             *signals.freshening(),
-            # So that a handler that kills its process group ends nobody else. A session, because a group that its fork server's end
-            # makes an orphan is sent SIGHUP when somebody has stopped a process of it (setpgid(2)).
-            os.setsid,
+            brief.part,
             process.signalling_when_orphaned(signals.PARENT_DIED),
         )
         then: Steps = (

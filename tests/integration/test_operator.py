@@ -2,6 +2,7 @@
 
 import os
 import pty
+import re
 import signal
 import subprocess
 import sys
@@ -12,7 +13,7 @@ from pathlib import Path
 
 import pytest
 
-from prefork.testing import Server, StartError, serve
+from prefork.testing import Server, StartError, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.integration.test_control import run
@@ -46,6 +47,35 @@ def test_two_interrupts_at_once_are_one(prefork_server: Start) -> None:
         assert sock.recv(1) == b"y"
     assert server.stop() == 0
     assert "0 cut" in server.log()
+
+
+def test_only_the_master_hears_the_terminal(tmp_path: Path) -> None:
+    """Ctrl-C is sent to all of the foreground's process group: who serves a connection is none of it."""
+    path = str(tmp_path / "control")
+    pid, terminal = pty.fork()
+    if pid == 0:
+        options = ["--module=echo:loop", "--bind=127.0.0.1:0", "--workers=1", f"--control={path}"]
+        os.execv(sys.executable, [sys.executable, "-m", "prefork", "serve", *options])
+    try:
+        watch.until("it listens", lambda: os.path.exists(path))
+        watch.until("it runs", lambda: '"running"' in run("status", "--json", "--control", path).stdout)
+        family = [child.pid for child in watch.family(pid)]
+        assert [os.getsid(child) for child in family] == family, (
+            "who is in none of its sessions can't be stopped for reading from it"
+        )
+        shown = os.read(terminal, 4096)
+        (port,) = re.findall(rb"127\.0\.0\.1:(\d+)", shown)[:1]
+        with connect(("127.0.0.1", int(port))) as sock:
+            sock.sendall(b"x")
+            assert sock.recv(1) == b"x"
+            os.write(terminal, b"\x03")
+            watch.until("it stops", lambda: b"no longer listening" in os.read(terminal, 4096))
+            sock.sendall(b"y")
+            assert sock.recv(1) == b"y"
+        _, status = os.waitpid(pid, 0)
+        assert os.waitstatus_to_exitcode(status) == 0
+    finally:
+        os.close(terminal)
 
 
 def test_a_background_job_writes_its_log_to_a_terminal_that_forbids_it(tmp_path: Path) -> None:

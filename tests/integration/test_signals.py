@@ -7,9 +7,11 @@ import threading
 import time
 from collections.abc import Callable
 
+import psutil
 import pytest
 
 from prefork.master import SAME_INTERRUPT
+from prefork.system import process
 from prefork.testing import Server, connect
 from tests import watch
 from tests.conftest import HANDLERS
@@ -88,11 +90,29 @@ def test_ttin_and_ttou_are_one_acceptor_more_and_one_fewer(prefork_server: Start
     watch.settled(server, 2)
 
 
-def test_only_the_master_hears_the_terminal(prefork_server: Start) -> None:
+def test_every_process_has_a_group_of_its_own_in_the_masters_session(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2)
-    sessions = {os.getsid(child.pid) for child in watch.family(server.pid)}
-    assert os.getsid(server.pid) not in sessions
-    assert len(sessions) == 3, "the fork server and each worker, which a handler's killpg must not leave"
+    family = [child.pid for child in watch.family(server.pid)]
+    assert len({os.getpgid(pid) for pid in (server.pid, *family)}) == 4, "a handler's killpg ends one worker"
+    assert {os.getsid(pid) for pid in family} == {os.getsid(server.pid)}
+
+
+def test_a_stopped_worker_is_not_hung_up_when_its_fork_server_goes(prefork_server: Start) -> None:
+    """The kernel sends SIGHUP to a process group with a stopped member that has lost its last parent in the session."""
+    server = prefork_server("echo:loop", workers=1)
+    (idle,) = watch.settled(server, 1)["workers"]
+    with server.connect() as sock:
+        sock.sendall(b"a")
+        assert sock.recv(1) == b"a"
+        os.kill(idle["pid"], signal.SIGSTOP)
+        watch.until("it is stopped", lambda: process.state(idle["pid"]) == b"T")
+        fork_server = psutil.Process(idle["pid"]).ppid()
+        os.kill(fork_server, signal.SIGKILL)
+        watch.until("it is the master's child", lambda: psutil.Process(idle["pid"]).ppid() == server.pid)
+        assert process.state(idle["pid"]) == b"T"
+        os.kill(idle["pid"], signal.SIGCONT)
+        sock.sendall(b"b")
+        assert sock.recv(1) == b"b"
 
 
 def test_sighup_while_stopping_and_term_while_reloading_are_understood(prefork_server: Start) -> None:
