@@ -237,44 +237,51 @@ class Worker:
         """What accepts, serves, and again: the exit status once this worker was asked to leave or can't accept any more."""
         board, listener, conf, place = self.board, self.brief.listener, self.brief.config, self.brief.place
         recent_at, recent_mask, recent_shift = board.recent_word(place), scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
-        accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         needs_address, log_access = self.handler.shape is Shape.REQUEST, self._log_access if log.access_is_logged() else None
+        limited, wears = bool(conf.max_connections), bool(conf.max_lifetime or conf.max_memory)
+        prepares, more = needs_address or conf.drain == "eof", log_access is not None or wears
+        starts = "on_worker_start" in self.handler.hooks
+        accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         boards = board.words, board.order_words, board.board, board.orders
         indices = (
             board.listener_word(place, scoreboard.RING_BELOW),
             board.listener_word(place, scoreboard.HIGH),
             board.row_start(place),
         )
+        # Of slot 0; from one slot to the next a byte, or a record.
+        firsts = board.state_at(0), board.retire_at(0), board.record(0), board.peer_start(0)
+        lengths = scoreboard.RECORD_WORDS, board.peer_start(1) - board.peer_start(0), scoreboard.PEER_BYTES
+        offsets = (scoreboard.SINCE, scoreboard.BEGUN, scoreboard.PORT, scoreboard.OK, scoreboard.ERROR, scoreboard.HISTOGRAM)
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
         calls = accept_one, self._call(), _socket.socket.close, close, now_ns, sys.getrefcount, socket.getdefaulttimeout
         kinds = int(listener.sock.family), int(listener.sock.type), listener.sock.proto, conf.socket_timeout or None
-        constants = IDLE, BUSY, bytes([IDLE]), scoreboard.PEER_BYTES, scoreboard.FEW
+        constants = IDLE, BUSY, bytes([IDLE]), scoreboard.FEW, listener.sock.family == socket.AF_INET, signals.changes, slice
+        socket_class = socket.socket
 
         def serve(slot: int) -> int:
             # Where clients are few, caches are cold, and what counts is how many cache lines are touched: 1,270 by a connection
             # outside the kernel, the echo included. So: local variables (one of the function around us is a line more), bytes of
-            # the boards by their mappings (a view is four lines more), few different functions of C.
+            # the boards by their mappings (a view is four lines more), few different functions of C. And what is called or looked
+            # up before the first accept() is a page of memory that each worker has of its own: nearly all of it was done above.
             words, order_words, row, orders = boards
             ring_at, high_at, row_at = indices
+            first_state, first_retire, first_record, first_peer = firsts
+            record_words, record_bytes, peer_bytes = lengths
+            to_since, to_begun, to_port, to_ok, to_error, to_histogram = offsets
             accept, call, close_socket, close_fd, now, references, default_timeout = calls
             family, kind, protocol, timeout = kinds
-            idle, busy, one_idle, peer_bytes, few = constants
-            # `me` is for every connection, `self` for what is rare.
-            me, changes, is_ipv4, slot_number = self, signals.changes, family == socket.AF_INET, slot + 1
-            state_at, retire_at, peer, record = (
-                board.state_at(slot),
-                board.retire_at(slot),
-                board.peer_place(slot),
-                board.record(slot),
-            )
-            since_at, begun_at, port_at = record + scoreboard.SINCE, record + scoreboard.BEGUN, record + scoreboard.PORT
-            ok_at, error_at, histogram_at = record + scoreboard.OK, record + scoreboard.ERROR, record + scoreboard.HISTOGRAM
+            idle, busy, one_idle, few, is_ipv4, changes, piece = constants
+            state_at, retire_at, record = first_state + slot, first_retire + slot, first_record + slot * record_words
+            since_at, begun_at, port_at = record + to_since, record + to_begun, record + to_port
+            ok_at, error_at, histogram_at = record + to_ok, record + to_error, record + to_histogram
+            peer_at = first_peer + slot * record_bytes
+            peer, our_row, known_high = piece(peer_at, peer_at + peer_bytes), piece(0), 0
             begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
-            last = self._last_connection(begun) if conf.max_connections else -1
-            worn = self._worn_out() if conf.max_lifetime or conf.max_memory else None
-            prepares, more = needs_address or conf.drain == "eof", log_access is not None or worn is not None
-            unseen_at, paused, known_high, our_row = 0, False, 0, slice(0)
-            new_socket = socket.socket  # on_worker_start may have put another one there
+            # `me` is for every connection, `self` for what is rare.
+            me, slot_number, unseen_at, paused = self, slot + 1, 0, False
+            last = self._last_connection(begun) if limited else -1
+            worn = self._worn_out() if wears else None
+            new_socket = socket.socket if starts else socket_class  # the hook may have put another one there
             sock: Any = None
             kept_fd, known = -1, 0  # of a connection's object that waits for the next one; references to one that nobody else knows
 
@@ -302,7 +309,7 @@ class Worker:
                 row[state_at] = busy
                 high = order_words[high_at]
                 if high != known_high:
-                    known_high, our_row = high, slice(row_at, row_at + high)
+                    known_high, our_row = high, piece(row_at, row_at + high)
                 if high > few:
                     entry = since >> recent_shift
                     words[recent_at + (entry & recent_mask)] = scoreboard.recent_entry(entry, slot_number)

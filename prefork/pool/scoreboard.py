@@ -263,10 +263,9 @@ class Scoreboard:
         """Index in `words` of the listener's ring of latest accepts."""
         return self.layout.recent_at // _WORD + listener * RECENT
 
-    def peer_place(self, slot: int) -> slice:
-        """Where in `board` the slot's peer is."""
-        start = (self.record(slot) + PEER) * _WORD
-        return slice(start, start + PEER_BYTES)
+    def peer_start(self, slot: int) -> int:
+        """Index in `board` of the slot's peer."""
+        return (self.record(slot) + PEER) * _WORD
 
     def since(self, listener: int, high: int) -> list[int]:
         """When each of a listener's first ``high`` slots last accepted, in nanoseconds of the monotonic clock."""
@@ -292,8 +291,8 @@ class Scoreboard:
 
         While the worker lives it may accept the next one between the two parts: then host and port are of two clients.
         """
-        port = self.words[self.record(slot) + PORT]
-        host = self.board[self.peer_place(slot)].split(b"\0", 1)[0].decode("utf-8", "replace")
+        at, port = self.peer_start(slot), self.words[self.record(slot) + PORT]
+        host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
         return f"{host}:{port}" if port else host
 
     def histogram(self, slot: int) -> list[int]:

@@ -225,7 +225,7 @@ def test_a_worker_that_has_come_and_gone_and_whose_dead_fork_server_never_told_i
     board.words[record + scoreboard.PID] = PID + 2
     board.words[record + scoreboard.STARTED] = 1
     board.words[record + scoreboard.BEGUN] += 1
-    board.board[board.peer_place(1)] = b"a:1234".ljust(scoreboard.PEER_BYTES, b"\0")
+    board.board[board.peer_start(1) : board.peer_start(1) + 6] = b"a:1234"
     generation.fork_server_ended(1.0)
     generation.tend(1.0 + LIMBO, 0)
     death = generation.tally.deaths[-1]

@@ -306,7 +306,8 @@ def test_the_tired_are_found_among_one_listeners_slots_in_use(ours: set[int], ot
 
 def test_nothing_is_left_of_a_longer_peer() -> None:
     with mapped(Layout(1, 2), Access.MASTER) as [board]:
-        place, port_at = board.peer_place(0), board.record(0) + scoreboard.PORT
+        at, port_at = board.peer_start(0), board.record(0) + scoreboard.PORT
+        place = slice(at, at + scoreboard.PEER_BYTES)
         longest = "[2001:db8:aaaa:bbbb:cccc:dddd:eeee:ffff%fifteen-letters]"
         for host, port, text in ((longest, 65535, f"{longest}:65535"), ("10.0.0.1", 5, "10.0.0.1:5"), ("unix", 0, "unix")):
             board.board[place] = host.encode().ljust(scoreboard.PEER_BYTES, b"\0")
