@@ -17,6 +17,6 @@ def _leave_the_working_directory_to_handlers() -> None:
 
 if __name__ == "__main__":
     _leave_the_working_directory_to_handlers()
-    from prefork.cli import entry
+    from prefork.entry import entry
 
     entry()

@@ -12,7 +12,7 @@ import select
 import sys
 import traceback
 from collections.abc import Callable, Iterator
-from typing import Any
+from typing import Any, NoReturn
 
 import click
 
@@ -28,14 +28,26 @@ PROMPT = 10.0
 _PATH = click.Path(readable=False)
 
 
+def tell(error: Exception) -> NoReturn:
+    """Tell of it in one line (and the traceback that belongs to it), and end with its exit code."""
+    if isinstance(error, PreforkError):
+        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True)
+        sys.exit(error.exit_code)
+    if isinstance(error, OSError):
+        with contextlib.suppress(OSError):  # standard error may be what is full
+            click.echo(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
+        os._exit(RefusedError.exit_code)  # an ordinary exit would try to flush what can't be written
+    text = "".join(traceback.format_exception(error))
+    click.echo(f"prefork: internal error, please report it\n{text}", err=True)
+    sys.exit(PreforkError.exit_code)
+
+
 @contextlib.contextmanager
 def _errors() -> Iterator[None]:
-    """Errors of ours in one line (and the traceback that belongs to it), with their exit code."""
     try:
         yield
     except PreforkError as error:
-        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True)
-        sys.exit(error.exit_code)
+        tell(error)
 
 
 class _Command(click.Command):
@@ -173,17 +185,7 @@ def serve(sources: Sources) -> None:
       prefork serve --module mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
-    from prefork.system import process, program
-
-    process.open_standard_descriptors()
-    with _errors():
-        with program.or_back():
-            from prefork.commands import obey
-            from prefork.master import Master
-
-            master = Master(sources, obey, program.started("serve"))
-            master.start()
-        sys.exit(master.run())
+    click.get_current_context().obj(sources)
 
 
 @main.command()
@@ -465,14 +467,10 @@ def man() -> None:
     click.echo(manual.page(main, serve), nl=False)
 
 
-def entry() -> None:
-    """The program: `main`, with whatever it raises told in one line and an exit code."""
+def entry(serving: Callable[[Sources], object]) -> NoReturn:
+    """Carry out the command line; whatever is raised is told. ``serving`` is called with what `serve` is given."""
     try:
-        main()
-    except OSError as error:
-        with contextlib.suppress(OSError):  # standard error may be what is full
-            click.echo(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
-        os._exit(RefusedError.exit_code)  # an ordinary exit would try to flush what can't be written
-    except Exception:
-        click.echo(f"prefork: internal error, please report it\n{traceback.format_exc()}", err=True)
-        sys.exit(PreforkError.exit_code)
+        main(obj=serving)
+    except Exception as error:
+        tell(error)
+    sys.exit()

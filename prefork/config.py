@@ -14,7 +14,6 @@ import os
 import re
 import stat
 import sys
-import tomllib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from socket import AF_UNIX
@@ -251,6 +250,8 @@ def _read_file(path: str, named: str) -> dict[str, Any]:
             raise ConfigError(f"{path}: larger than {FILE_LIMIT} bytes; a configuration is a few lines of TOML")
         if _DEEP_KEY.search(_QUOTED.sub(b"q", data)):
             raise ConfigError(f"{path}: a key of more than 20 parts; the configuration is flat: each option is a line of its own")
+        import tomllib  # noqa: PLC0415 - 0.5 MB that each worker would have a copy of; most have no file
+
         return tomllib.loads(data.decode())
     except OSError as error:
         raise ConfigError(f"{path}{named}: can't read the configuration: {error.strerror}") from None

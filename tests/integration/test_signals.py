@@ -6,6 +6,7 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from contextlib import suppress
 
 import psutil
 import pytest
@@ -149,6 +150,7 @@ def test_term_before_the_first_ready_ends_the_daemon(prefork_server: Start) -> N
 
 def _master_of(title: str) -> int | None:
     for child in watch.family(os.getpid()):
-        if child.cmdline()[:1] == [title]:
-            return child.ppid()
+        with suppress(psutil.NoSuchProcess):  # who has read the command line is gone soon
+            if child.cmdline()[:1] == [title]:
+                return child.ppid()
     return None

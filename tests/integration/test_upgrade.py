@@ -126,7 +126,7 @@ def test_signals_that_come_while_the_program_changes_are_obeyed_by_the_next(pref
 def test_one_that_was_started_by_path_with_a_relative_one(tmp_path: Path, module: Module) -> None:
     script = tmp_path / "bin" / "prefork"
     script.parent.mkdir()
-    script.write_text("from prefork.cli import entry\nentry()\n")
+    script.write_text("from prefork.entry import entry\nentry()\n")
     command = [sys.executable, "bin/prefork", "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
     with watch.running(command, module(ECHO), tmp_path) as server:
         assert upgrade(server)["ok"]
@@ -220,7 +220,7 @@ def test_a_working_directory_that_was_removed_and_made_again_is_entered_by_name(
 SUCCESSOR = """
 import sys
 from prefork import carried, upgrading
-from prefork.cli import entry
+from prefork.entry import entry
 {}
 entry()
 """

@@ -275,7 +275,7 @@ def _install(machine: Machine) -> None:
     for name in ("prefork", "click", "psutil", "setproctitle"):
         source = Path(str(import_module(name).__file__)).parent
         shutil.copytree(source, packages / name, ignore=shutil.ignore_patterns("__pycache__"))
-    machine.write(f"{VENV}/bin/prefork", f"#!{VENV}/bin/python\nfrom prefork.cli import entry\nentry()\n", 0o755)
+    machine.write(f"{VENV}/bin/prefork", f"#!{VENV}/bin/python\nfrom prefork.entry import entry\nentry()\n", 0o755)
     for unit in UNITS.iterdir():
         shutil.copy(unit, machine.root / "etc/systemd/system")
     machine.run("systemctl daemon-reload")
