@@ -42,7 +42,7 @@ def _meant(word: str, name: str) -> bool:
 def place(settings: Settings) -> Iterator[Place]:
     """A folder with the load generator in it, which goes at the end with all that was built there.
 
-    prefork is compiled first, as pip does it: in a checkout, and where Python writes no bytecode, each start would do that, and leave
+    prefork is compiled first, as pip does it: where Python writes no bytecode each start of a checkout would do that, and leave
     2 MB of what it needed for it in every process.
     """
     compileall.compile_dir(Path(prefork.__file__).parent, quiet=1)

@@ -162,11 +162,12 @@ def _blocked(board: Board, port: int, busy: int) -> tuple[float, socket.socket]:
 def ten_thousand(place: Place) -> tuple[Figures, list[str]]:
     """Workers grow tenfold by tenfold; at each size the master's CPU per event, at the last one memory, silence, a new client.
 
-    It ends at a smaller size where there is no memory for more, and says so.
+    It ends at a smaller size where there is no memory for more, and says so. How the CPU has grown is measured then, beside another
+    daemon of the first size, in turn: between the first and the last minutes go by, in which the machine's speed changes.
     """
     settings, figures, notes = place.settings, Figures(), list[str]()
     sizes = sorted({size for size in (10, 100, 1000) if size < settings.held} | {settings.held})
-    before, reached, there = available(), list[int](), 0
+    before, there = available(), 0
     wish = Wish(max_workers=settings.held + settings.events + 100, spare_timeout=settings.spare_timeout)
     with daemon(place, wish) as (running, server, board), ExitStack() as held:
         for size in sizes:
@@ -176,7 +177,6 @@ def ten_thousand(place: Place) -> tuple[Figures, list[str]]:
                 notes.append(f"FAILED: {error}")
                 there += error.held
                 break
-            reached.append(size)
             there = size
             _settled(board, size)
             figures[_per_event("killed", size)] = _replaced(settings.events, server, board)
@@ -191,10 +191,32 @@ def ten_thousand(place: Place) -> tuple[Figures, list[str]]:
         seen = place.generator.run(running.port, clients=1, connections=settings.size(200))
         figures[f"a new client's first echo at {there} median, ms"] = seen.latency["p50"] / 1e3
         figures[f"a new client's first echo at {there} p99, ms"] = seen.latency["p99"] / 1e3
-    for what in ("taken", "killed"):
-        first, last = (figures[_per_event(what, size)] for size in (reached[0], reached[-1]))
-        figures[f"master's CPU per acceptor {what}, at {reached[-1]} / at {reached[0]}"] = last / first
+        with daemon(place, wish) as (few_running, few_server, few_board), ExitStack() as few:
+            hold(place, few_running.port, sizes[0], few)
+            pair = (sizes[0], few_running, few_server, few_board), (there, running, server, board)
+            figures |= _growth(settings.rounds, settings.events, *pair)
     return figures, notes + _errors(seen)
+
+
+_Held = tuple[int, Running, Server, Board]
+
+
+def _growth(rounds: int, events: int, few: _Held, many: _Held) -> Figures:
+    """The master's CPU per event with many held, to that with a few: medians of the rounds' ratios."""
+    ratios: dict[str, list[float]] = {"taken": [], "killed": []}
+    for number in range(rounds):
+        used: dict[tuple[str, int], float] = {}
+        for size, _, _, board in (few, many):
+            _settled(board, size)
+        turns = (few, many) if number % 2 else (many, few)
+        for size, _, server, board in turns:
+            used["killed", size] = _replaced(events, server, board)
+        for size, running, server, board in turns:
+            used["taken", size] = _taken(events, running, server, board)
+        for what, found in ratios.items():
+            found.append(used[what, many[0]] / used[what, few[0]])
+    name = "master's CPU per acceptor {}, at {} / at {}"
+    return {name.format(what, many[0], few[0]): statistics.median(found) for what, found in ratios.items()}
 
 
 def _per_event(what: str, size: int) -> str:

@@ -102,7 +102,7 @@ def test_a_worker_that_is_too_large_leaves_after_its_connection(prefork_server: 
         "        kept.append(b'x' * (64 << 20))\n"
         "    sock.sendall(b'%d' % os.getpid())\n"
     )
-    server = prefork_server("mine:loop", folder=module(source), workers=1, max_memory="80M")
+    server = prefork_server("mine:loop", folder=module(source), workers=1, max_memory="70M")
 
     def asked(what: bytes) -> int:
         with server.connect() as sock:
