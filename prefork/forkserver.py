@@ -41,6 +41,7 @@ FAREWELL = 0.5
 REPEAT = 0.02
 # Orders that are a signal to a worker.
 SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
+_COMMAND = wire.pack_command(Command(Order.FORK, 0))
 TIMERS = {
     signal.ITIMER_REAL: signal.SIGALRM,
     signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
@@ -217,7 +218,7 @@ class ForkServer:
         # Those that a stop had not closed when this process began.
         listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
-        self.oom_score, self.schedule = credentials.workers_oom_score(), self._scheduling()
+        self.offer, self.schedule = credentials.offering_to_the_oom_killer(), self._scheduling()
         self.workers = {place: worker.Worker(self._brief(place, private), loaded) for place in listeners}
         handler.serve_current(worker.connection_here)
         log.configure(role=partial(worker.role, self.brief.generation))
@@ -252,7 +253,7 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
-            oom_score=self.oom_score,
+            offer=self.offer,
             part=self.part,
             schedule=self.schedule,
             private=frozenset(private) - {listener.fileno()},
@@ -322,11 +323,7 @@ class ForkServer:
                 self.leaving = True
 
     def _fork(self, slots: Sequence[int]) -> None:
-        """Fork a worker for each. Nothing else between two forks: of all that is written there, each worker keeps a copy.
-
-        And of all that is written next, we get one, 220 pages at 3 us each: so whoever was forked last goes first where the kernel
-        has put it on our CPU, and then a turn of our loop is made for nothing, rather than when somebody has died.
-        """
+        """Fork a worker for each. Nothing else between two forks: of all that is written there, each worker keeps a copy."""
         workers = [self.workers[self.brief.layout.listener(slot)] for slot in slots]
         outcomes: list[int] = []
         forks.spare(everything=not log.has_dropped())
@@ -339,7 +336,7 @@ class ForkServer:
                 if pid == 0:
                     worker.main(workers[place], slot)
                 outcomes.append(pid)
-        os.sched_yield()
+        os.sched_yield()  # whoever was forked last goes first where the kernel has put it on our CPU
         for slot, pid in zip(slots, outcomes, strict=True):
             if pid < 0:
                 self._send(Report(Kind.FORK_FAILED, slot, status=-pid))
@@ -348,7 +345,16 @@ class ForkServer:
             self.by_slot[slot] = pid
             self._send(Report(Kind.FORKED, slot, pid))
         self._flush()
-        signal.raise_signal(signal.SIGCHLD)
+        self._touch()
+
+    def _touch(self) -> None:
+        """Do what a death makes us do, for nothing, and have the loop go round once.
+
+        A fork shares all pages, and each that we write to next is copied first: 220 at 3 us, which nobody waits for now.
+        """
+        wire.read_command(_COMMAND)
+        with signals.blocked():
+            signal.raise_signal(signal.SIGCHLD)
 
     # -- what the kernel tells
 

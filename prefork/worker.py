@@ -41,7 +41,6 @@ from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.request import RequestServer
 from prefork.system import process, signals, stacks
-from prefork.system.credentials import offer_to_the_oom_killer
 from prefork.values import RLIMITS
 
 # A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
@@ -72,7 +71,7 @@ class Brief:
     devnull: int
     devnull_stat: os.stat_result
     stacks: int
-    oom_score: bytes  # see `prefork.system.credentials.workers_oom_score`
+    offer: Callable[[], object] | None  # see `prefork.system.credentials.offering_to_the_oom_killer`
     part: Callable[[], object]  # see `prefork.system.process.parting`
     schedule: Callable[[], object] | None  # see `prefork.system.process.batch_scheduling`
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
@@ -152,7 +151,7 @@ class Worker:
         pid_at, started_at = records_at + scoreboard.PID, records_at + scoreboard.STARTED
         title = f"prefork: {brief.name} gen {brief.generation} worker "
         parents = (brief.fork_server_pid, brief.master_pid)
-        gate, oom_score, ring, ready = brief.gate, brief.oom_score, self._ring, self._ready
+        gate, ring, ready = brief.gate, self._ring, self._ready
         starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
         first: Steps = (
             *signals.freshening(),
@@ -160,7 +159,7 @@ class Worker:
             process.signalling_when_orphaned(signals.PARENT_DIED),
         )
         then: Steps = (
-            *((brief.schedule,) if brief.schedule is not None else ()),
+            *(step for step in (brief.offer, brief.schedule) if step is not None),
             *(partial(close, fd) for fd in brief.private),
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
@@ -178,8 +177,6 @@ class Worker:
             if getppid() not in parents:
                 return EXIT_RETIRED  # the parent died before it could be told to signal
             setproctitle(title + str(slot))
-            if oom_score:
-                offer_to_the_oom_killer(oom_score)
             for step in then:
                 step()
             if starts and (failed := self._start_hook()) is not None:

@@ -6,10 +6,15 @@ clears the parent-death signal and "dumpable" when credentials change, so both a
 """
 
 import errno
+import functools
 import grp
 import os
 import pwd
+from collections.abc import Callable
 from dataclasses import dataclass
+from os import close, write
+from os import open as open_file
+from pathlib import Path
 
 from prefork.errors import ConfigError, NotPermittedError
 from prefork.system import process
@@ -93,26 +98,29 @@ def become(who: Credentials) -> None:
         os.environ.update(USER=who.name, LOGNAME=who.name, HOME=who.home)
 
 
-def workers_oom_score() -> bytes:
-    """What makes a worker a better victim than this process, its parent; empty where that is not possible."""
+def offering_to_the_oom_killer() -> Callable[[], object] | None:
+    """What makes a child of this process a better victim than its parent is; None where that is not possible."""
+    write_only = os.O_WRONLY | os.O_CLOEXEC
     try:
         # No /proc, a read-only one, or a process that can't be dumped and is not root's. ProcSubset=pid has this file.
-        with open(_OOM_SCORE, "r+") as file:
-            score = int(file.read())
+        own = Path(_OOM_SCORE).read_bytes()
+        _write(_OOM_SCORE, write_only, own)
     except OSError:
-        return b""
-    return str(min(_OOM_SCORE_LIMIT, score + WORKER_OOM_SCORE)).encode()
+        return None
+    score = str(min(_OOM_SCORE_LIMIT, int(own) + WORKER_OOM_SCORE)).encode()
+    return functools.partial(_offer, _OOM_SCORE, write_only, score)
 
 
-def offer_to_the_oom_killer(score: bytes) -> None:
-    """Make this process such a victim, if the kernel lets it."""
+def _offer(path: str, flags: int, score: bytes) -> None:
     try:
-        fd = os.open(_OOM_SCORE, os.O_WRONLY | os.O_CLOEXEC)
-    except OSError:  # no descriptor is left, say
+        _write(path, flags, score)
+    except OSError:  # no descriptor is left, say; or the fork server has a higher one by now, below which only root may go
         return
+
+
+def _write(path: str, flags: int, score: bytes) -> None:
+    fd = open_file(path, flags)
     try:
-        os.write(fd, score)
-    except OSError:  # somebody has given the fork server a higher one meanwhile, below which only root may go
-        return
+        write(fd, score)
     finally:
-        os.close(fd)
+        close(fd)
