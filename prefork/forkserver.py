@@ -149,16 +149,20 @@ class ForkServer:
             return error.exit_code
         self._send(Report(Kind.READY))
         poll = select.poll()
-        poll.register(self.inbox, select.POLLIN)
+        inbox = self.inbox.fileno()
+        poll.register(inbox, select.POLLIN)
         while True:
             self._flush()
             if self._done():
                 return 0
             if self.orphaned_at is None:
                 poll.register(self.brief.channel, select.POLLIN | (select.POLLOUT if self.outbox else 0))
-            poll.poll(None if self.orphaned_at is None else REPEAT * 1000)
-            arrived = self.inbox.take()
-            self._reap()
+            ready = poll.poll(None if self.orphaned_at is None else REPEAT * 1000)
+            arrived: set[int] = set()
+            if any(fd == inbox for fd, _ in ready):
+                arrived = self.inbox.take()
+                self._reap()
+                self._flush()
             if self.orphaned_at is not None:
                 self._say_farewell(self.orphaned_at)
             elif signals.PARENT_DIED in arrived or not self._obey():

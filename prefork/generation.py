@@ -8,7 +8,7 @@ workers say is checked against `prefork.pool.state` and against the kernel befor
 import os
 import signal
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -94,6 +94,7 @@ class Generation:
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
         self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
+        self._untold: list[Callable[[], object]] = []  # of deaths: clients wait for a replacement, and for the log nobody does
         self._limbo_at: float | None = None
         self._limbo_until = 0.0
         self._patience_at: float | None = None
@@ -304,9 +305,9 @@ class Generation:
             self._failed_early(who, now, stack, ready=was_ready)
         elif (status != 0 or serving) and not worker.killed:
             self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}\n{stack}".rstrip())
-            log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who)
+            self._untold.append(lambda: log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who))
         else:
-            log.event("worker_ended", **who)
+            self._untold.append(lambda: log.event("worker_ended", **who))
         self.look_soon(worker.listener, now)
         return True
 
@@ -440,6 +441,8 @@ class Generation:
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
             self.link.kill()
+        while self._untold:
+            self._untold.pop(0)()
 
     def _look(self, place: int, now: float, live_elsewhere: int) -> None:
         acceptors = self._acceptors[place]
