@@ -20,7 +20,10 @@ from prefork.system import process, program
 def entry() -> NoReturn:
     """Carry out the command line. Whatever goes wrong is told, and has its exit code."""
     if sys.argv[1:2] == ["serve"]:
-        _become_master(_read_by_a_child)
+        try:
+            _become_master(_read_by_a_child)
+        except KeyboardInterrupt:  # before there is a master, which hears it as a signal; the child says so
+            sys.exit(1)
     from prefork import cli
 
     cli.entry(lambda sources: _become_master(lambda: sources))

@@ -9,10 +9,10 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
 from typing import Any
 
 from prefork import log
+from prefork.acceptors import Acceptors, Slots
 from prefork.carried import CarriedGeneration, CarriedPool
 from prefork.config import Config, plain
 from prefork.hung import Hung
@@ -20,7 +20,7 @@ from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import policy, scoreboard, wire
 from prefork.pool.policy import Memory, View
-from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Counts, Layout, Scoreboard
+from prefork.pool.scoreboard import BUSY, FREE, LEAVING, NOTHING, PARKED, STARTING, Counts, Layout, Scoreboard
 from prefork.pool.state import Pool, Worker
 from prefork.pool.tally import Death, Tally, Trouble
 from prefork.pool.wire import Kind, Order, Report
@@ -37,22 +37,6 @@ PATIENCE = 2.0
 CRASHES_KEPT = 8
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
-_BUSY = bytes([BUSY])
-
-
-@dataclass(slots=True)
-class Acceptors:
-    """Those of one listener: how many are wanted, and what was seen and is planned of them."""
-
-    target: int
-    vacated: int  # places known to be empty since the last look
-    look_at: float | None
-    looked_at: float = 0.0
-    seen_ns: int = 0  # the same, as workers' clocks have it
-    memory: Memory = field(default_factory=Memory)
-    ring_below: int = 0  # what the workers were told
-    saturated_since: float | None = None
-    retired: bool = False  # nobody is forked any more
 
 
 class Generation:
@@ -90,10 +74,8 @@ class Generation:
         self._failed_ns = time.monotonic_ns()  # when a worker did so last, as workers' clocks have it
         self.gossip = 0
         self.saturated_seconds = 0.0
-        self._acceptors = [Acceptors(target, target, now) for target in targets or [config.workers] * len(listeners)]
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
-        self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
         self._untold: list[Callable[[], object]] = []  # of deaths: clients wait for a replacement, and for the log nobody does
         self._limbo_at: float | None = None
         self._limbo_until = 0.0
@@ -101,6 +83,11 @@ class Generation:
         self._counted: dict[int, Counts] = {}  # counters of slots whose last worker was reaped
         self._left = False
         self.link = Link(number, self.layout, wiring)
+        slots = Slots(self.link, self.pool, self._absent, self._tired)
+        self._acceptors = [
+            Acceptors(place, config, slots, target, now)
+            for place, target in enumerate(targets or [config.workers] * len(listeners))
+        ]
         self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
         self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
 
@@ -152,7 +139,7 @@ class Generation:
         for worker in self.pool.workers.values():
             self._note_absence(worker)
         for place in carried.retired:
-            self._acceptors[place].retired, self._acceptors[place].look_at = True, None
+            self._acceptors[place].retire()
         if self.link.pid is None:
             self._limbo_at, self._limbo_until = now, now + LIMBO
         elif self.link.stopped or self._left:
@@ -392,46 +379,43 @@ class Generation:
         elif ring.why is wire.Ring.ACCEPTED and self.trouble.until_served:
             self.trouble = self._overcome(self.trouble)
         # A storm of accepts must not wake the master more often than a look is worth.
-        self._wake(worker.listener, max(now, self._acceptors[worker.listener].looked_at + policy.LOOK_AGAIN))
+        acceptors = self._acceptors[worker.listener]
+        acceptors.wake(max(now, acceptors.looked_at + policy.LOOK_AGAIN))
         return True
 
     def look_soon(self, place: int, now: float) -> None:
         """Look at this listener's workers at once."""
-        self._wake(place, now)
+        self._acceptors[place].wake(now)
 
     def room_was_made(self, now: float) -> None:
         """A process somewhere has ended: who waits at the ceiling may go on."""
-        for place, acceptors in enumerate(self._acceptors):
+        for acceptors in self._acceptors:
             if acceptors.memory.saturated:
-                self._wake(place, now)
+                acceptors.wake(now)
 
     def look_soon_all(self, now: float) -> None:
         """Look at every listener's workers at once."""
-        for place in range(len(self.listeners)):
-            self._wake(place, now)
-
-    def _wake(self, place: int, at: float) -> None:
-        acceptors = self._acceptors[place]
-        acceptors.look_at = at if acceptors.look_at is None else min(acceptors.look_at, at)
+        for acceptors in self._acceptors:
+            acceptors.wake(now)
 
     def retarget(self, workers: int, now: float) -> None:
         """Want this many acceptors for each listener from now on; surplus ones go at once."""
-        for place, acceptors in enumerate(self._acceptors):
+        for acceptors in self._acceptors:
             acceptors.vacated += max(0, workers - acceptors.target)
             acceptors.target, acceptors.memory = workers, Memory()
-            view = self._view(place, 0, self._row(place))
-            self._retire_some(place, view.idle + view.starting - workers, now)
-            self.look_soon(place, now)
+            view = acceptors.view(0, acceptors.row())
+            self._retire_some(acceptors, view.idle + view.starting - workers, now)
+            acceptors.wake(now)
 
     def tend(self, now: float, live_elsewhere: int) -> None:
         """Do everything that is due."""
         if self._limbo_at is not None and self._limbo_at <= now:
             self._clear_limbo(now)
-        for place, acceptors in enumerate(self._acceptors):
+        for acceptors in self._acceptors:
             if acceptors.look_at is not None and acceptors.look_at <= now:
                 acceptors.look_at = None
                 if self.ready and not acceptors.retired:
-                    self._look(place, now, live_elsewhere)
+                    self._look(acceptors, now, live_elsewhere)
         self.retiring.tend(now)
         if self.retiring.waiting:
             self.hung.looked(now)  # any of them may still take a connection
@@ -444,8 +428,7 @@ class Generation:
         while self._untold:
             self._untold.pop(0)()
 
-    def _look(self, place: int, now: float, live_elsewhere: int) -> None:
-        acceptors = self._acceptors[place]
+    def _look(self, acceptors: Acceptors, now: float, live_elsewhere: int) -> None:
         acceptors.looked_at = now
         self.hung.looked(now)
         seen_before, acceptors.seen_ns = acceptors.seen_ns, time.monotonic_ns()
@@ -454,57 +437,33 @@ class Generation:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
         quiet_until = max(self.trouble.until, self.fork_trouble.until)
         if now < quiet_until:
-            self._wake(place, quiet_until)
+            acceptors.wake(quiet_until)
             return
-        row = self._true_row(place)
-        if self.trouble.until_served and self._latest(place, row, self._failed_ns):
+        row = acceptors.true_row()
+        if self.trouble.until_served and acceptors.latest(row, self._failed_ns):
             self.trouble = self._overcome(self.trouble)  # nobody rings for it while a load goes on
-        room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[place]
-        if self._recycles and self._note_tired(place) and live_elsewhere + self.live() <= self.config.max_workers:
+        room = policy.rooms(self.config.max_workers, self.targets, self.pool.live, live_elsewhere)[acceptors.place]
+        if acceptors.note_tired() and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
-        view = self._view(place, room, row, seen_before)
+        view = acceptors.view(room, row, seen_before)
         acceptors.vacated = 0
         acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
-        self._note_saturation(place, now)
+        self._note_saturation(acceptors, now)
         for _ in range(decision.fork):
-            self._fork(place, now)
-        self._retire_some(place, decision.retire, now)
+            self._fork(acceptors.place, now)
+        self._retire_some(acceptors, decision.retire, now)
         if self._tired:
-            self._release_tired(place, view, now)
+            self._release_tired(acceptors, view, now)
         if decision.look_at is not None:
-            self._wake(place, decision.look_at)
+            acceptors.wake(decision.look_at)
         # Not in a calm load, where there is a look soon anyhow.
         if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.CALM_LOOK):
-            self._wake(place, now + SETTLE)
-        self._arm(place, decision.ring_below)
+            acceptors.wake(now + SETTLE)
+        acceptors.arm(decision.ring_below)
 
-    def _row(self, place: int) -> bytes:
-        return self.board.row(place, self.pool.high[place])
-
-    def _true_row(self, place: int) -> bytes:
-        """The row, without the workers that a stray write has put into free slots: they would count as acceptors, for good."""
-        row = self._row(place)
-        if len(row) - row.count(FREE) > self.pool.live[place]:
-            first = place * self.layout.capacity
-            for slot in range(first, first + len(row)):
-                if slot not in self.pool.workers:
-                    self.board.states[slot] = FREE
-            row = self._row(place)
-        return row
-
-    def _note_tired(self, place: int) -> bool:
-        """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""
-        for slot in self.board.tired_slots(place, self.pool.high[place]):
-            worker = self.pool.workers.get(slot)
-            if worker is not None and not worker.retiring and slot not in self._tired:
-                self._tired.add(slot)
-                self._absent.add(slot)
-                self._acceptors[place].vacated += 1
-        return any(self.layout.listener(slot) == place for slot in self._tired)
-
-    def _release_tired(self, place: int, view: View, now: float) -> None:
-        tired = [slot for slot in self._tired if self.layout.listener(slot) == place]
+    def _release_tired(self, acceptors: Acceptors, view: View, now: float) -> None:
+        tired = acceptors.tired()
         busy = [slot for slot in tired if self.board.states[slot] == BUSY]
         idle_may, busy_may = policy.released(view, len(busy))
         idle = [slot for slot in tired if slot not in busy]
@@ -516,60 +475,6 @@ class Generation:
     def drain_deadline(self, now: float) -> float | None:
         """Until when workers that are retired now may finish; None is as long as they take."""
         return now + self.config.drain_timeout if self.config.drain_timeout else None
-
-    def _view(self, place: int, room: int, row: bytes, since_ns: int | None = None) -> View:
-        """What there is of a listener's workers. ``since_ns``: of accepts after it is to be told."""
-        acceptors, first = self._acceptors[place], place * self.layout.capacity
-        others = row.translate(None, _BUSY)  # one pass through a long row
-        idle, busy = others.count(IDLE), len(row) - len(others)
-        tired = sum(row[slot - first] in (IDLE, PAUSED) for slot in self._tired if 0 <= slot - first < len(row))
-        starting = others.count(STARTING) + others.count(PARKED) + others.count(PAUSED)
-        for slot in self._absent:
-            if 0 <= slot - first < len(row):
-                state = row[slot - first]
-                idle -= state == IDLE
-                busy -= state == BUSY
-                starting -= state in (STARTING, PARKED, PAUSED)
-        leaving = 0
-        if self._recycles:
-            absent = (self.pool.workers[slot] for slot in self._absent if 0 <= slot - first < len(row))
-            leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
-        missing = acceptors.target - idle - starting
-        returning, accepted = 0, False
-        if missing > 0:
-            returning = self._returning(place, row)
-        elif since_ns is not None:
-            accepted = bool(self._latest(place, row, since_ns))
-        return View(acceptors.target, idle, starting, returning, busy, room, acceptors.vacated, tired, leaving, accepted)
-
-    def _returning(self, place: int, row: bytes) -> int:
-        """How many workers are busy and about to be back."""
-        now_ns = time.monotonic_ns()
-        young, fresh = int(policy.YOUNG * 1e9), int(policy.FRESH * 1e9)
-        runnable = fresh_ones = asleep = 0
-        for slot, since in self._latest(place, row, now_ns - young):
-            worker = self.pool.workers.get(slot)
-            if worker is None or not worker.pid or self.board.states[slot] != BUSY or slot in self._absent:
-                continue
-            if 0 <= now_ns - since < fresh:
-                fresh_ones += 1
-            elif process.state(worker.pid) == b"R":
-                runnable += 1
-            else:
-                asleep += 1
-        return policy.returning(runnable, fresh_ones, asleep)
-
-    def _latest(self, place: int, row: bytes, after_ns: int) -> list[tuple[int, int]]:
-        """The slots that have accepted since then and when, as their workers say; of many only those that the ring knows."""
-        board, first = self.board, place * self.layout.capacity
-        if len(row) <= scoreboard.FEW:
-            seen = list(enumerate(board.since(place, len(row)), first))
-        else:
-            now_ns, others = time.monotonic_ns(), first + scoreboard.LOWEST
-            recent = [slot for slot in board.recent(place, now_ns, now_ns - after_ns) if slot >= others]
-            seen = [*enumerate(board.since(place, scoreboard.LOWEST), first)]
-            seen += [(slot, board.words[board.record(slot) + scoreboard.SINCE]) for slot in recent]
-        return [(slot, since) for slot, since in seen if since > after_ns]
 
     def _fork(self, place: int, now: float) -> None:
         worker = self.pool.take(place, now)
@@ -584,12 +489,8 @@ class Generation:
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
         self.link.send(Order.FORK, slot)
 
-    def _arm(self, place: int, ring_below: int) -> None:
-        self._acceptors[place].ring_below = ring_below
-        self.board.order_words[self.board.listener_word(place, scoreboard.RING_BELOW)] = ring_below
-
-    def _note_saturation(self, place: int, now: float) -> None:
-        acceptors, address = self._acceptors[place], self.listeners[place].address
+    def _note_saturation(self, acceptors: Acceptors, now: float) -> None:
+        address = self.listeners[acceptors.place].address
         if acceptors.memory.saturated:
             if acceptors.saturated_since is None:
                 acceptors.saturated_since = now
@@ -645,8 +546,7 @@ class Generation:
     def parked(self) -> bool:
         """Whether the first acceptors of every listener are ready."""
         return self.ready and all(
-            acceptors.retired or self._row(place).count(PARKED) >= acceptors.target
-            for place, acceptors in enumerate(self._acceptors)
+            acceptors.retired or acceptors.row().count(PARKED) >= acceptors.target for acceptors in self._acceptors
         )
 
     def retire(self, place: int, now: float, deadline: float | None) -> None:
@@ -654,8 +554,8 @@ class Generation:
         acceptors = self._acceptors[place]
         if acceptors.retired:
             return
-        acceptors.retired, acceptors.look_at = True, None
-        self._arm(place, 0)
+        acceptors.retire()
+        acceptors.arm(0)
         self._end_saturation(acceptors, now)
         self.hung.looked(now)  # nobody looks there again
         for worker in self.pool.workers.values():
@@ -670,8 +570,8 @@ class Generation:
     def suspend(self, now: float) -> None:
         """Nobody accepts until `resume`: idle workers leave at once, busy ones after their connection."""
         self.suspended = True
-        for place in range(len(self.listeners)):
-            self._arm(place, 0)
+        for acceptors in self._acceptors:
+            acceptors.arm(0)
         for worker in self.pool.workers.values():
             if not worker.retiring:
                 self._ask_to_leave(worker, now, None)
@@ -709,14 +609,13 @@ class Generation:
         self.board.order_words[scoreboard.STOPPING] = 1
         self.retiring.end_inputs(self.pool.workers.values())
 
-    def _retire_some(self, place: int, count: int, now: float) -> None:
+    def _retire_some(self, acceptors: Acceptors, count: int, now: float) -> None:
         """Ask ``count`` idle workers to leave, the highest slots first, so that rows stay short."""
         if count <= 0:
             return
-        first = place * self.layout.capacity
-        row = self._row(place)
+        row = acceptors.row()
         for offset in reversed(range(len(row))):
-            worker = self.pool.workers.get(first + offset)
+            worker = self.pool.workers.get(acceptors.first + offset)
             if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):
                 continue
             self._ask_to_leave(worker, now, self.drain_deadline(now))
@@ -806,8 +705,8 @@ class Generation:
             return not self.retiring.waiting
         return not self.retiring.waiting and all(
             acceptors.memory.saturated
-            or ((view := self._view(place, 0, self._row(place))).idle + view.returning >= acceptors.target and not view.starting)
-            for place, acceptors in enumerate(self._acceptors)
+            or ((view := acceptors.view(0, acceptors.row())).idle + view.returning >= acceptors.target and not view.starting)
+            for acceptors in self._acceptors
         )
 
     @property

@@ -204,8 +204,8 @@ MUTANTS = [
     Mutant(
         "acceptors that exist on the board only",
         "generation.py",
-        "        row = self._true_row(place)\n",
-        "        row = self._row(place)\n",
+        "        row = acceptors.true_row()\n",
+        "        row = acceptors.row()\n",
         ("tests/unit/test_generation.py::test_acceptors_that_do_not_exist_are_struck_off",),
     ),
     Mutant(

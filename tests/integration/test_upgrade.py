@@ -303,7 +303,15 @@ def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Pat
         watch.logged(server, "generation 2 serves")
 
 
-def test_a_successor_that_fails_after_all_goes_back(tmp_path: Path, module: Module) -> None:
+@pytest.mark.parametrize(
+    ("failure", "reason"),
+    [
+        ("upgrading.Upgrading.adopt = fail", "RuntimeError: planted"),
+        ('sys.argv += ["--wokers=3"] if sys.argv[1] == "serve" else []', "SystemExit: 2"),
+    ],
+    ids=["it can't go on with the state", "it does not take the command line"],
+)
+def test_a_successor_that_fails_after_all_goes_back(tmp_path: Path, module: Module, failure: str, reason: str) -> None:
     """Its check was fine; what goes wrong then is a bug, and the program that was is started again, if it is still there."""
     needs_another_python()
     place, script = tmp_path / "venv", tmp_path / "program.py"
@@ -313,7 +321,7 @@ def fail(self, state):
     raise RuntimeError("planted")
 import os
 if os.readlink("/proc/self/exe") == {os.path.realpath(DEBIANS)!r}:
-    upgrading.Upgrading.adopt = fail
+    {failure}
 """
     script.write_text(SUCCESSOR.format(fails))
     command = [str(place / "bin" / "python"), str(script), "serve", "--module=mine:loop", "--workers=2", "--bind=127.0.0.1:0"]
@@ -323,7 +331,7 @@ if os.readlink("/proc/self/exe") == {os.path.realpath(DEBIANS)!r}:
         with Load(address(server), clients=1) as load:
             answer = upgrade(server)
             assert not answer["ok"]
-            assert "the new program failed, and became this one again: RuntimeError: planted" in answer["reason"]
+            assert f"the new program failed, and became this one again: {reason}" in answer["reason"]
             before = load.connections
             watch.until("the load goes on", lambda: load.connections > before + 20)
         assert (load.failures, load.refused) == ([], 0)

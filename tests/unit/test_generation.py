@@ -362,9 +362,9 @@ def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates
     accepted(300, 0.002)
     accepted(301, 0.1)
     row = bytes(scoreboard.FEW + 100)
-    seen = generation._latest(0, row, now - int(0.05 * 1e9))
+    seen = generation._acceptors[0].latest(row, now - int(0.05 * 1e9))
     assert [slot for slot, _ in sorted(seen)] == [3, 300]
-    seen = generation._latest(0, row, now - int(0.2 * 1e9))
+    seen = generation._acceptors[0].latest(row, now - int(0.2 * 1e9))
     assert [slot for slot, _ in sorted(seen)] == [3, 4, 300, 301], "older than the ring is long, and still in it"
     peer.close()
 
