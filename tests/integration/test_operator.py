@@ -56,6 +56,7 @@ def test_only_the_master_hears_the_terminal(tmp_path: Path) -> None:
     if pid == 0:
         options = ["--module=echo:loop", "--bind=127.0.0.1:0", "--workers=1", f"--control={path}"]
         os.execv(sys.executable, [sys.executable, "-m", "prefork", "serve", *options])
+    status = None
     try:
         watch.until("it listens", lambda: os.path.exists(path))
         watch.until("it runs", lambda: '"running"' in run("status", "--json", "--control", path).stdout)
@@ -76,6 +77,9 @@ def test_only_the_master_hears_the_terminal(tmp_path: Path) -> None:
         assert os.waitstatus_to_exitcode(status) == 0
     finally:
         os.close(terminal)
+        if status is None:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
 
 
 def test_a_background_job_writes_its_log_to_a_terminal_that_forbids_it(tmp_path: Path) -> None:
