@@ -246,7 +246,7 @@ class Worker:
             board.row_start(place),
         )
         # Of slot 0; from one slot to the next a byte, or a record.
-        firsts = board.state_at(0), board.retire_at(0), board.record(0), board.peer_start(0)
+        firsts = board.row_start(0), board.layout.retire_at, board.record(0), board.peer_start(0)
         lengths = scoreboard.RECORD_WORDS, board.peer_start(1) - board.peer_start(0), scoreboard.PEER_BYTES
         offsets = (scoreboard.SINCE, scoreboard.BEGUN, scoreboard.PORT, scoreboard.OK, scoreboard.ERROR, scoreboard.HISTOGRAM)
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
@@ -256,7 +256,7 @@ class Worker:
         socket_class = socket.socket
 
         def serve(slot: int) -> int:
-            # Where clients are few, caches are cold, and what counts is how many cache lines are touched: 1,270 by a connection
+            # Where clients are few, caches are cold, and what counts is how many cache lines are touched: 1,280 by a connection
             # outside the kernel, the echo included. So: local variables (one of the function around us is a line more), bytes of
             # the boards by their mappings (a view is four lines more), few different functions of C. And what is called or looked
             # up before the first accept() is a page of memory that each worker has of its own: nearly all of it was done above.
@@ -347,7 +347,7 @@ class Worker:
                 try:
                     if references(sock) == known and sock.__weakref__ is None and sock.fileno() == fd and sock.gettimeout() is None:
                         # Nobody else knows the object, and it is as it was: it is the next connection's, if that gets the same
-                        # number. To make one costs 4 us and 140 cache lines (and a getsockname(2)), which was 7 % at 3,000/s.
+                        # number. To make one costs 180 cache lines (and a getsockname(2)), which was 6 % at 3,000/s.
                         kept_fd = fd
                         close_fd(fd)
                     else:

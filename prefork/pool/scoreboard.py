@@ -249,15 +249,7 @@ class Scoreboard:
 
     def row_start(self, listener: int) -> int:
         """Index in `board` of the listener's first state byte."""
-        return self.state_at(listener * self.layout.capacity)
-
-    def state_at(self, slot: int) -> int:
-        """Index in `board` of the slot's state byte."""
-        return _PAGE + slot
-
-    def retire_at(self, slot: int) -> int:
-        """Index in `orders` of the byte that asks the slot's worker to leave."""
-        return self.layout.retire_at + slot
+        return _PAGE + listener * self.layout.capacity
 
     def recent_word(self, listener: int) -> int:
         """Index in `words` of the listener's ring of latest accepts."""
