@@ -1,5 +1,6 @@
 """Reload: new code and configuration without losing anybody; a bad one changes nothing and says why."""
 
+import fcntl
 import os
 import signal
 import socket
@@ -266,27 +267,35 @@ def test_idle_workers_leave_within_100_ms_of_the_commit(prefork_server: Start) -
     assert slowest < 1.0
 
 
-SLOW = """
-import time
+HELD = """
+import fcntl
 from prefork.examples.echo import loop
-time.sleep({imported})
+
+def wait():
+    with open("gate") as gate:
+        fcntl.flock(gate, fcntl.LOCK_SH)
 
 def start():
-    time.sleep({started})
+    {started}
+
+{imported}
 """
 
 
-@pytest.mark.parametrize(("imported", "started", "comes"), [(0.2, 0, "gen 2"), (0, 0.2, "gen 2 worker")])
+@pytest.mark.parametrize(("imported", "started", "comes"), [("wait()", "pass", "gen 2"), ("", "wait()", "gen 2 worker")])
 def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(
-    prefork_server: Start, module: Module, imported: float, started: float, comes: str
+    prefork_server: Start, module: Module, imported: str, started: str, comes: str
 ) -> None:
-    timeout = 1.0
-    folder = module(SLOW.format(imported=imported, started=started))
-    server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
-    os.kill(server.pid, signal.SIGHUP)
-    watch.until(f"{comes} is there", lambda: any(comes in child.name() for child in watch.family(server.pid)))
-    os.kill(server.pid, signal.SIGSTOP)
-    time.sleep(2 * timeout)  # it sleeps until boot_timeout, and what it waits for comes meanwhile
+    timeout = 2.0
+    folder = module(HELD.format(imported=imported, started=started))
+    with (folder / "gate").open("w") as gate:
+        server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
+        fcntl.flock(gate, fcntl.LOCK_EX)
+        os.kill(server.pid, signal.SIGHUP)
+        watch.until(f"{comes} is there", lambda: any(comes in child.name() for child in watch.family(server.pid)))
+        os.kill(server.pid, signal.SIGSTOP)
+        watch.until("the master has stopped", lambda: psutil.Process(server.pid).status() == psutil.STATUS_STOPPED)
+    time.sleep(1.5 * timeout)  # it sleeps until boot_timeout, and what it waits for comes meanwhile: the gate is open
     os.kill(server.pid, signal.SIGCONT)
     watch.until("the reload has ended", lambda: (server.status()["reload"] or {}).get("result"))
     reload = server.status()["reload"]
