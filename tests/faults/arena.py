@@ -190,6 +190,11 @@ class Arena:
         """Wait until a later one serves."""
         watch.until(f"a generation after {generation}", lambda: self.generation() > generation, 2 * watch.DEADLINE)
 
+    def serves(self, more: int) -> None:
+        """Wait until more than so many clients were answered from now on."""
+        before = self.connections
+        watch.until(f"{more} more clients are served", lambda: self.connections > before + more)
+
     def permit(self, why: str, clients: int) -> None:
         """So many more clients may fail, of something that no strike knew of before."""
         self.struck.append(Strike(why, lambda _: None, permits=clients))

@@ -49,8 +49,7 @@ def garbage_on_the_board(rounds: Rounds, workload: str) -> Figures:
             watch.until("they have left", lambda: len(watch.workers(ring.server)) < EARLIER)
             assert order(ring, f"spoil {PARTS[number % len(PARTS)]} {2 * MAX_WORKERS}") == "spoilt"
             watch.until("the board is true", partial(_is_true, ring))
-            before = ring.connections
-            watch.until("clients are served", lambda before=before: ring.connections > before + 200)  # type: ignore[misc]
+            ring.serves(200)
             assert ring.server.command("reload")["ok"]
         _calm(ring)
     return ring.figures

@@ -204,7 +204,7 @@ def _refusals(stack: ExitStack, preparation: Preparation) -> None:
     _needed("cc")
     orders = stack.enter_context(refusals(_scratch(stack, preparation)))
     preparation.preload(orders.environment)
-    accepts, forks, late = threading.Lock(), threading.Lock(), threading.Lock()
+    accepts, forks, late, held = (threading.Lock() for _ in range(4))
     errors = [*filter(None, ACCEPT_ERRORS), errno.EIO]  # without those that this system does not have
 
     def accepts_fail(ring: Arena) -> None:
@@ -235,7 +235,14 @@ def _refusals(stack: ExitStack, preparation: Preparation) -> None:
             time.sleep(BRIEFLY)
             orders.late(0)
 
-    preparation.add(accepts_fail, forks_fail, late_accepts)
+    def held_accepts(ring: Arena) -> None:
+        """For a moment each accept comes back late with what it has got."""
+        with held:
+            orders.held(ring.chance.choice((1, 10, 100)))
+            time.sleep(BRIEFLY)
+            orders.held(0)
+
+    preparation.add(accepts_fail, forks_fail, late_accepts, held_accepts)
 
 
 # -- the clock

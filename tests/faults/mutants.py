@@ -30,7 +30,7 @@ MUTANTS = [
         "worker.py",
         "            self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)\n",
         "            raise OSError(88, 'told to leave')\n",
-        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[reloads]",),
+        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[held_accepts]",),
     ),
     Mutant(
         "no repeat of the signal",

@@ -10,9 +10,9 @@ from pathlib import Path
 from tests import watch
 
 SOURCE = Path(__file__).with_name("refuse.c")
-# struct orders of refuse.c: six ints.
-_ACCEPT_ERRNO, _ACCEPTS, _FORK_ERRNO, _FORKS, _FORK_PID, _LATE = range(6)
-_INTS = 6
+# struct orders of refuse.c: so many ints.
+_ACCEPT_ERRNO, _ACCEPTS, _FORK_ERRNO, _FORKS, _FORK_PID, _LATE, _HELD = range(7)
+_INTS = 7
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,6 +36,10 @@ class Refusals:
     def late(self, milliseconds: int) -> None:
         """From now on accepts are entered so much later, and what signals come meanwhile is not seen by the kernel's part."""
         self._orders[_LATE] = milliseconds
+
+    def held(self, milliseconds: int) -> None:
+        """From now on accepts come back with a connection so much later than they have got it."""
+        self._orders[_HELD] = milliseconds
 
     @property
     def left(self) -> int:

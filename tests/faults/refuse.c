@@ -1,5 +1,5 @@
 /* Preloaded: accept4 on the network's sockets and fork fail as often as a shared file says, without asking the kernel; and accept4
- * is entered late by so many milliseconds. */
+ * is entered, or comes back with a connection, late by so many milliseconds. */
 #define _GNU_SOURCE
 #include <dlfcn.h>
 #include <errno.h>
@@ -11,7 +11,7 @@
 #include <unistd.h>
 
 /* tests/faults/refusals.py writes the same. */
-static struct { int accept_errno, accepts, fork_errno, forks, fork_pid, late; } *orders;
+static struct { int accept_errno, accepts, fork_errno, forks, fork_pid, late, held; } *orders;
 
 __attribute__((constructor)) static void begin(void)
 {
@@ -35,7 +35,7 @@ static int refused(int *left)
     return 0;
 }
 
-/* A signal that comes meanwhile has been handled before the kernel is asked: who waits there does not see it. */
+/* A signal that comes meanwhile does not end it: it is noted, and the interpreter's function for it runs when it has control again. */
 static void wait_for(int milliseconds)
 {
     struct timespec left = { milliseconds / 1000, milliseconds % 1000 * 1000000L };
@@ -46,18 +46,21 @@ static void wait_for(int milliseconds)
 int accept4(int fd, struct sockaddr *address, socklen_t *length, int flags)
 {
     static int (*real)(int, struct sockaddr *, socklen_t *, int);
-    int domain = AF_UNIX;
+    int domain = AF_UNIX, taken;
     socklen_t size = sizeof domain;
     if (!real)
         real = dlsym(RTLD_NEXT, "accept4");
-    if (orders && !getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) && domain != AF_UNIX) {
-        if (refused(&orders->accepts)) {
-            errno = orders->accept_errno;
-            return -1;
-        }
-        wait_for(orders->late);
+    if (!orders || getsockopt(fd, SOL_SOCKET, SO_DOMAIN, &domain, &size) || domain == AF_UNIX)
+        return real(fd, address, length, flags);
+    if (refused(&orders->accepts)) {
+        errno = orders->accept_errno;
+        return -1;
     }
-    return real(fd, address, length, flags);
+    wait_for(orders->late);
+    taken = real(fd, address, length, flags);
+    if (taken >= 0)
+        wait_for(orders->held);
+    return taken;
 }
 
 pid_t fork(void)
