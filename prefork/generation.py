@@ -231,7 +231,7 @@ class Generation:
         self.retiring.ask_again(now)
 
     def _may_be_a_worker(self, pid: int) -> bool:
-        """Not a process that was our child before we became prefork: no fork server has forked it."""
+        """Not a child of ours that no fork server has forked: what is taken for a worker may be signalled."""
         return 0 < pid <= process.PID_LIMIT and pid not in self.link.wiring.strangers
 
     def _clear_limbo(self, now: float) -> None:

@@ -8,7 +8,7 @@ import socket
 from collections import deque
 from collections.abc import Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from prefork import forkserver, log
 from prefork.carried import CarriedLink
@@ -36,7 +36,7 @@ class Wiring:
     doorbell_read: int
     doorbell_write: int
     devnull: int
-    strangers: frozenset[int] = frozenset()  # children that we had before we became prefork
+    strangers: set[int] = field(default_factory=set)  # our children that no fork server has forked
     credentials: Credentials | None = None  # who the fork servers become; None: they stay who we are
 
     @property
@@ -153,6 +153,7 @@ class Link:
             theirs.close()
             os.close(gate)
         self.pid = pid
+        wiring.strangers.add(pid)
         log.event("booting", generation=self.number, module=config.module)
 
     def send(self, order: Order, slot: int = 0, begun: int = 0) -> None:

@@ -266,6 +266,7 @@ class Master:
                     generation.fork_server_ended(daemon.now)
                     self.changeover.fork_server_ended(generation, process.describe(change.status))
             self.upgrading.ended(change.pid, change.status)
+            daemon.wiring.strangers.discard(change.pid)
 
     def _obey_signals(self, arrived: set[int]) -> None:
         daemon = self.daemon

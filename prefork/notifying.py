@@ -90,10 +90,11 @@ class Notifying:
         """When to `tend`, by the daemon's clock."""
         if not self._notifier:
             return None
+        if self._again:  # whatever is due: the manager has no room for it
+            return self._clock() + AGAIN - self.daemon.lost
         times = [self._fed_at + self._watchdog / 2] if self._watchdog is not None else []
         times += [self._extended_at + EXTENSION / 2] if self._phase != READY else []
         times += [self._looked_at + PERIOD] if not self._at_rest else []
-        times += [self._clock() + AGAIN] if self._again else []
         return min(times) - self.daemon.lost if times else None
 
     def _tell(self, **state: object) -> bool:

@@ -120,6 +120,7 @@ class Upgrading:
             pid, said = program.try_out(how, state)
         finally:
             os.close(state)
+        daemon.wiring.strangers.add(pid)
         self.trial = Trial(pid, said, daemon.now + daemon.config.boot_timeout + START)
         daemon.selector.register(said, selectors.EVENT_READ, self._listen)
 
@@ -132,6 +133,7 @@ class Upgrading:
         """A child was reaped: if it was the trial, that is its verdict."""
         if self.trial is not None and self.trial.pid == pid:
             self.trial.status = status
+        self.dropped = [(dropped, until) for dropped, until in self.dropped if dropped != pid]  # the number may be another's soon
 
     def tend(self) -> None:
         """Do what is due."""
@@ -307,7 +309,7 @@ class Upgrading:
             doorbell_read=wiring.doorbell_read,
             doorbell_write=wiring.doorbell_write,
             devnull=wiring.devnull,
-            strangers=frozenset(wiring.strangers),
+            strangers=set(wiring.strangers),
             credentials=wiring.credentials,
         )
         adopted: list[Generation] = []

@@ -37,7 +37,7 @@ def whole(low: int, high: int) -> Callable[[Any], int]:
     """A whole number within bounds, which are both allowed."""
 
     def parse(value: Any) -> int:
-        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,9}", value):
+        if isinstance(value, str) and re.fullmatch(r"-?[0-9]{1,10}", value):
             value = int(value)
         if not isinstance(value, int) or isinstance(value, bool) or not low <= value <= high:
             raise ValueError(f"must be a whole number from {low} to {high}")

@@ -201,6 +201,7 @@ def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = 
             return Listener(wanted, wanted, sock, inode)
         sock = socket.socket(wanted.family, socket.SOCK_STREAM)
         try:
+            sock.setblocking(True)  # whatever default time-out the program has that runs prefork.Server
             sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
             if wanted.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if wanted.host == "" else 1)

@@ -32,6 +32,7 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHA
     folder, name = os.path.split(path)
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
+        sock.setblocking(True)  # whatever default time-out the program has that runs prefork.Server
         with _claimed(folder):
             _make_way(path)
             temporary = os.path.join(folder, os.urandom(TEMPORARY_NAME).hex()[: TEMPORARY_NAME - 1] + "." + name)

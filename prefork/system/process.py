@@ -177,7 +177,7 @@ def children() -> set[int]:
     return {int(name) for name in os.listdir("/proc") if name.isdigit() and _stat(int(name)).split(maxsplit=2)[1:2] == [us]}
 
 
-def inherited_children() -> frozenset[int]:
+def inherited_children() -> set[int]:
     """Children from before the exec of this program, when asked before the first fork; none where the kernel doesn't tell."""
     before = None
     while True:
@@ -185,10 +185,10 @@ def inherited_children() -> frozenset[int]:
             with open(f"/proc/self/task/{os.getpid()}/children", "rb") as file:
                 found = file.read()
         except OSError:  # a kernel without it, or no /proc
-            return frozenset()
+            return set()
         # It may leave living ones out while others end (proc_pid_task(5)).
         if found == before:
-            return frozenset(map(int, found.split()))
+            return set(map(int, found.split()))
         before = found
 
 

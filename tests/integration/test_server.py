@@ -46,6 +46,32 @@ def test_every_option_is_a_keyword_and_a_reload_sees_new_code(module: Module) ->
     assert output == "begins\nends with 0\nTrue set()\n", "nothing that was buffered is written by a fork, too"
 
 
+IMPATIENT = """
+import socket
+import prefork
+socket.setdefaulttimeout(0.001)
+prefork.Server("mine:loop", bind=["127.0.0.1:{port}", "unix:{path}"], workers=1, control="{control}").run()
+"""
+
+
+def test_the_programs_default_timeout_is_no_acceptors(module: Module) -> None:
+    folder = module("def loop(sock):\n    sock.sendall(b'served' if sock.gettimeout() is None else b'impatient')\n")
+    control, path, port = str(folder / "control"), str(folder / "path"), watch.free_port()
+    (folder / "main.py").write_text(IMPATIENT.format(port=port, path=path, control=control))
+    with (
+        (folder / "log").open("w") as log,
+        subprocess.Popen([sys.executable, "main.py"], cwd=folder, stderr=log) as process,
+    ):
+        server = Server(("127.0.0.1", port), process.pid, control, folder / "log", process)
+        watch.until("it listens", lambda: Path(control).exists())
+        watch.settled(server, 1, listener=1)
+        for address in (server.address, path):
+            with connect(address) as sock:
+                assert sock.recv(64) == b"served"
+        assert server.command("stop")["ok"]
+    assert "accept failed" not in server.log()
+
+
 def test_a_wrong_option_is_told_at_once_with_its_place() -> None:
     with pytest.raises(ConfigError, match=r"unknown option 'worker' of prefork\.Server: did you mean 'workers'"):
         prefork.Server("echo:loop", worker=3)

@@ -20,6 +20,7 @@ from prefork.pool.wire import Command, Kind, Order, Report
 from prefork.retiring import NAG_AGAIN, NAG_FIRST
 
 PID = 4_000_000  # more than this kernel gives
+STRANGER = 3_000_000
 
 
 class Peer:
@@ -28,7 +29,7 @@ class Peer:
     def __init__(self, workers: int, **options: object) -> None:
         config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5, **options}).load()
         self.listener = open_listener(address.parse("127.0.0.1:0"), Settings(backlog=8))
-        self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2), Tally(), 0.0)
+        self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2, {STRANGER}), Tally(), 0.0)
         self.end, self.gate = self.generation.link.prepare()
         self.generation.link.pid = os.getpid()
         self.end.setblocking(False)
@@ -161,6 +162,20 @@ def test_a_fork_server_that_lies_changes_nothing(peer: Peer, lie: Report) -> Non
     assert peer.generation.pool.workers == before
     assert peer.generation.gossip == 1
     assert peer.generation.failure is None
+
+
+def test_a_child_that_no_fork_server_has_forked_is_no_worker(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID, status=9), 1.0)
+    generation.tend(1.0, 0)
+    generation.board.words[generation.board.record(0) + scoreboard.PID] = STRANGER
+    generation.tend(1.0 + generation.config.boot_timeout, 0)
+    peer.say(Report(Kind.FORKED, 0, STRANGER), 1.0)
+    assert generation.gossip == 1
+    assert generation.pool.by_pid(STRANGER) is None
+    generation.link.wiring.strangers.discard(STRANGER)  # it has ended, and the number is given again
+    peer.say(Report(Kind.FORKED, 0, STRANGER), 1.0)
+    assert generation.pool.by_pid(STRANGER) is not None
 
 
 def test_garbage_on_the_channel_is_counted(peer: Peer) -> None:

@@ -275,6 +275,19 @@ def test_what_a_full_manager_did_not_take_is_told_again(running: Manager) -> Non
     assert running.sleeps != AGAIN
 
 
+def test_a_full_manager_is_not_asked_all_the_time_for_what_is_long_due(end: socket.socket, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WATCHDOG_USEC", "30000000")
+    while Notifier.from_environment().send(X=1):
+        pass
+    manager = Manager(end)
+    manager.notifying.begin()
+    manager.daemon.runs()
+    for _ in range(3):
+        manager.notifying.tend()  # READY, more time, and the watchdog: none was ever told
+        assert manager.sleeps == AGAIN
+        manager.now += AGAIN
+
+
 def test_nobody_to_tell_costs_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NOTIFY_SOCKET", raising=False)
     monkeypatch.setenv("WATCHDOG_USEC", "1000000")
