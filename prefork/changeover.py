@@ -74,6 +74,7 @@ class Changeover:
         except PreforkError as error:
             plan.drop()
             daemon.close_unused_logs()
+            self._remember("refused", str(error))
             self._refused(what, str(error), clients)
 
     def _boot(self, what: str, conf: Config, plan: Plan, clients: Sequence[Client], targets: Sequence[int] | None = None) -> None:
@@ -175,7 +176,8 @@ class Changeover:
             self._retire_where_closed(new)
         canary = None
         if old is not None and new.config.canary and not reload.is_restart and daemon.stopping is None:
-            canary = Canary(old, daemon.now + new.config.canary, min(CRASHES, sum(new.targets)))
+            owners = tuple(listener.owner() for listener in old.listeners)
+            canary = Canary(old, daemon.now + new.config.canary, min(CRASHES, sum(new.targets)), owners)
             old.kept = True
         removed = self._put_in_place(old, new, reload.plan, farewell_at=canary.until if canary is not None else daemon.now)
         reload.canary = canary
@@ -217,7 +219,7 @@ class Changeover:
     def _done(self, reload: Reload, old: Generation | None) -> None:
         """It is for good."""
         daemon = self.daemon
-        if old is not None:
+        if old is not None and not reload.is_restart:
             self._remember("ok", None)
         outcome = self._when_settled(old, reload.generation)
         for client in reload.clients:
@@ -283,7 +285,7 @@ class Changeover:
         daemon.reloading, self.restart_at = None, None
         daemon.draining.remove(old)
         old.reinstate(daemon.now)
-        plan = Plan(old.listeners)
+        plan = Plan(old.listeners, owners=canary.owners)
         daemon.listeners.recall(old.listeners)
         self._put_in_place(new, old, plan, farewell_at=daemon.now)
         first, _, rest = reason.partition("\n")
@@ -320,6 +322,8 @@ class Changeover:
         if daemon.current is None:
             daemon.failure = HandlerError(reason)
             return
+        if not reload.is_restart:
+            self._remember("refused", reason)
         self._refused(reload.what, reason, reload.clients)
 
     def _refused(self, what: str, reason: str, clients: Sequence[Client], wait: Callable[[int], float] = policy.backoff) -> None:
@@ -327,7 +331,6 @@ class Changeover:
         current = daemon.current
         first, _, rest = reason.partition("\n")
         log.event("refused", what=what, generation=current.number if current else 0, reason=first, text=rest)
-        self._remember("refused", reason)
         daemon.tell(clients, {"ok": False, "reason": reason})
         if current is not None and current.link.pid is None and daemon.stopping is None:
             seconds = daemon.trouble.add(daemon.now, reason, wait=wait)

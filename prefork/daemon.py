@@ -36,6 +36,7 @@ class Canary:
     old: Generation
     until: float
     most: int  # so many crashes of new workers take it back
+    owners: tuple[tuple[int, int], ...]  # of the old listeners' paths
 
 
 @dataclass(slots=True)
@@ -208,15 +209,22 @@ class Daemon:
         """Nobody accepts any more; the sockets stay bound, and the kernel's queue holds clients."""
         if not self.suspended and self.current is not None:
             self.suspended = True
-            self.current.suspend(self.now)
+            for generation in self._accepting(self.current):
+                generation.suspend(self.now)
             log.event("suspended", busy=self.busy())
 
     def resume(self) -> None:
         """Accept again."""
         if self.suspended and self.current is not None:
             self.suspended = False
-            self.current.resume(self.now)
+            for generation in self._accepting(self.current):
+                generation.resume(self.now)
             log.event("resumed")
+
+    def _accepting(self, current: Generation) -> list[Generation]:
+        """During a trial those before accept where the new ones do not listen."""
+        trial = self.reloading.canary if self.reloading is not None else None
+        return [current] if trial is None else [current, trial.old]
 
     # -- who asks
 

@@ -5,6 +5,7 @@ socket throughout. A listener that is closed turns new clients away first and is
 were inherited (``fd:N``, a service manager's) belong to somebody else: they are accepted from, and otherwise left alone.
 """
 
+import os
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
 from socket import AF_UNIX
@@ -64,7 +65,7 @@ class Listeners:
         try:
             for address, kept in self._match(conf.bind):
                 # A look-up may ask the network: only for what has changed.
-                owners.append(UNCHANGED if kept is not None and kept.configured == address else _owner(address))
+                owners.append(_owner(address, kept.configured if kept is not None else None))
                 if kept is None:
                     opened.append(self._open(address, settings, owners[-1]))
                 places.append(kept or opened[-1])
@@ -160,9 +161,13 @@ class Listeners:
         self.farewells.clear()
 
 
-def _owner(address: Address) -> tuple[int, int]:
-    uid = credentials.uid_of(address.user) if address.user else -1
-    return uid, credentials.gid_of(address.group) if address.group else -1
+def _owner(address: Address, before: Address | None) -> tuple[int, int]:
+    """Whose the path is to be; whose it was until now when nothing is said of it any more: ours."""
+    if before == address:
+        return UNCHANGED
+    uid = credentials.uid_of(address.user) if address.user else os.geteuid() if before and before.user else -1
+    gid = credentials.gid_of(address.group) if address.group else os.getegid() if before and before.group else -1
+    return uid, gid
 
 
 def _settings(conf: Config) -> Settings:

@@ -178,6 +178,16 @@ class Listener:
             dress(wanted.host, self.inode, wanted.mode, owner)
         self.configured = wanted
 
+    def owner(self) -> tuple[int, int]:
+        """Uid and gid of a Unix socket's path, for `adopt`; UNCHANGED when it has none that is ours."""
+        if self.inode is None or inode_of(self.address.host) != self.inode:
+            return UNCHANGED
+        try:
+            status = os.lstat(self.address.host)
+        except OSError:  # removed meanwhile
+            return UNCHANGED
+        return status.st_uid, status.st_gid
+
     def _unlink(self) -> None:
         if self.inode is not None and inode_of(self.address.host) == self.inode:
             remove(self.address.host)

@@ -233,9 +233,9 @@ def test_what_was_scaled_survives_a_dead_fork_server_but_not_a_reload(prefork_se
     assert server.command("scale", workers=4)["ok"]
     os.kill(watch.fork_server(server), signal.SIGKILL)
     watch.logged(server, "generation 2 serves")
-    watch.settled(server, 4)
+    assert watch.settled(server, 4)["reload"] is None, "nobody has asked for one"
     assert server.command("reload")["ok"]
-    watch.settled(server, 2)
+    assert watch.settled(server, 2)["reload"]["result"] == "ok"
 
 
 def test_a_stop_can_be_hurried_afterwards_and_ends_a_farewell_too(prefork_server: Start) -> None:

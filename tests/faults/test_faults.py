@@ -58,6 +58,7 @@ def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_s
     module(source + "1 / 0\n")
     os.kill(watch.fork_server(server), signal.SIGKILL)
     log = watch.logged(server, "a new fork server in 2.2 s")
+    assert server.status()["reload"] is None, "nobody has asked for one"
     assert "a new fork server in 1.5 s" in log
     assert "ZeroDivisionError" in log
     assert "ZeroDivisionError" in server.status()["backoff"]["reason"]

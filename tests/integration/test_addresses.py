@@ -235,6 +235,11 @@ def test_a_unix_socket_has_the_owners_that_were_asked_for_and_a_reload_changes_t
     assert server.command("reload")["ok"]
     assert owner(path) == ("daemon", "daemon", 0o640)
     assert os.stat(path).st_ino == inode, "it is the same socket"
+    file.write_text(f"bind = ['unix:{path}?mode=0640']")
+    assert server.command("reload")["ok"]
+    assert owner(path) == ("root", "root", 0o640)
+    file.write_text(f"bind = ['unix:{path}?mode=0640&user=daemon&group=1']")
+    assert server.command("reload")["ok"]
     file.write_text(f"bind = ['unix:{path}?user=nosuchuser', 'unix:{path}2?user=nosuchuser']")
     answer = server.command("reload")
     assert not answer["ok"]

@@ -9,6 +9,8 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+import pytest
+
 from prefork.testing import Server, connect
 from tests import watch
 from tests.load import Load
@@ -189,6 +191,47 @@ def test_while_suspended_nobody_accepts_on_trial_either(prefork_server: Start, m
         assert waiting.recv(64) == b"old"
         assert "has passed its trial" in server.log()
     watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
+
+
+def test_a_suspend_during_the_trial_is_one_where_only_the_old_code_accepts_too(prefork_server: Start, module: Module) -> None:
+    folder = module(GOOD.format("old"))
+    stays, goes = watch.free_port(), watch.free_port()
+    file = folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 60\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, "is on trial")
+    assert says(("127.0.0.1", goes)) == b"old"
+    assert server.command("suspend")["ok"]
+    watch.until("nobody accepts", lambda: not watch.workers(server))
+    with connect(("127.0.0.1", goes)) as waiting:
+        waiting.setblocking(False)
+        with pytest.raises(BlockingIOError):
+            waiting.recv(64)
+        assert not watch.workers(server)
+        assert server.command("resume")["ok"]
+        waiting.settimeout(watch.DEADLINE)
+        assert waiting.recv(64) == b"old"
+
+
+def test_a_path_whose_new_owner_was_on_trial_has_its_old_one_again(prefork_server: Start, module: Module) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can give a socket to somebody else")
+    folder = module(GOOD.format("old"))
+    path, file = folder / "path", folder / "prefork.toml"
+    file.write_text(f"bind = ['unix:{path}?user=daemon&mode=0660']\ncanary = 60\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    before = path.stat()
+    module(CRASHES)
+    file.write_text(f"bind = ['unix:{path}?user=nobody&mode=0600']\ncanary = 60\n")
+    os.kill(server.pid, signal.SIGHUP)
+    watch.logged(server, "is on trial")
+    assert path.stat().st_uid != before.st_uid
+    assert says(str(path), b"!") == b""
+    watch.logged(server, "(SIGHUP) taken back")
+    now = path.stat()
+    assert (now.st_ino, now.st_uid, now.st_gid, now.st_mode) == (before.st_ino, before.st_uid, before.st_gid, before.st_mode)
 
 
 def test_a_stop_while_suspended_serves_who_waits_where_the_trial_had_dropped_an_address(
