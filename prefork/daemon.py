@@ -10,6 +10,7 @@ import os
 import selectors
 import time
 from collections.abc import Callable, Sequence
+from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
 
@@ -76,6 +77,7 @@ class Daemon:
 
     def __init__(self, sources: Sources) -> None:
         self.sources = sources
+        self.resources = ExitStack()  # what is open as long as the daemon lives
         self.pid = os.getpid()
         self.started, self.began = time.time(), time.monotonic()
         self.lost = 0.0  # seconds in which this process was stopped or starved
@@ -135,6 +137,14 @@ class Daemon:
     def close_unused_logs(self) -> None:
         """Close the log files that no configuration in use names."""
         log.keep_only([self.config, *(generation.config for generation in self.generations())])
+
+    def let_go(self) -> None:
+        """Close all that is open, for a program that goes on: what still serves finds itself without a master."""
+        for generation in self.generations():
+            generation.link.close()
+        for listener in (*self.listeners.current, *(farewell.listener for farewell in self.listeners.farewells)):
+            listener.sock.close()
+        self.resources.close()
 
     # -- generations
 

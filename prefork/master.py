@@ -11,6 +11,7 @@ import signal
 import socket
 import traceback
 from collections.abc import Callable
+from contextlib import closing
 from functools import partial
 from typing import Any
 
@@ -129,6 +130,8 @@ class Master:
             log.event("unknown_variable", name=name, remedy=remedy)
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        for fd in (doorbell_read, doorbell_write, devnull):
+            daemon.resources.callback(os.close, fd)
         daemon.wiring = Wiring(daemon.name, process.working_directory(), doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
@@ -145,8 +148,8 @@ class Master:
         """Hear signals and the doorbell."""
         daemon = self.daemon
         self.notifying.begin()
-        daemon.selector = selectors.DefaultSelector()
-        self.inbox = signals.Inbox(HANDLED)
+        daemon.selector = daemon.resources.enter_context(selectors.DefaultSelector())
+        self.inbox = daemon.resources.enter_context(closing(signals.Inbox(HANDLED)))
         daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
         daemon.selector.register(daemon.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
 

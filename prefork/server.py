@@ -59,5 +59,8 @@ class Server:
         gc.collect()  # what is garbage here would close, in the forks, descriptors that are others by then
         with signals.kept(HANDLED):
             master = Master(self._sources, obey)
-            master.start()
-            return master.run()
+            try:
+                master.start()
+                return master.run()
+            finally:
+                master.daemon.let_go()

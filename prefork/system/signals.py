@@ -41,6 +41,13 @@ class Inbox:
     def fileno(self) -> int:
         return self._read
 
+    def close(self) -> None:
+        """Hear nothing any more."""
+        if signal.set_wakeup_fd(-1) != self._write:
+            raise RuntimeError("another inbox hears the signals")
+        os.close(self._read)
+        os.close(self._write)
+
     def descriptors(self) -> tuple[int, int]:
         """Both ends, for a list of what to keep open."""
         return self._read, self._write

@@ -143,7 +143,12 @@ def no_more_forks(*_):
     print("no more forks", file=sys.stderr, flush=True)
 
 Master.scale = {"bug": bug, "no more forks": no_more_forks}[sys.argv[1]]
-sys.exit(Server("tiny:obey", bind=sys.argv[2], control=sys.argv[3], pid_file=sys.argv[4], workers=2).run())
+before = os.listdir("/proc/self/fd")
+status = Server("tiny:obey", bind=sys.argv[2], control=sys.argv[3], pid_file=sys.argv[4], workers=2).run()
+print("left open:", len(os.listdir("/proc/self/fd")) - len(before), file=sys.stderr, flush=True)
+if status:
+    sys.stdin.read()
+sys.exit(status)
 """
 
 
@@ -153,13 +158,15 @@ def with_a_fault(tmp_path: Path, fault: str) -> Iterator[Server]:
     control, port = tmp_path / "control", watch.free_port()
     command = [sys.executable, "-c", BUGGY, fault, f"127.0.0.1:{port}", str(control), str(tmp_path / "pid")]
     with (tmp_path / "log").open("wb") as log:
-        process = subprocess.Popen(command, cwd=HANDLERS, stderr=log)
+        process = subprocess.Popen(command, cwd=HANDLERS, stderr=log, stdin=subprocess.PIPE)
     server = Server(("127.0.0.1", port), process.pid, str(control), tmp_path / "log", process)
     try:
         watch.until("it listens", control.exists)
         watch.settled(server, 2)
         yield server
     finally:
+        assert process.stdin
+        process.stdin.close()
         server.stop()
 
 
@@ -208,10 +215,14 @@ def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> No
         family = watch.family(server.pid)
         with server.connect() as held:
             os.kill(server.pid, signal.SIGTTIN)
-            assert server.process.wait(watch.DEADLINE) == 70
+            watch.logged(server, "left open: 0")  # the program lives on, and is master of nobody
             held.sendall(b"still here\n")
             assert held.recv(64).endswith(b"still here\n")
-    watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
+        watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
+        assert watch.is_free(server.address[1])
+        assert server.process.stdin
+        server.process.stdin.close()
+        assert server.process.wait(watch.DEADLINE) == 70
     assert "internal error in the master" in server.log()
     assert "ZeroDivisionError: a bug" in server.log()
     assert "accept failed" not in server.log()

@@ -16,12 +16,14 @@ from tests import watch
 Module = Callable[[str], Path]
 
 SCRIPT = """
+import os
 import sys
 import prefork
 print("begins")
 options = dict(bind=["127.0.0.1:{port}"], workers=2, control="{control}", drain_timeout=5.0, nodelay=False)
+before = set(os.listdir("/proc/self/fd"))
 status = prefork.Server("mine:loop", **options).run()
-print("ends with", status)
+print("ends with", status, set(os.listdir("/proc/self/fd")) == before)
 import signal
 print(signal.getsignal(signal.SIGTERM) is signal.SIG_DFL, signal.pthread_sigmask(signal.SIG_BLOCK, ()))
 """
@@ -43,7 +45,7 @@ def test_every_option_is_a_keyword_and_a_reload_sees_new_code(module: Module) ->
             assert sock.recv(3) == b"new"
         assert server.command("stop")["ok"]
         output, _ = process.communicate(timeout=watch.DEADLINE)
-    assert output == "begins\nends with 0\nTrue set()\n", "nothing that was buffered is written by a fork, too"
+    assert output == "begins\nends with 0 True\nTrue set()\n", "nothing that was buffered is written by a fork, too"
 
 
 IMPATIENT = """
