@@ -19,7 +19,7 @@ import click
 from prefork import __version__, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError
-from prefork.ops.instances import ask, closest, find, instances, nearest
+from prefork.ops.instances import ask, closest, find, instances, nearest, process_of
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.
@@ -376,14 +376,11 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
         raise click.UsageError("--quick gives connections no time: leave out --timeout, or --quick")
     with _errors():
         path = find(name, control)
-        facts, descriptors = _answer(None, path, "status", PROMPT)
-        for fd in descriptors:
-            os.close(fd)
-        process = os.pidfd_open(facts["pid"])
+        process = process_of(path)
         answer, _ = _answer(None, path, "stop", None, quick=quick, timeout=timeout)
-        # It has answered and is about to end: gone is when the process is.
-        select.select([process], [], [])
-        os.close(process)
+        if process is not None:  # it has answered and is about to end: gone is when the process is
+            select.select([process], [], [])
+            os.close(process)
     click.echo(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
 
 

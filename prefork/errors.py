@@ -6,7 +6,7 @@ configuration's or handler's (78), the machine's (69, 77), the moment's (1), our
 
 
 class PreforkError(Exception):
-    """Any error that prefork raises on purpose. Not raised itself; an uncaught exception of another type is a bug (70)."""
+    """Any error that prefork raises on purpose; itself where the process that reads the command line had a bug (70)."""
 
     exit_code = 70
 

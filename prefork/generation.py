@@ -40,7 +40,7 @@ GOSSIP_LIMIT = 10_000
 
 
 class Generation:
-    """One generation. The master drives it: `start`, `receive`, `tend`, `commit`, `retire`, and `gone` at the end."""
+    """One generation. The master drives it: `receive`, `tend`, `commit`, `retire`, and `gone` at the end."""
 
     def __init__(
         self,

@@ -594,6 +594,17 @@ class Worker:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
         if os.getppid() != self.brief.master_pid:
             self._on_retire(signo, frame)
+            self._free_address()
+
+    def _free_address(self) -> None:
+        """Nobody will accept there any more, and nobody else is left to say so: clients are refused, and the address is free."""
+        sock = self.brief.listener.sock
+        try:
+            if self.brief.listener.ours and os.path.samestat(os.fstat(sock.fileno()), self.brief.listener_stat):
+                sock.shutdown(socket.SHUT_RDWR)
+        except OSError:
+            # Shut down by another worker, or closed by user code.
+            return
 
     def _unplug(self, fd: int, expected: os.stat_result | None) -> None:
         """Put /dev/null where ``fd`` is, but only if both are still ours: user code may have closed and reopened everything."""

@@ -243,7 +243,10 @@ def adopt_inherited(wanted: Address, settings: Settings) -> Listener:
             raise AddressError(f"{wanted}: descriptor {wanted.port} is not a listening stream socket (TCP or Unix)")
         # The description is shared with whoever passed it; acceptors block.
         sock.setblocking(True)
-        _set_options(sock, settings)
+        try:
+            _set_options(sock, settings)
+        except OSError:  # SCTP has streams, too
+            raise AddressError(f"{wanted}: descriptor {wanted.port} is not a listening stream socket (TCP or Unix)") from None
         return Listener(wanted, _name_of(sock), sock, ours=False)
     except BaseException:
         sock.close()
@@ -282,7 +285,10 @@ def _explain(wanted: Address, error: OSError) -> Exception:
 
 def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
-    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+    try:
+        import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+    except ImportError:  # removed while we run, as a whole environment may be
+        return ""
 
     def holding(connections: list[Any]) -> list[Any]:
         """Listeners first: a connection from that port to somewhere holds it, too."""

@@ -135,10 +135,12 @@ def remove(path: str) -> bool:
 
 def held_by(pid: int) -> str:
     """Who that is, for a message, as far as /proc lets us see."""
-    import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
-
     if pid == os.getpid():
         return " by this daemon itself, for something else"
+    try:
+        import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
+    except ImportError:  # removed while we run, as a whole environment may be
+        return f" by pid {pid}"
     try:
         return f" by {psutil.Process(pid).name()} (pid {pid})"
     except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace

@@ -120,6 +120,20 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     return answer, descriptors
 
 
+def process_of(path: str) -> int | None:
+    """A pidfd (pidfd_open(2)) of the daemon that listens at ``path``; None when it is not to be seen, as from inside a container.
+
+    Not by the pid that it tells: that is its own namespace's.
+    """
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+        try:
+            sock.connect(path)
+            pid = process.peer_of(sock).pid
+            return os.pidfd_open(pid) if pid else None
+        except OSError:  # whoever asks next is told
+            return None
+
+
 def _is_asked_again(command: str, data: bytes, answer: dict[str, Any] | None) -> bool:
     """An upgrade cuts what is being said: what was not heard is said again, and what changes nothing."""
     if answer is None:

@@ -72,6 +72,26 @@ def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_s
     watch.settled(server, 2)
 
 
+def test_an_address_is_free_when_master_and_fork_server_are_dead_and_a_connection_is_served_to_its_end(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    source = "from prefork.examples.echo import loop\n"
+    server = prefork_server("mine:loop", folder=module(source), workers=2)
+    with server.connect() as held:
+        held.sendall(b"x")
+        assert held.recv(64) == b"x"
+        watch.settled(server, 2)
+        family = watch.family(server.pid)
+        module(source + "1 / 0\n")
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "a new fork server in 1.5 s")
+        os.kill(server.pid, signal.SIGKILL)
+        watch.until("the address is free", lambda: watch.is_free(server.address[1]))
+        held.sendall(b"y")
+        assert held.recv(64) == b"y"
+    watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
+
+
 def test_stops_without_the_right_to_a_filter_lose_nobody_either() -> None:
     if os.geteuid() != 0:
         pytest.skip("without root every test of a stop is this one, where the kernel wants CAP_NET_ADMIN for a filter")

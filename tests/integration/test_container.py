@@ -6,6 +6,7 @@ import re
 import shlex
 import signal
 import subprocess
+import sys
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -129,6 +130,22 @@ def test_the_health_check_of_the_file_answers(container: Container) -> None:
     done = container.run(*line)
     assert done.returncode == 0, done.stderr
     assert "running" in done.stdout
+
+
+def test_a_stop_from_outside_waits_for_the_daemon_and_not_for_our_own_pid_1(tmp_path: Path) -> None:
+    watch.needs("unshare")
+    control, log = tmp_path / "control", tmp_path / "log"
+    serves = ["serve", "--module=echo:loop", "--bind=127.0.0.1:0", "--workers=1", f"--control={control}", f"--log-file={log}"]
+    line = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", sys.executable, "-P", "-m", "prefork", *serves]
+    with subprocess.Popen(line) as engine:
+        try:
+            watch.until("it serves", lambda: log.exists() and " serving " in log.read_text())
+            stop = [sys.executable, "-P", "-m", "prefork", "stop", "--control", str(control)]
+            done = subprocess.run(stop, capture_output=True, text=True, timeout=watch.DEADLINE, check=False)
+            assert (done.returncode, done.stdout) == (0, "stopped: 0 connections accepted, 0 cut\n"), done.stderr
+            assert engine.wait(watch.DEADLINE) == 0
+        finally:
+            engine.kill()
 
 
 def test_a_stop_takes_less_than_engines_give_it(container: Container) -> None:

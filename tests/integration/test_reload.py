@@ -300,3 +300,18 @@ def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_
     watch.until("the reload has ended", lambda: (server.status()["reload"] or {}).get("result"))
     reload = server.status()["reload"]
     assert reload["result"] == "ok", reload["reason"]
+
+
+def test_who_holds_an_address_is_left_open_when_psutil_was_removed_meanwhile(prefork_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("raise ImportError\n")
+    taken, path, file = watch.free_port(), tmp_path / "path", tmp_path / "prefork.toml"
+    file.write_text("bind = ['127.0.0.1:0']")
+    arguments = ("--config", str(file))
+    server = prefork_server("echo:loop", bind=[], workers=1, arguments=arguments, environment={"PYTHONPATH": str(tmp_path)})
+    with socket.create_server(("127.0.0.1", taken)), socket.socket(socket.AF_UNIX) as other:
+        other.bind(str(path))
+        other.listen()
+        file.write_text(f"bind = ['127.0.0.1:{taken}']")
+        assert server.command("reload")["reason"] == f"127.0.0.1:{taken} is in use"
+        file.write_text(f"bind = ['unix:{path}']")
+        assert server.command("reload")["reason"] == f"unix:{path} is in use by pid {os.getpid()}"
