@@ -17,6 +17,7 @@ from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
 from prefork.net.unix import UNCHANGED
+from prefork.ops import instances
 from prefork.system import credentials
 
 # While a queue is being emptied it is looked at this often.
@@ -53,6 +54,7 @@ class Listeners:
     """The listeners of a daemon. ``inherited``: descriptors that were open when it started, the only ones that fd:N may name."""
 
     inherited: frozenset[int] = frozenset()
+    control: str = ""  # the path of its control socket
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
 
@@ -83,6 +85,11 @@ class Listeners:
             if address.port not in self.inherited:
                 raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
             return adopt_inherited(address, settings)
+        if address.family == AF_UNIX and instances.is_found_with(address.host, self.control):
+            raise AddressError(
+                f"{address}: in the directory of the control socket ({self.control}) what ends with .sock is an instance: "
+                "name it otherwise"
+            )
         return open_listener(address, settings, owner)
 
     def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:

@@ -181,6 +181,7 @@ class Master:
                 daemon.hear(generation)
         if state.control is not None and state.control.inode is not None:
             sock = socket.socket(fileno=state.control.fd)
+            daemon.listeners.control = state.control.path
             daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
 
     def _take_over(self, fd: int, reason: str) -> None:
@@ -396,7 +397,7 @@ class Master:
         if daemon.config.control == "off":
             return
         try:
-            path = daemon.config.control or instances.default_path(daemon.name)
+            path = daemon.listeners.control = daemon.config.control or instances.default_path(daemon.name)
             daemon.control = control.serve(path, daemon.selector, partial(self.obey, self))
         except InUseError as error:
             raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None

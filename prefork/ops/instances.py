@@ -80,6 +80,12 @@ def instances() -> dict[str, str]:
     return found
 
 
+def is_found_with(path: str, control: str) -> bool:
+    """Whether who finds this control socket by looking for instances would take ``path`` for another one's, and connect to it."""
+    folder, other = (os.path.realpath(os.path.dirname(each)) for each in (path, control))
+    return folder == other and path.endswith(_SUFFIX) and control.endswith(_SUFFIX)
+
+
 def _is_live(path: str) -> bool:
     """Whether a daemon that we would ask listens there; one that was killed leaves its socket behind."""
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:

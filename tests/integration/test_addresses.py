@@ -250,6 +250,20 @@ def test_a_unix_socket_has_the_owners_that_were_asked_for_and_a_reload_changes_t
     assert (answer["ok"], owner(path)) == (False, ("daemon", "daemon", 0o640)), "one that stays is looked up before the commit, too"
 
 
+def test_a_path_that_commands_would_take_for_an_instances_is_refused(prefork_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "link").symlink_to(tmp_path)
+    file, control = tmp_path / "prefork.toml", tmp_path / "mine.sock"
+    file.write_text(f"bind = ['unix:{tmp_path}/web']")
+    server = prefork_server("echo:loop", bind=[], workers=1, control=str(control), arguments=("--config", str(file)))
+    for number in (1, 2):
+        file.write_text(f"bind = ['unix:{tmp_path}/link/web.sock']")
+        answer = server.command("reload")
+        assert answer["reason"].startswith(f"unix:{tmp_path}/link/web.sock: in the directory of the control socket ({control})")
+        file.write_text(f"bind = ['unix:{tmp_path}/link/web']")
+        assert server.command("upgrade")["ok"]
+        watch.logged(server, "goes on where", number)  # the next program knows, too
+
+
 def test_an_owner_that_does_not_exist_is_told_at_the_start(tmp_path: Path) -> None:
     with (
         pytest.raises(StartError, match="group 'nosuchgroup' does not exist") as caught,
