@@ -17,6 +17,7 @@ import pytest
 from prefork.testing import Server, StartError, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
+from tests.faults.machine import small_disk
 
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
@@ -259,6 +260,31 @@ def test_a_worker_that_does_not_end_its_cleaning_up_is_cut_at_drain_timeout(pref
     watch.logged(server, "its time to finish is over")
     watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
     assert server.status()["totals"]["killed"] == 0
+
+
+def test_a_hook_that_does_not_end_is_cut_at_graceful_timeout(prefork_server: Start, module: Module) -> None:
+    folder = module("import time\nfrom prefork.examples.echo import loop\ndef leave():\n    time.sleep(600)\n")
+    server = prefork_server("mine:loop", folder=folder, workers=2, graceful_timeout=0.5, on_worker_exit="mine:leave")
+    with watch.fewer_than(20, "a stop whose workers don't leave"):
+        assert server.stop() == 0
+    assert "stopped: 0 connections accepted, 0 cut" in server.log()
+
+
+def test_a_mode_that_can_not_be_changed_is_told_and_the_address_is_served_on(prefork_server: Start, tmp_path: Path) -> None:
+    with small_disk() as disk:
+        path, file = disk / "socket", tmp_path / "prefork.toml"
+        file.write_text(f"bind = ['unix:{path}?mode=0600']\nworkers = 1")
+        server = prefork_server("echo:loop", bind=[], arguments=("--config", str(file)))
+        holder, _, folder = str(disk).removeprefix("/proc/").partition("/root")
+        subprocess.run(["nsenter", "-t", holder, "-m", "mount", "-o", "remount,ro", folder], check=True)
+        file.write_text(f"bind = ['unix:{path}?mode=0660']\nworkers = 2")
+        assert server.command("reload")["ok"]
+        assert f"unix:{path} stays as it was: [Errno 30] Read-only file system" in server.log()
+        assert path.stat().st_mode & 0o777 == 0o600
+        watch.settled(server, 2)
+        with connect(str(path)) as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
 
 
 def test_a_vanished_directory_of_a_socket_does_not_disturb_the_stop(prefork_server: Start, tmp_path: Path) -> None:
