@@ -42,11 +42,6 @@ REPEAT = 0.02
 # Orders that are a signal to a worker.
 SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
 _COMMAND = wire.pack_command(Command(Order.FORK, 0))
-TIMERS = {
-    signal.ITIMER_REAL: signal.SIGALRM,
-    signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
-    signal.ITIMER_PROF: signal.SIGPROF,
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -208,7 +203,7 @@ class ForkServer:
         handler.refuse_threads(self.brief.config.module)
         # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
-            for timer, alarm in TIMERS.items():
+            for timer, alarm in signals.TIMERS.items():
                 signal.setitimer(timer, 0)
                 signal.signal(alarm, signal.SIG_IGN)  # one that has rung, and waits behind a mask, would end us
             signals.fresh()

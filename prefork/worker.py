@@ -424,13 +424,13 @@ class Worker:
             case Verdict.PAUSE:
                 self.pauses += 1
                 if self.pauses == 1:
-                    log.event("accept_paused", count=self.pauses, reason=error.strerror, seconds=PAUSE)
+                    log.event("accept_paused", reason=error.strerror, seconds=PAUSE)
                 self.board.states[self.slot] = PAUSED
                 time.sleep(PAUSE)
                 self.board.states[self.slot] = IDLE
                 self._ring(self._ready)  # an acceptor again, which the master did not count on meanwhile
                 return None
-            case Verdict.UNPLUGGED | Verdict.CLOSED if self._asked_to_leave():
+            case Verdict.OUT_OF_USE if self._asked_to_leave():
                 return EXIT_RETIRED
             case _:
                 log.event("accept_broken", reason=f"{type(error).__name__}: {error}")
@@ -525,7 +525,7 @@ class Worker:
         while True:
             try:
                 signals.block()
-                for timer in (signal.ITIMER_REAL, signal.ITIMER_VIRTUAL, signal.ITIMER_PROF):
+                for timer in signals.TIMERS:
                     signal.setitimer(timer, 0)
                 handlers()
                 if not stacks.SIGNALS.isdisjoint(signals.replaced()):
@@ -593,8 +593,9 @@ class Worker:
     def _on_parent_died(self, signo: int, frame: object) -> None:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
         if os.getppid() != self.brief.master_pid:
+            if not self._asked_to_leave():  # who was has a successor, whose fork server may be letting the queue be served
+                self._free_address()
             self._on_retire(signo, frame)
-            self._free_address()
 
     def _free_address(self) -> None:
         """Nobody will accept there any more, and nobody else is left to say so: clients are refused, and the address is free."""

@@ -110,7 +110,7 @@ EVENT_FIELDS = {
     "handler_error": ["peer"],
     "handler_errors": ["count"],
     "peer_gone": ["peer", "reason"],
-    "accept_paused": ["count", "reason", "seconds"],
+    "accept_paused": ["reason", "seconds"],
     "accept_again": ["count"],
     "accept_broken": ["reason"],
     "accept_unblocked": [],

@@ -99,7 +99,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "handler_error": (Level.ERROR, "the handler raised, serving {peer}"),
     "handler_errors": (Level.ERROR, "{count} more tracebacks of the handler were not logged"),
     "peer_gone": (Level.DEBUG, "{peer} ended the connection: {reason}"),
-    "accept_paused": (Level.ERROR, "accept failed {count} times: {reason}; trying again every {seconds:g} s"),
+    "accept_paused": (Level.ERROR, "accept failed: {reason}; trying again every {seconds:g} s"),
     "accept_again": (Level.INFO, "accept works again, after {count} failures"),
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),

@@ -46,8 +46,7 @@ class Verdict(Enum):
     RETRY = "retry"
     PAUSE = "pause"
     BLOCK_AGAIN = "block again"
-    UNPLUGGED = "unplugged"
-    CLOSED = "closed"
+    OUT_OF_USE = "out of use"  # for who was asked to leave; loud for anybody else
 
 
 # accept(2): pending network errors of the new connection are retried at once; a want of descriptors or memory is waited out
@@ -73,8 +72,7 @@ ACCEPT_ERRORS: dict[int | None, Verdict] = {
     ),
     **dict.fromkeys([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),
     errno.EAGAIN: Verdict.BLOCK_AGAIN,
-    errno.ENOTSOCK: Verdict.UNPLUGGED,
-    errno.EINVAL: Verdict.CLOSED,
+    **dict.fromkeys([errno.ENOTSOCK, errno.EINVAL], Verdict.OUT_OF_USE),
 }
 
 

@@ -20,7 +20,7 @@ _PAGE = os.sysconf("SC_PAGE_SIZE")
 _COLOURS = {
     "running": "green",
     "busy": "green",
-    **dict.fromkeys(("starting", "reloading", "suspended", "stopping", "retiring"), "yellow"),
+    **dict.fromkeys(("starting", "reloading", "upgrading", "suspended", "stopping", "retiring"), "yellow"),
 }
 _WORKER_STATES = ("starting", "idle", "busy", "retiring")
 

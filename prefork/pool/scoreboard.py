@@ -27,6 +27,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
 
+from prefork.pool.wire import shortened
+
 # A state byte. They are letters so that a dump of the row can be read.
 FREE = 0
 STARTING = ord("S")  # forked, or about to be
@@ -328,11 +330,7 @@ class Scoreboard:
 
     def leave_last_words(self, text: str) -> None:
         """Say why this worker ends before it was ready. Workers that do so at once write over each other."""
-        data = text.encode("utf-8", "replace").replace(b"\0", b"?")
-        most = _WORDS_END - _WORDS_AT - 1
-        if len(data) > most:
-            half = most // 2 - 16
-            data = data[:half] + b"\n[... cut ...]\n" + data[-half:]
+        data = shortened(text.encode("utf-8", "replace").replace(b"\0", b"?"), _WORDS_END - _WORDS_AT - 1)
         self.board[_WORDS_AT : _WORDS_AT + len(data) + 1] = data + b"\0"
 
     def take_last_words(self) -> str:

@@ -141,14 +141,16 @@ def read_command(message: bytes) -> Command | None:
         return None
 
 
+def shortened(text: bytes, most: int) -> bytes:
+    """At most so many bytes: its beginning and its end."""
+    half = most // 2 - 16
+    return text if len(text) <= most else text[:half] + b"\n[... cut ...]\n" + text[-half:]
+
+
 def pack_report(report: Report) -> bytes:
     """One SEQPACKET message; a long text keeps its beginning and its end."""
     if report.kind is Kind.FAILED:
-        text = report.text.encode("utf-8", "replace")
-        if len(text) > TEXT_LIMIT:
-            half = TEXT_LIMIT // 2 - 16
-            text = text[:half] + b"\n[... cut ...]\n" + text[-half:]
-        return bytes([Kind.FAILED]) + text
+        return bytes([Kind.FAILED]) + shortened(report.text.encode("utf-8", "replace"), TEXT_LIMIT)
     return _REPORT.pack(report.kind, report.slot, report.pid, report.status, report.utime_us, report.stime_us, report.max_rss_kib)
 
 

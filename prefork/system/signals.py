@@ -15,6 +15,11 @@ from typing import Any
 
 # Ours: nobody's user code knows it, so a handler that replaces TERM does not hide the death of a parent.
 PARENT_DIED = signal.SIGRTMIN + 2
+TIMERS = {
+    signal.ITIMER_REAL: signal.SIGALRM,
+    signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
+    signal.ITIMER_PROF: signal.SIGPROF,
+}
 BLOCKABLE = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signal.SIGSTOP}
 # What `signal` wraps in enums: sixty of them for each mask, which cost more than a fork server's whole turn, and memory that each
 # worker would have of its own (a page is copied when a reference to an object in it is counted).

@@ -153,7 +153,7 @@ def no_descriptors_in_workers(rounds: Rounds, workload: str) -> Figures:
                     resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
             took.append(healed(ring, lambda: _serves(ring)))
         log = ring.log()
-        assert "accept failed 1 times: Too many open files; trying again every 0.1 s" in log
+        assert "accept failed: Too many open files; trying again every 0.1 s" in log
         assert "accept works again, after" in log
     return ring.figures | {"healed_worst": max(took)}
 
@@ -243,7 +243,7 @@ def _fail_accepts(ring: Arena, orders: Refusals, name: str) -> None:
         return ring.log()[before:].count(text)
 
     if name in WAITED_OUT:
-        paused = f"accept failed 1 times: {os.strerror(number)}; trying again every 0.1 s"
+        paused = f"accept failed: {os.strerror(number)}; trying again every 0.1 s"
         watch.until(f"all accept again after {name}", lambda: said("accept works again") == said(paused) > 0)
     elif name in BLOCKED_AGAIN:
         watch.until("it is told", lambda: said("somebody made the listening socket non-blocking") == count)

@@ -6,9 +6,10 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prefork.testing import Server, serve
@@ -90,6 +91,28 @@ def test_an_address_is_free_when_master_and_fork_server_are_dead_and_a_connectio
         held.sendall(b"y")
         assert held.recv(64) == b"y"
     watch.until("all have gone", lambda: all(watch.is_gone(child.pid) for child in family))
+
+
+def test_a_dead_master_leaves_the_queue_to_the_last_generation_whatever_earlier_ones_serve(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1, max_workers=2)
+    with ExitStack() as stack:
+        first = stack.enter_context(server.connect())
+        first.sendall(b"x")
+        assert first.recv(64) == b"x"
+        [old] = watch.workers(server, "busy")
+        assert server.command("reload")["ok"]
+        watch.until("the master is its parent", lambda: psutil.Process(old["pid"]).ppid() == server.pid)
+        second = stack.enter_context(server.connect())
+        second.sendall(b"x")
+        assert second.recv(64) == b"x"
+        queued = stack.enter_context(server.connect())
+        queued.sendall(b"waited")
+        os.kill(server.pid, signal.SIGKILL)
+        watch.until("the old worker knows", lambda: psutil.Process(old["pid"]).ppid() != server.pid)
+        first.sendall(b"y")
+        assert first.recv(64) == b"y"
+        second.close()  # whose worker has half a second for who waits
+        assert queued.recv(64) == b"waited"
 
 
 def test_stops_without_the_right_to_a_filter_lose_nobody_either() -> None:
