@@ -226,7 +226,7 @@ def test_a_path_whose_new_owner_was_on_trial_has_its_old_one_again(prefork_serve
     module(CRASHES)
     file.write_text(f"bind = ['unix:{path}?user=nobody&mode=0600']\ncanary = 60\n")
     os.kill(server.pid, signal.SIGHUP)
-    watch.logged(server, "is on trial")
+    on_trial(server)
     assert path.stat().st_uid != before.st_uid
     assert says(str(path), b"!") == b""
     watch.logged(server, "(SIGHUP) taken back")
