@@ -11,12 +11,12 @@ import os
 import select
 import sys
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
 
-from prefork import __version__, values
+from prefork import __version__, log, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops.instances import ask, closest, find, instances, nearest, process_of
@@ -31,7 +31,7 @@ _PATH = click.Path(readable=False)
 def tell(error: Exception) -> NoReturn:
     """Tell of it in one line (and the traceback that belongs to it), and end with its exit code."""
     if isinstance(error, PreforkError):
-        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True)
+        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True, color=_colours())
         sys.exit(error.exit_code)
     if isinstance(error, OSError):
         with contextlib.suppress(OSError):  # standard error may be what is full
@@ -42,12 +42,8 @@ def tell(error: Exception) -> NoReturn:
     sys.exit(PreforkError.exit_code)
 
 
-@contextlib.contextmanager
-def _errors() -> Iterator[None]:
-    try:
-        yield
-    except PreforkError as error:
-        tell(error)
+def _colours() -> bool | None:
+    return None if log.colours_wanted() else False  # None: on a terminal only
 
 
 class _Command(click.Command):
@@ -122,8 +118,7 @@ def main() -> None:
       prefork reload                     new code, no lost connection
       prefork stop                       let connections finish, then end
     """
-    if os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb":
-        click.get_current_context().color = False  # None, else: colours on a terminal only
+    click.get_current_context().color = _colours()
 
 
 def _default_text(key: str) -> str:
@@ -206,8 +201,7 @@ def check(sources: Sources, adopt: int | None) -> None:
     from prefork.system import process, program
 
     process.open_standard_descriptors()
-    with _errors():
-        text = checked(sources, program.read_state(adopt) if adopt is not None else None)
+    text = checked(sources, program.read_state(adopt) if adopt is not None else None)
     for name, remedy in unknown_variables(sources.environment):
         click.echo(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
     click.echo(text, nl=False)
@@ -253,9 +247,8 @@ def status(name: str | None, control: str | None, *, as_json: bool) -> None:
     """
     from prefork.ops import status as status_page
 
-    with _errors():
-        facts, descriptors = _answer(name, control, "status", PROMPT)
-        found = status_page.assemble(facts, descriptors)
+    facts, descriptors = _answer(name, control, "status", PROMPT)
+    found = status_page.assemble(facts, descriptors)
     click.echo(json.dumps(found) if as_json else status_page.table(found))
 
 
@@ -270,11 +263,10 @@ def reload(name: str | None, control: str | None) -> None:
     Examples:
       prefork reload echo   the instance echo takes its new code
     """
-    with _errors():
-        path = find(name, control)
-        answer, _ = _answer(None, path, "reload", None)
-        if "upgrade" in answer:  # one is under way, and reloads, too
-            answer = _outcome(path, answer["upgrade"], "reload")
+    path = find(name, control)
+    answer, _ = _answer(None, path, "reload", None)
+    if "upgrade" in answer:  # one is under way, and reloads, too
+        answer = _outcome(path, answer["upgrade"], "reload")
     click.echo(f"reloaded: {_serves(answer)}")
 
 
@@ -295,10 +287,9 @@ def upgrade(name: str | None, control: str | None) -> None:
     Examples:
       prefork upgrade echo   after pip install -U prefork
     """
-    with _errors():
-        path = find(name, control)
-        answer, _ = _answer(None, path, "upgrade", None)
-        answer = _outcome(path, answer["upgrade"], "upgrade")
+    path = find(name, control)
+    answer, _ = _answer(None, path, "upgrade", None)
+    answer = _outcome(path, answer["upgrade"], "upgrade")
     click.echo(f"upgraded: prefork {answer['version']}, {_serves(answer)}")
 
 
@@ -321,8 +312,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
     """
     if not 1 <= len(arguments) <= 2:
         raise click.UsageError("give a number of workers: N, +K or -K")
-    with _errors():
-        answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
+    answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
     click.echo(f"scaled: {answer['workers']} acceptors for each address{later}")
 
@@ -339,8 +329,7 @@ def suspend(name: str | None, control: str | None) -> None:
     Examples:
       prefork suspend echo   before its database goes away for a moment
     """
-    with _errors():
-        answer, _ = _answer(name, control, "suspend", None)
+    answer, _ = _answer(name, control, "suspend", None)
     click.echo(f"suspended: nobody accepts, {answer['busy']} connections go on")
 
 
@@ -353,8 +342,7 @@ def resume(name: str | None, control: str | None) -> None:
     Examples:
       prefork resume echo
     """
-    with _errors():
-        answer, _ = _answer(name, control, "resume", None)
+    answer, _ = _answer(name, control, "resume", None)
     click.echo(f"resumed: {answer['workers']} acceptors for each address")
 
 
@@ -374,13 +362,12 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
     """
     if quick and timeout is not None:
         raise click.UsageError("--quick gives connections no time: leave out --timeout, or --quick")
-    with _errors():
-        path = find(name, control)
-        process = process_of(path)
-        answer, _ = _answer(None, path, "stop", None, quick=quick, timeout=timeout)
-        if process is not None:  # it has answered and is about to end: gone is when the process is
-            select.select([process], [], [])
-            os.close(process)
+    path = find(name, control)
+    process = process_of(path)
+    answer, _ = _answer(None, path, "stop", None, quick=quick, timeout=timeout)
+    if process is not None:  # it has answered and is about to end: gone is when the process is
+        select.select([process], [], [])
+        os.close(process)
     click.echo(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
 
 
@@ -397,8 +384,7 @@ def init(folder: str) -> None:
     """
     from prefork import starter
 
-    with _errors():
-        click.echo(starter.start(folder))
+    click.echo(starter.start(folder))
 
 
 @main.command()
@@ -419,9 +405,8 @@ def unit(sources: Sources, *, socket: bool) -> None:
     """
     from prefork import unit as units
 
-    with _errors():
-        text = units.units(sources, with_socket=socket)
-        unseen = units.hidden(sources)
+    text = units.units(sources, with_socket=socket)
+    unseen = units.hidden(sources)
     for path in unseen:
         click.echo(
             f"prefork: {path} can't be seen by the service (ProtectHome, PrivateTmp): have it elsewhere, as in /opt", err=True

@@ -92,14 +92,14 @@ class Output:
             return formats.as_json(entry, None if sink.whole else sink.room)
         if sink.journal:
             return formats.as_journal(entry)
-        return formats.as_text(entry, coloured=sink.terminal and _coloured())
+        return formats.as_text(entry, coloured=sink.terminal and colours_wanted())
 
 
 def _entry(name: str, level: Level, message: str, text: str, fields: dict[str, Any]) -> Entry:
     return Entry(name, level, message, text, fields, _role if isinstance(_role, str) else _role(), os.getpid(), time.time())
 
 
-def _coloured() -> bool:
+def colours_wanted() -> bool:
     """https://no-color.org: set, and not empty."""
     return not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
 

@@ -480,7 +480,9 @@ def coloured(command: list[str], **environment: str) -> bool:
     return "\x1b[" in terminal([sys.executable, "-m", "prefork", *command], b"", "\0", settings, Path.cwd())
 
 
-@pytest.mark.parametrize("command", [["status", "--control", "PATH"], ["status", "--control", "/nosuch"]])
+@pytest.mark.parametrize(
+    "command", [["status", "--control", "PATH"], ["status", "--control", "/nosuch"], ["serve", "-b", "1.2.3.4:1"]]
+)
 def test_colours_are_for_terminals_that_want_them(prefork_server: Start, command: list[str]) -> None:
     server = prefork_server("echo:loop", workers=1)
     command = [server.control if word == "PATH" else word for word in command]

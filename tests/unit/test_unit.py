@@ -8,6 +8,7 @@ import pytest
 from click.testing import CliRunner
 
 from prefork.cli import main
+from prefork.errors import PreforkError
 from prefork.unit import FOLDER, STOP_MARGIN, files
 
 
@@ -27,9 +28,9 @@ def printed(*arguments: str) -> tuple[str, str]:
 
 
 def refused(*arguments: str) -> str:
-    done = CliRunner().invoke(main, ["unit", *arguments])
-    assert done.exit_code in (1, 78), done.output
-    return done.stderr
+    with pytest.raises(PreforkError) as caught:
+        CliRunner().invoke(main, ["unit", *arguments], catch_exceptions=False)
+    return str(caught.value)
 
 
 ECHO = "--module=echo:loop"
