@@ -112,7 +112,7 @@ class Listeners:
             if listener.fileno() == -1:
                 continue  # a stop has closed it meanwhile
             try:
-                listener.adopt(address, _settings(conf), plan.owners[place] if plan.owners else UNCHANGED)
+                listener.apply(address, _settings(conf), plan.owners[place] if plan.owners else UNCHANGED)
             except OSError as error:
                 log.event("address_kept", address=listener.address, reason=error)
         for listener in plan.opened if not first else ():

@@ -164,7 +164,7 @@ class Listener:
             self._unlink()
         self.sock.close()
 
-    def adopt(self, wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> None:
+    def apply(self, wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> None:
         """Take over what a reload may change of an address that stays: TCP options, the queue's limit, a path's mode and owner.
 
         Raises OSError when the machine does not let us; the socket serves on as it was.
@@ -177,7 +177,7 @@ class Listener:
         self.configured = wanted
 
     def owner(self) -> tuple[int, int]:
-        """Uid and gid of a Unix socket's path, for `adopt`; UNCHANGED when it has none that is ours."""
+        """Uid and gid of a Unix socket's path, for `apply`; UNCHANGED when it has none that is ours."""
         if self.inode is None or inode_of(self.address.host) != self.inode:
             return UNCHANGED
         try:
