@@ -1,8 +1,11 @@
 """What every test is held to: it leaves no process, no descriptor and no file behind."""
 
+import fcntl
 import os
 import tempfile
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 import psutil
@@ -48,6 +51,33 @@ def _no_children() -> bool:
         except (psutil.NoSuchProcess, ChildProcessError):
             continue  # it has gone meanwhile
     return not children
+
+
+@dataclass(frozen=True, slots=True)
+class Gate:
+    """What imports of the handler `gated` wait for, and whatever else locks the file: `fcntl.flock(file, fcntl.LOCK_SH)`."""
+
+    file: Path
+
+    @property
+    def environment(self) -> dict[str, str]:
+        """Tells a daemon of it."""
+        return {"GATE": str(self.file)}
+
+    @contextmanager
+    def closed(self) -> Iterator[None]:
+        """Who comes there during the block waits for its end."""
+        with self.file.open() as file:
+            fcntl.flock(file, fcntl.LOCK_EX)
+            yield
+
+
+@pytest.fixture
+def gate(tmp_path: Path) -> Gate:
+    """One that is open."""
+    file = tmp_path / "gate"
+    file.touch()
+    return Gate(file)
 
 
 @pytest.fixture

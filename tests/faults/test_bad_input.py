@@ -26,7 +26,7 @@ import pytest
 from prefork.ops import control, instances
 from prefork.testing import Server, connect, serve
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 from tests.integration.test_control import run, talk
 
 Start = Callable[..., Server]
@@ -483,16 +483,17 @@ def test_control_clients_that_never_stop_coming_keep_no_command_out(prefork_serv
             crowd.join()
 
 
-def test_control_clients_that_all_wait_keep_neither_status_nor_stop_out(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+def test_control_clients_that_all_wait_keep_neither_status_nor_stop_out(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=2, environment=gate.environment)
     with unharmed(server), ExitStack() as stack:
-        for _ in range(control.WAITING):
-            sock = stack.enter_context(socket.socket(socket.AF_UNIX))
-            sock.connect(server.control)
-            sock.sendall(b'{"command": "reload"}\n')
-        late = server.command("reload")
-        assert (late["ok"], late["reason"]) == (False, f"{control.WAITING} commands are waiting for their outcome already")
-        assert server.status()["state"] == "reloading"
+        with gate.closed():
+            for _ in range(control.WAITING):
+                sock = stack.enter_context(socket.socket(socket.AF_UNIX))
+                sock.connect(server.control)
+                sock.sendall(b'{"command": "reload"}\n')
+            late = server.command("reload")
+            assert (late["ok"], late["reason"]) == (False, f"{control.WAITING} commands are waiting for their outcome already")
+            assert server.status()["state"] == "reloading"
         watch.until("all have an outcome", lambda: server.status()["state"] == "running")
         assert server.command("reload")["ok"]
     assert server.command("stop")["ok"]

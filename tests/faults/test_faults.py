@@ -6,6 +6,7 @@ import signal
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
 
@@ -14,7 +15,7 @@ import pytest
 
 from prefork.testing import Server, serve
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 from tests.faults import campaign
 from tests.faults.arena import Rounds
 
@@ -123,11 +124,15 @@ def test_stops_without_the_right_to_a_filter_lose_nobody_either() -> None:
     assert done.returncode == 0, done.stdout + done.stderr
 
 
-def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
-    os.kill(watch.fork_server(server), signal.SIGKILL)
-    watch.until("it is being replaced", lambda: server.status()["state"] == "reloading")
-    assert server.command("scale", workers="3")["ok"]
+def test_what_is_scaled_while_a_fork_server_is_replaced_stays_so(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=2, environment=gate.environment)
+    with ThreadPoolExecutor() as pool:
+        with gate.closed():
+            os.kill(watch.fork_server(server), signal.SIGKILL)
+            watch.until("it is being replaced", lambda: server.status()["state"] == "reloading")
+            asked = pool.submit(server.command, "scale", workers="3")
+            watch.until("it is scaled", lambda: server.status()["listeners"][0]["workers"]["target"] == 3)
+        assert asked.result()["ok"]
     watch.logged(server, "generation 2 serves")
     assert watch.settled(server, 3)["listeners"][0]["workers"]["target"] == 3
 

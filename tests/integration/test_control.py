@@ -18,7 +18,7 @@ import pytest
 from prefork.ops import control, instances
 from prefork.testing import Server, StartError, serve
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 from tests.load import Load
 
 Start = Callable[..., Server]
@@ -280,10 +280,10 @@ def test_a_command_that_was_let_go_unheard_is_said_again(tmp_path: Path, unread:
         daemon.result()
 
 
-def test_a_client_that_leaves_while_it_waits_is_forgotten(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=1, environment={"IMPORT_SECONDS": "0.2"})
+def test_a_client_that_leaves_while_it_waits_is_forgotten(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=1, environment=gate.environment)
     before = len(watch.descriptors(server.pid))
-    with socket.socket(socket.AF_UNIX) as sock:
+    with gate.closed(), socket.socket(socket.AF_UNIX) as sock:
         sock.connect(server.control)
         sock.sendall(b'{"command": "reload"}\n')
         watch.until("the reload is under way", lambda: server.status()["state"] == "reloading")

@@ -12,10 +12,10 @@ from tests.conftest import HANDLERS
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
 
-# A start takes a third of a second: a client that had to wait for it would notice.
+# A start takes more than half a second: a client that had to wait for it would notice.
 SLOW_START = """
 import os, time
-os.register_at_fork(after_in_child=lambda: time.sleep(0.3))
+os.register_at_fork(after_in_child=lambda: time.sleep(0.6))
 def loop(sock):
     sock.sendall(b"%d" % os.getpid())
 """
@@ -33,7 +33,7 @@ def test_the_replacement_is_ready_before_the_recycled_worker_leaves(
     server = prefork_server("mine:loop", folder=module(SLOW_START), workers=1, max_workers=max_workers, max_connections=1)
     seen = [pid(server)]
     while len(set(seen)) < 4:
-        with watch.fewer_than(0.25, "a connection while a worker is recycled"):
+        with watch.fewer_than(0.55, "a connection while a worker is recycled"):
             seen.append(pid(server))
     status = watch.settled(server, 1)
     assert (status["totals"]["ok"], status["totals"]["killed"], status["deaths"]) == (len(seen), 0, [])

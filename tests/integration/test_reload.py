@@ -1,6 +1,5 @@
 """Reload: new code and configuration without losing anybody; a bad one changes nothing and says why."""
 
-import fcntl
 import os
 import signal
 import socket
@@ -13,7 +12,7 @@ import pytest
 
 from prefork.testing import Server, connect
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 from tests.load import Load
 
 Start = Callable[..., Server]
@@ -224,13 +223,14 @@ def test_a_reload_at_the_ceiling_gets_through(prefork_server: Start) -> None:
             assert new.recv(64)
 
 
-def test_a_reload_asked_for_during_a_reload_follows_it_once(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=1, environment={"IMPORT_SECONDS": "0.3"})
-    os.kill(server.pid, signal.SIGHUP)
-    watch.until("it reloads", lambda: server.status()["state"] == "reloading")
-    for _ in range(3):
+def test_a_reload_asked_for_during_a_reload_follows_it_once(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=1, environment=gate.environment)
+    with gate.closed():
         os.kill(server.pid, signal.SIGHUP)
-        watch.logged(server, "another one follows it")
+        watch.until("it reloads", lambda: server.status()["state"] == "reloading")
+        for _ in range(3):
+            os.kill(server.pid, signal.SIGHUP)
+            watch.logged(server, "another one follows it")
     watch.logged(server, "generation 3 serves")
     assert server.command("reload")["generation"] == 4
 
@@ -272,7 +272,7 @@ import fcntl
 from prefork.examples.echo import loop
 
 def wait():
-    with open("gate") as gate:
+    with open("gate") as gate:  # it is in our folder
         fcntl.flock(gate, fcntl.LOCK_SH)
 
 def start():
@@ -284,13 +284,12 @@ def start():
 
 @pytest.mark.parametrize(("imported", "started", "comes"), [("wait()", "pass", "gen 2"), ("", "wait()", "gen 2 worker")])
 def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(
-    prefork_server: Start, module: Module, imported: str, started: str, comes: str
+    prefork_server: Start, module: Module, gate: Gate, imported: str, started: str, comes: str
 ) -> None:
     timeout = 2.0
     folder = module(HELD.format(imported=imported, started=started))
-    with (folder / "gate").open("w") as gate:
-        server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
-        fcntl.flock(gate, fcntl.LOCK_EX)
+    server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
+    with gate.closed():
         os.kill(server.pid, signal.SIGHUP)
         watch.until(f"{comes} is there", lambda: any(comes in child.name() for child in watch.family(server.pid)))
         os.kill(server.pid, signal.SIGSTOP)

@@ -15,7 +15,7 @@ from prefork.master import SAME_INTERRUPT
 from prefork.system import process
 from prefork.testing import Server, connect
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 
 Start = Callable[..., Server]
 
@@ -117,7 +117,7 @@ def test_a_stopped_worker_is_not_hung_up_when_its_fork_server_goes(prefork_serve
 
 
 def test_sighup_while_stopping_and_term_while_reloading_are_understood(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2)
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=2)
     with server.connect() as sock:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
@@ -129,22 +129,23 @@ def test_sighup_while_stopping_and_term_while_reloading_are_understood(prefork_s
     assert server.stop() == 0
 
 
-def test_term_before_the_first_ready_ends_the_daemon(prefork_server: Start) -> None:
+def test_term_before_the_first_ready_ends_the_daemon(prefork_server: Start, gate: Gate) -> None:
     # Start it in a thread: the fixture waits for a READY that never comes.
     started: list[str] = []
 
     def start() -> None:
         try:
-            prefork_server("slowimport:loop", folder=HANDLERS, environment={"IMPORT_SECONDS": "30"}, name="early")
+            prefork_server("gated:loop", folder=HANDLERS, environment=gate.environment, name="early")
         except Exception as error:
             started.append(str(error))
 
     thread = threading.Thread(target=start)
-    thread.start()
-    pid = watch.until("the fork server runs", lambda: _master_of("prefork: early gen 1"))
-    os.kill(pid, signal.SIGTERM)
-    with watch.fewer_than(5.0, "ending a daemon that boots"):
-        thread.join()
+    with gate.closed():
+        thread.start()
+        pid = watch.until("the fork server runs", lambda: _master_of("prefork: early gen 1"))
+        os.kill(pid, signal.SIGTERM)
+        with watch.fewer_than(5.0, "ending a daemon that boots"):
+            thread.join()
     assert "exit status 0" in started[0]
 
 

@@ -12,7 +12,7 @@ import pytest
 
 from prefork.testing import Server, connect
 from tests import watch
-from tests.conftest import HANDLERS
+from tests.conftest import HANDLERS, Gate
 from tests.load import Load
 
 Start = Callable[..., Server]
@@ -123,15 +123,17 @@ def test_clients_of_an_address_that_is_removed_meanwhile_are_served(prefork_serv
         assert waits.recv(64).endswith(b"hello\n")
 
 
-def test_a_stop_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+def test_a_stop_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=2, environment=gate.environment)
     assert server.command("suspend")["ok"]
     with ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(5)]
         for client in clients:
             client.sendall(b"hello")
-        os.kill(watch.fork_server(server), signal.SIGKILL)
-        os.kill(server.pid, signal.SIGTERM)
+        with gate.closed():
+            os.kill(watch.fork_server(server), signal.SIGKILL)
+            os.kill(server.pid, signal.SIGTERM)
+            watch.logged(server, "stopping (SIGTERM)")
         for client in clients:
             assert client.recv(64) == b"hello"
             client.close()
@@ -146,23 +148,25 @@ def test_a_reload_says_that_nobody_accepts(prefork_server: Start) -> None:
 
 
 def test_a_stop_with_a_dead_fork_server_serves_one_address_when_another_is_closed_already(
-    prefork_server: Start, tmp_path: Path
+    prefork_server: Start, gate: Gate
 ) -> None:
     quiet, waited_for = watch.free_port(), watch.free_port()
     server = prefork_server(
-        "slowimport:loop",
+        "gated:loop",
         folder=HANDLERS,
         bind=[f"127.0.0.1:{quiet}", f"127.0.0.1:{waited_for}"],
         workers=1,
-        environment={"IMPORT_SECONDS": "0.5"},
+        environment=gate.environment,
     )
     assert server.command("suspend")["ok"]
     os.kill(server.pid, signal.SIGSTOP)
     with connect(("127.0.0.1", waited_for)) as sock:
         sock.sendall(b"hello")
-        os.kill(watch_fork_server_of_stopped(server), signal.SIGKILL)
-        os.kill(server.pid, signal.SIGTERM)
-        os.kill(server.pid, signal.SIGCONT)
+        with gate.closed():
+            os.kill(watch_fork_server_of_stopped(server), signal.SIGKILL)
+            os.kill(server.pid, signal.SIGTERM)
+            os.kill(server.pid, signal.SIGCONT)
+            watch.logged(server, f"no longer listening on 127.0.0.1:{quiet}")
         assert sock.recv(64) == b"hello"
     assert server.stop() == 0
     assert "internal error" not in server.log()
@@ -175,19 +179,21 @@ def watch_fork_server_of_stopped(server: Server) -> int:
     return child.pid
 
 
-def test_a_stop_during_a_reload_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start) -> None:
-    server = prefork_server("slowimport:loop", folder=HANDLERS, workers=2, environment={"IMPORT_SECONDS": "1"})
+def test_a_stop_during_a_reload_serves_those_who_wait_when_the_fork_server_is_dead(prefork_server: Start, gate: Gate) -> None:
+    server = prefork_server("gated:loop", folder=HANDLERS, workers=2, environment=gate.environment)
     assert server.command("suspend")["ok"]
     with ExitStack() as stack:
         clients = [stack.enter_context(server.connect()) for _ in range(3)]
         for client in clients:
             client.sendall(b"hello")
         fork_server = watch.fork_server(server)
-        os.kill(server.pid, signal.SIGHUP)
-        watch.until("it reloads", lambda: server.status()["state"] == "reloading")
-        os.kill(fork_server, signal.SIGKILL)
-        watch.logged(server, "died (signal 9 (SIGKILL))")
-        os.kill(server.pid, signal.SIGTERM)
+        with gate.closed():
+            os.kill(server.pid, signal.SIGHUP)
+            watch.until("it reloads", lambda: server.status()["state"] == "reloading")
+            os.kill(fork_server, signal.SIGKILL)
+            watch.logged(server, "died (signal 9 (SIGKILL))")
+            os.kill(server.pid, signal.SIGTERM)
+            watch.logged(server, "stopping (SIGTERM)")
         for client in clients:
             assert client.recv(64) == b"hello"
             client.close()
