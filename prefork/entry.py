@@ -51,7 +51,12 @@ def _read_by_a_child() -> Sources:
     """What `serve` is given. SystemExit, with the child's exit code, when there is nothing to serve: it has said why, or helped."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hears of no exit code
     reading, writing = os.pipe()
-    pid = os.fork()
+    try:
+        pid = os.fork()
+    except OSError:  # no room for another process: an upgrade must not end a daemon for that
+        os.close(reading)
+        os.close(writing)
+        return _read_here()
     if pid == 0:
         os.close(reading)
         _send_to(writing)
@@ -67,6 +72,19 @@ def _read_by_a_child() -> Sources:
     if not sent:
         sys.exit(code)
     return Sources(**json.loads(sent))
+
+
+def _read_here() -> Sources:
+    """The same at the price of click's memory."""
+    from prefork import cli
+
+    found: list[Sources] = []
+    try:
+        cli.entry(found.append)
+    except SystemExit:
+        if not found:
+            raise
+    return found[0]
 
 
 def _send_to(writing: int) -> NoReturn:

@@ -119,8 +119,8 @@ MUTANTS = [
     Mutant(
         "workers that leave with their fork server",
         "worker.py",
-        "        if os.getppid() != self.brief.master_pid:\n            self._on_retire",
-        "        if True:\n            self._on_retire",
+        "        if os.getppid() != self.brief.master_pid:\n",
+        "        if True:\n",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_fork_server]",),
     ),
     Mutant(

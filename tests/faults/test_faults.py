@@ -1,5 +1,6 @@
 """One instance of each fault, and with `-m slow` a tenth of its counts; `python -m tests.faults` runs the same with full ones."""
 
+import errno
 import os
 import random
 import signal
@@ -18,6 +19,7 @@ from tests import watch
 from tests.conftest import HANDLERS, Gate
 from tests.faults import campaign
 from tests.faults.arena import Rounds
+from tests.faults.refusals import refusals
 
 Start = Callable[..., Server]
 
@@ -256,6 +258,17 @@ def test_a_start_that_can_not_fork_leaves_nothing_behind(tmp_path: Path) -> None
     assert done.returncode == 1
     assert done.stderr.startswith("can't start a fork server: Resource temporarily unavailable: see RLIMIT_NPROC")
     assert list(tmp_path.iterdir()) == []
+
+
+def test_an_upgrade_needs_no_process_to_read_its_command_line(prefork_server: Start, gate: Gate, tmp_path: Path) -> None:
+    with refusals(tmp_path) as orders:
+        server = prefork_server("gated:loop", folder=HANDLERS, workers=1, environment={**orders.environment, **gate.environment})
+        with gate.closed():
+            number = server.command("upgrade")["upgrade"]  # its trial waits at the gate
+            orders.forks(server.pid, errno.EAGAIN, 1)
+        outcome = server.command("outcome", upgrade=number)
+        assert (outcome["ok"], outcome["generation"], orders.left) == (True, 2, 0), outcome
+        watch.settled(server, 1)
 
 
 def test_a_bug_in_the_master_costs_nobody_their_connection(tmp_path: Path) -> None:
