@@ -178,13 +178,11 @@ class Listener:
 
     def owner(self) -> tuple[int, int]:
         """Uid and gid of a Unix socket's path, for `apply`; UNCHANGED when it has none that is ours."""
-        if self.inode is None or inode_of(self.address.host) != self.inode:
-            return UNCHANGED
         try:
-            status = os.lstat(self.address.host)
-        except OSError:  # removed meanwhile
+            found = os.lstat(self.address.host)
+        except OSError:  # removed, or never there: no path at all
             return UNCHANGED
-        return status.st_uid, status.st_gid
+        return (found.st_uid, found.st_gid) if (found.st_dev, found.st_ino) == self.inode else UNCHANGED
 
     def _unlink(self) -> None:
         if self.inode is not None and inode_of(self.address.host) == self.inode:

@@ -108,7 +108,7 @@ def dress(path: str, inode: tuple[int, int] | None, mode: int, owner: tuple[int,
         ours = fresh if inode is None else (found.st_dev, found.st_ino) == inode
         if not stat.S_ISSOCK(found.st_mode) or not ours:
             raise FileExistsError(errno.EEXIST, "somebody has put something else in its place", path)
-        if owner != UNCHANGED:  # a sandbox may forbid chown(2), whatever is asked of it
+        if owner[0] not in (-1, found.st_uid) or owner[1] not in (-1, found.st_gid):  # a sandbox may forbid chown(2)
             os.chown(f"/proc/self/fd/{fd}", *owner)
         os.chmod(f"/proc/self/fd/{fd}", mode)
     finally:
