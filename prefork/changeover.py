@@ -287,7 +287,8 @@ class Changeover:
         old.reinstate(daemon.now)
         plan = Plan(old.listeners, owners=canary.owners)
         daemon.listeners.recall(old.listeners)
-        self._put_in_place(new, old, plan, farewell_at=daemon.now)
+        if self._put_in_place(new, old, plan, farewell_at=daemon.now):
+            self._serve_who_waits(new)
         first, _, rest = reason.partition("\n")
         log.event("rolled_back", what=reload.what, generation=old.number, crashed=new.number, reason=first, text=rest)
         self._remember("rolled back", reason)

@@ -9,6 +9,7 @@ import faulthandler
 import os
 import select
 import signal
+import socket
 import sys
 import traceback
 from typing import NoReturn
@@ -17,6 +18,7 @@ from prefork import __version__, carried, forkserver, handler
 from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
+from prefork.ops import instances
 from prefork.system import credentials, process, signals, systemd
 from prefork.system.credentials import Credentials
 
@@ -36,6 +38,8 @@ def check(sources: Sources, state: bytes | None = None) -> str:
     if running is not None:
         _refuse_restart(running, config)
     for address in config.bind:
+        if address.family == socket.AF_UNIX:
+            instances.refuse_mistakable(address.host)
         if address.user:
             credentials.uid_of(address.user)
         if address.group:

@@ -141,8 +141,11 @@ class Daemon:
     def let_go(self) -> None:
         """Close all that is open, for a program that goes on: what still serves finds itself without a master."""
         for generation in self.generations():
+            if generation.link.pid is None:
+                generation.retire_all(self.now, None)  # no fork server tells them
             generation.link.close()
-        for listener in (*self.listeners.current, *(farewell.listener for farewell in self.listeners.farewells)):
+        opened = self.reloading.plan.opened if self.reloading is not None else ()
+        for listener in (*self.listeners.current, *opened, *(farewell.listener for farewell in self.listeners.farewells)):
             listener.sock.close()
         self.resources.close()
 
@@ -163,10 +166,11 @@ class Daemon:
         self.next_number += 1
         try:
             generation.link.start(conf, listeners)
+            self.hear(generation)
         except OSError as error:
+            generation.link.kill()
             generation.close()
             raise RefusedError(f"can't start a fork server: {error.strerror}: {_what_is_short(error)}") from None
-        self.hear(generation)
         return generation
 
     def hear(self, generation: Generation) -> None:

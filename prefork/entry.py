@@ -10,6 +10,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
+from contextlib import ExitStack
 from typing import NoReturn
 
 from prefork.config import Sources
@@ -30,9 +31,9 @@ def entry() -> NoReturn:
 
 
 def _become_master(read: Callable[[], Sources]) -> NoReturn:
-    process.open_standard_descriptors()
     try:
         with program.or_back():
+            process.open_standard_descriptors()
             sources = read()
             from prefork.commands import obey
             from prefork.master import Master
@@ -50,13 +51,15 @@ def _become_master(read: Callable[[], Sources]) -> NoReturn:
 def _read_by_a_child() -> Sources:
     """What `serve` is given. SystemExit, with the child's exit code, when there is nothing to serve: it has said why, or helped."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hears of no exit code
-    reading, writing = os.pipe()
-    try:
-        pid = os.fork()
-    except OSError:  # no room for another process: an upgrade must not end a daemon for that
-        os.close(reading)
-        os.close(writing)
-        return _read_here()
+    with ExitStack() as opened:
+        try:
+            reading, writing = os.pipe()
+            opened.callback(os.close, reading)
+            opened.callback(os.close, writing)
+            pid = os.fork()
+        except OSError:  # no room for a pipe or a process: an upgrade must not end a daemon for that
+            return _read_here()
+        opened.pop_all()
     if pid == 0:
         os.close(reading)
         _send_to(writing)
@@ -67,8 +70,8 @@ def _read_by_a_child() -> Sources:
         sent = pipe.read()
     _, status = os.waitpid(pid, 0)
     code = os.waitstatus_to_exitcode(status)
-    if code < 0:
-        raise PreforkError(f"reading the command line was ended by {signal.strsignal(-code)}")
+    if code < 0:  # somebody has killed it, the kernel for want of memory perhaps
+        return _read_here()
     if not sent:
         sys.exit(code)
     return Sources(**json.loads(sent))

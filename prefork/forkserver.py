@@ -160,7 +160,7 @@ class ForkServer:
                 self._flush()
             if self.orphaned_at is not None:
                 self._say_farewell(self.orphaned_at)
-            elif signals.PARENT_DIED in arrived or not self._obey():
+            elif (signals.PARENT_DIED in arrived and os.getppid() != self.brief.master_pid) or not self._obey():
                 self._orphaned(poll)
 
     def _become_a_process(self) -> None:

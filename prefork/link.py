@@ -3,6 +3,7 @@
 Effects only: what is sent and what a report means is `prefork.generation`'s business.
 """
 
+import errno
 import os
 import socket
 from collections import deque
@@ -25,6 +26,8 @@ from prefork.system.stacks import Stacks
 
 # Reports taken in one turn: a fork server that floods its channel must not hold the loop.
 REPORTS_AT_ONCE = 256
+# What does not fit into the channel, or into memory (unix(7)), is sent later.
+_LATER = (errno.EAGAIN, errno.ENOBUFS, errno.ENOMEM)
 
 
 @dataclass(frozen=True, slots=True)
@@ -182,10 +185,9 @@ class Link:
         while self._outbox:
             try:
                 self.channel.send(self._outbox[0])
-            except BlockingIOError:
-                return
-            except (BrokenPipeError, ConnectionResetError):
-                self._outbox.clear()  # it is dead, which SIGCHLD tells
+            except OSError as error:
+                if error.errno not in _LATER:
+                    self._outbox.clear()  # it is dead, which SIGCHLD tells
                 return
             self._outbox.popleft()
 

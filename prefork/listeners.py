@@ -54,7 +54,6 @@ class Listeners:
     """The listeners of a daemon. ``inherited``: descriptors that were open when it started, the only ones that fd:N may name."""
 
     inherited: frozenset[int] = frozenset()
-    control: str = ""  # the path of its control socket
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
 
@@ -85,11 +84,8 @@ class Listeners:
             if address.port not in self.inherited:
                 raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
             return adopt_inherited(address, settings)
-        if address.family == AF_UNIX and instances.is_found_with(address.host, self.control):
-            raise AddressError(
-                f"{address}: in the directory of the control socket ({self.control}) what ends with .sock is an instance: "
-                "name it otherwise"
-            )
+        if address.family == AF_UNIX:
+            instances.refuse_mistakable(address.host)
         return open_listener(address, settings, owner)
 
     def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:
@@ -112,7 +108,9 @@ class Listeners:
             if listener.fileno() == -1:
                 continue  # a stop has closed it meanwhile
             try:
-                listener.apply(address, _settings(conf), plan.owners[place] if plan.owners else UNCHANGED)
+                # Without owners it is a restart, which does not try again what could not be changed.
+                wanted, owner = (address, plan.owners[place]) if plan.owners else (listener.configured, UNCHANGED)
+                listener.apply(wanted, _settings(conf), owner)
             except OSError as error:
                 log.event("address_kept", address=listener.address, reason=error)
         for listener in plan.opened if not first else ():

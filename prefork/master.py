@@ -129,9 +129,10 @@ class Master:
         for name, remedy in config.unknown_variables(daemon.sources.environment):
             log.event("unknown_variable", name=name, remedy=remedy)
         doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
-        devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
-        for fd in (doorbell_read, doorbell_write, devnull):
+        for fd in (doorbell_read, doorbell_write):
             daemon.resources.callback(os.close, fd)
+        devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
+        daemon.resources.callback(os.close, devnull)
         daemon.wiring = Wiring(daemon.name, process.working_directory(), doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
@@ -181,7 +182,6 @@ class Master:
                 daemon.hear(generation)
         if state.control is not None and state.control.inode is not None:
             sock = socket.socket(fileno=state.control.fd)
-            daemon.listeners.control = state.control.path
             daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
 
     def _take_over(self, fd: int, reason: str) -> None:
@@ -397,7 +397,7 @@ class Master:
         if daemon.config.control == "off":
             return
         try:
-            path = daemon.listeners.control = daemon.config.control or instances.default_path(daemon.name)
+            path = daemon.config.control or instances.default_path(daemon.name)
             daemon.control = control.serve(path, daemon.selector, partial(self.obey, self))
         except InUseError as error:
             raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None

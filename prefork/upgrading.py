@@ -173,9 +173,10 @@ class Upgrading:
     def drop(self, reason: str) -> None:
         """It is not to be."""
         if self.trial is not None:
-            # Not SIGKILL yet: it has to end what its import has started.
-            process.signal_child(self.trial.pid, signal.SIGTERM)
-            self.dropped.append((self.trial.pid, self.daemon.now + PATIENCE))
+            if self.trial.status is None:
+                # Not SIGKILL yet: it has to end what its import has started.
+                process.signal_child(self.trial.pid, signal.SIGTERM)
+                self.dropped.append((self.trial.pid, self.daemon.now + PATIENCE))
             self._end_trial(self.trial)
             self._give_up(reason)
         elif self.ready:

@@ -430,7 +430,7 @@ class Worker:
                 self.board.states[self.slot] = IDLE
                 self._ring(self._ready)  # an acceptor again, which the master did not count on meanwhile
                 return None
-            case Verdict.OUT_OF_USE if self._asked_to_leave():
+            case Verdict.OUT_OF_USE if self._asked_to_leave() or self._is_orphan():
                 return EXIT_RETIRED
             case _:
                 log.event("accept_broken", reason=f"{type(error).__name__}: {error}")
@@ -592,10 +592,13 @@ class Worker:
 
     def _on_parent_died(self, signo: int, frame: object) -> None:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
-        if os.getppid() != self.brief.master_pid:
+        if self._is_orphan():  # else somebody has sent it
             if not self._asked_to_leave():  # who was has a successor, whose fork server may be letting the queue be served
                 self._free_address()
             self._on_retire(signo, frame)
+
+    def _is_orphan(self) -> bool:
+        return os.getppid() not in (self.brief.fork_server_pid, self.brief.master_pid)
 
     def _free_address(self) -> None:
         """Nobody will accept there any more, and nobody else is left to say so: clients are refused, and the address is free."""

@@ -283,7 +283,7 @@ def _holder(wanted: Address) -> str:
     """Who holds the port, as far as /proc lets us see; an empty text when it does not."""
     try:
         import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
-    except ImportError:  # removed while we run, as a whole environment may be
+    except (ImportError, OSError):  # removed while we run, as a whole environment may be; or no descriptors to read it
         return ""
 
     def holding(connections: list[Any]) -> list[Any]:

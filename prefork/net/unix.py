@@ -139,7 +139,7 @@ def held_by(pid: int) -> str:
         return " by this daemon itself, for something else"
     try:
         import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
-    except ImportError:  # removed while we run, as a whole environment may be
+    except (ImportError, OSError):  # removed while we run, as a whole environment may be; or no descriptors to read it
         return f" by pid {pid}"
     try:
         return f" by {psutil.Process(pid).name()} (pid {pid})"

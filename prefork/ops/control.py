@@ -84,8 +84,13 @@ class ControlServer:
             sock.close()
             return
         client = Client(sock, now + PATIENCE)
+        try:
+            self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
+        except OSError as error:  # fs.epoll.max_user_watches, or memory
+            log.event("control_refused", reason=error.strerror)
+            sock.close()
+            return
         self.clients.add(client)
-        self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
 
     def _make_room(self) -> bool:
         """Let go of who has been silent for longest: a command says at once what it wants, and must not be kept out by a crowd."""

@@ -12,10 +12,11 @@ import socket
 import stat
 import struct
 from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
-from prefork.errors import RefusedError
+from prefork.errors import AddressError, RefusedError
 from prefork.system import process
 from prefork.system.process import Peer
 
@@ -64,13 +65,8 @@ def default_path(name: str) -> str:
 
 def instances() -> dict[str, str]:
     """Control sockets of daemons, by instance name: in our runtime directory, and in those of systemd units and users."""
-    places = [Path("/run/prefork"), *Path("/run/prefork").glob("*/"), *Path("/run/user").glob("*/prefork")]
-    places.append(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - only looked at
-    for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
-        if given := os.environ.get(variable):
-            places = [Path(given.split(":")[0]), Path(given) / "prefork", *places]
     found: dict[str, str] = {}
-    for place in places:
+    for place in _places():
         try:
             for path in sorted(place.glob("*" + _SUFFIX)):
                 if _is_live(str(path)):
@@ -80,10 +76,23 @@ def instances() -> dict[str, str]:
     return found
 
 
-def is_found_with(path: str, control: str) -> bool:
-    """Whether who finds this control socket by looking for instances would take ``path`` for another one's, and connect to it."""
-    folder, other = (os.path.realpath(os.path.dirname(each)) for each in (path, control))
-    return folder == other and path.endswith(_SUFFIX) and control.endswith(_SUFFIX)
+def _places() -> list[Path]:
+    places = [Path("/run/prefork"), *Path("/run/prefork").glob("*/"), *Path("/run/user").glob("*/prefork")]
+    places.append(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - only looked at
+    for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
+        if given := os.environ.get(variable):
+            places = [Path(given.split(":")[0]), Path(given) / "prefork", *places]
+    return places
+
+
+def refuse_mistakable(path: str) -> None:
+    """Raise AddressError when commands that look for instances would take a Unix socket there for one's, and connect to it."""
+    if not path.endswith(_SUFFIX):
+        return
+    for place in _places():
+        with suppress(OSError):  # it is not there
+            if os.path.samefile(os.path.dirname(path), place):
+                raise AddressError(f"unix:{path}: what ends with {_SUFFIX} in that directory is an instance's: name it otherwise")
 
 
 def _is_live(path: str) -> bool:

@@ -354,9 +354,13 @@ def recent_entry(when: int, slot_number: int) -> int:
 def create(name: str, size: int) -> int:
     """A memfd of ``size`` bytes that only its owner may open: sparse, so slots that were never used cost nothing."""
     fd = os.memfd_create(f"prefork-{name}", os.MFD_CLOEXEC)
-    os.fchmod(fd, 0o600)
-    os.ftruncate(fd, size)
-    os.pwrite(fd, _MAGIC.to_bytes(_WORD, "little"), 0)
+    try:
+        os.fchmod(fd, 0o600)
+        os.ftruncate(fd, size)
+        os.pwrite(fd, _MAGIC.to_bytes(_WORD, "little"), 0)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 

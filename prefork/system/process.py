@@ -88,7 +88,7 @@ def parting() -> Callable[[], object]:
     of a short connection where caches are cold. And the kernel hangs up a group with somebody stopped in it once no member has a
     parent elsewhere in the session (setpgid(2)): so it must not be without the master.
     """
-    stat = _stat(os.getpid()).split(maxsplit=5)
+    stat = _stat("self").split(maxsplit=5)  # whatever namespace /proc is of
     return os.setpgrp if len(stat) > 5 and stat[_TERMINAL] == b"0" else os.setsid
 
 
@@ -226,7 +226,7 @@ def state(pid: int) -> bytes:
 _TERMINAL = 4
 
 
-def _stat(pid: int) -> bytes:
+def _stat(pid: int | str) -> bytes:
     """State, parent and what else proc_pid_stat(5) has after the command's name; nothing of one that has gone."""
     try:
         fd = os.open(f"/proc/{pid}/stat", os.O_RDONLY | os.O_CLOEXEC)

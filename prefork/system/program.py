@@ -69,8 +69,12 @@ def keep_state(data: bytes) -> int:
     """A descriptor of a file in memory with this state."""
     fd = os.memfd_create("prefork-state", os.MFD_CLOEXEC)
     written = 0
-    while written < len(data):
-        written += os.pwrite(fd, data[written:], written)
+    try:
+        while written < len(data):
+            written += os.pwrite(fd, data[written:], written)
+    except BaseException:
+        os.close(fd)
+        raise
     return fd
 
 
@@ -87,9 +91,12 @@ def try_out(program: Program, state: int) -> tuple[int, int]:
 
     Raises OSError when it can't be started.
     """
-    said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-    nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
-    try:
+    with contextlib.ExitStack() as opened, contextlib.ExitStack() as failed:
+        said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+        failed.callback(os.close, said)
+        opened.callback(os.close, theirs)
+        nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        opened.callback(os.close, nothing)
         os.set_blocking(theirs, True)
         line = program.line("check", f"--adopt={STATE_DESCRIPTOR}")
         pid = os.posix_spawn(
@@ -106,12 +113,7 @@ def try_out(program: Program, state: int) -> tuple[int, int]:
             setsigmask=(),
             setsigdef=signals.BLOCKABLE,
         )
-    except BaseException:
-        os.close(said)
-        raise
-    finally:
-        os.close(nothing)
-        os.close(theirs)
+        failed.pop_all()
     return pid, said
 
 

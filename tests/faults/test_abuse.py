@@ -14,6 +14,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prefork.system.signals import PARENT_DIED
 from prefork.testing import Server, StartError, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
@@ -262,6 +263,21 @@ def test_a_worker_that_does_not_end_its_cleaning_up_is_cut_at_drain_timeout(pref
     assert server.status()["totals"]["killed"] == 0
 
 
+def test_a_signal_that_says_a_living_parent_is_dead_is_not_believed(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=2)
+    before = watch.settled(server, 2)["workers"]
+    for child in watch.family(server.pid):
+        os.kill(child.pid, PARENT_DIED)
+    for _ in range(10):
+        with server.connect() as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(100) == b"hello"
+    assert server.command("scale", workers="3")["ok"]  # by the same fork server
+    after = watch.settled(server, 3)["workers"]
+    assert {worker["pid"] for worker in before} < {worker["pid"] for worker in after}
+    assert server.status()["generation"] == 1
+
+
 def test_a_hook_that_does_not_end_is_cut_at_graceful_timeout(prefork_server: Start, module: Module) -> None:
     folder = module("import time\nfrom prefork.examples.echo import loop\ndef leave():\n    time.sleep(600)\n")
     server = prefork_server("mine:loop", folder=folder, workers=2, graceful_timeout=0.5, on_worker_exit="mine:leave")
@@ -285,6 +301,11 @@ def test_a_mode_that_can_not_be_changed_is_told_and_the_address_is_served_on(pre
         with connect(str(path)) as sock:
             sock.sendall(b"hello")
             assert sock.recv(100) == b"hello"
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "generation 3 serves")
+        subprocess.run(["nsenter", "-t", holder, "-m", "mount", "-o", "remount,rw", folder], check=True)
+        assert server.command("reload")["ok"]
+        assert path.stat().st_mode & 0o777 == 0o660, "it was not forgotten"
 
 
 def test_a_vanished_directory_of_a_socket_does_not_disturb_the_stop(prefork_server: Start, tmp_path: Path) -> None:

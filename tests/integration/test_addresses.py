@@ -252,16 +252,28 @@ def test_a_unix_socket_has_the_owners_that_were_asked_for_and_a_reload_changes_t
 
 def test_a_path_that_commands_would_take_for_an_instances_is_refused(prefork_server: Start, tmp_path: Path) -> None:
     (tmp_path / "link").symlink_to(tmp_path)
-    file, control = tmp_path / "prefork.toml", tmp_path / "mine.sock"
+    file, environment = tmp_path / "prefork.toml", {"RUNTIME_DIRECTORY": str(tmp_path)}
     file.write_text(f"bind = ['unix:{tmp_path}/web']")
-    server = prefork_server("echo:loop", bind=[], workers=1, control=str(control), arguments=("--config", str(file)))
-    for number in (1, 2):
-        file.write_text(f"bind = ['unix:{tmp_path}/link/web.sock']")
-        answer = server.command("reload")
-        assert answer["reason"].startswith(f"unix:{tmp_path}/link/web.sock: in the directory of the control socket ({control})")
-        file.write_text(f"bind = ['unix:{tmp_path}/link/web']")
-        assert server.command("upgrade")["ok"]
-        watch.logged(server, "goes on where", number)  # the next program knows, too
+    arguments = ("--config", str(file))
+    server = prefork_server("echo:loop", bind=[], workers=1, arguments=arguments, environment=environment)
+    file.write_text(f"bind = ['unix:{tmp_path}/link/web.sock']")
+    reason = f"unix:{tmp_path}/link/web.sock: what ends with .sock in that directory is an instance's: name it otherwise"
+    assert server.command("reload")["reason"] == reason
+    line = [sys.executable, "-P", "-m", "prefork", "check", "--module=echo:loop", *arguments]
+    done = subprocess.run(line, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert (done.returncode, done.stderr) == (69, f"prefork: {reason}\n")
+    file.write_text(f"bind = ['unix:{tmp_path}/link/other']")
+    assert server.command("reload")["ok"]
+
+
+def test_a_path_is_added_although_the_working_directory_was_removed(prefork_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "start").mkdir()
+    file = tmp_path / "prefork.toml"
+    file.write_text("bind = ['127.0.0.1:0']")
+    server = prefork_server("echo:loop", folder=tmp_path / "start", bind=[], workers=1, arguments=("--config", str(file)))
+    (tmp_path / "start").rmdir()
+    file.write_text(f"bind = ['127.0.0.1:0', 'unix:{tmp_path}/path.sock']")
+    assert server.command("reload")["ok"]
 
 
 def test_an_owner_that_does_not_exist_is_told_at_the_start(tmp_path: Path) -> None:

@@ -215,6 +215,31 @@ def test_a_suspend_during_the_trial_is_one_where_only_the_old_code_accepts_too(p
         assert waiting.recv(64) == b"old"
 
 
+def test_who_waits_at_an_address_that_a_trial_had_added_is_served_when_it_is_taken_back(
+    prefork_server: Start, module: Module
+) -> None:
+    folder = module(GOOD.format("old"))
+    stays, comes = watch.free_port(), watch.free_port()
+    file = folder / "prefork.toml"
+    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
+    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    module(CRASHES)
+    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{comes}']\ncanary = 60\n")
+    os.kill(server.pid, signal.SIGHUP)
+    on_trial(server)
+    with connect(("127.0.0.1", stays)) as one, connect(("127.0.0.1", comes)) as two:
+        watch.until("both are served", lambda: len(watch.workers(server, "busy")) == 2)
+        assert server.command("suspend")["ok"]
+        with connect(("127.0.0.1", comes)) as waits:
+            for sock in (one, two):
+                sock.sendall(b"!")
+                assert sock.recv(64) == b""
+            watch.logged(server, "(SIGHUP) taken back")
+            waits.sendall(b"?")
+            assert waits.recv(64) == b"new"
+    watch.logged(server, f"no longer listening on 127.0.0.1:{comes}")
+
+
 def test_a_path_whose_new_owner_was_on_trial_has_its_old_one_again(prefork_server: Start, module: Module) -> None:
     if os.geteuid() != 0:
         pytest.skip("only root can give a socket to somebody else")

@@ -52,6 +52,26 @@ def test_the_start_line_names_version_module_addresses_acceptors_and_pid(prefork
     assert line.endswith(f"pid {server.pid}")
 
 
+KILLED_ONCE = """
+import os, signal, sys
+here = os.path.dirname(__file__)
+if os.path.exists(here + "/once"):
+    os.unlink(here + "/once")
+    os.kill(os.getpid(), signal.SIGKILL)
+sys.path.remove(here)
+del sys.modules["click"]
+import click
+"""
+
+
+def test_a_start_goes_on_when_the_process_that_reads_its_command_line_is_killed(prefork_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "click.py").write_text(KILLED_ONCE)
+    (tmp_path / "once").touch()
+    server = prefork_server("echo:loop", workers=1, environment={"PYTHONPATH": str(tmp_path)})
+    assert not (tmp_path / "once").exists()
+    assert server.status()["module"] == "echo:loop"
+
+
 def test_an_echo_of_ones_own_in_the_working_directory_wins(prefork_server: Start, tmp_path: Path) -> None:
     (tmp_path / "echo.py").write_text("def loop(sock):\n    while sock.recv(9):\n        pass\n    sock.sendall(b'mine')\n")
     with prefork_server("echo:loop", folder=tmp_path).connect() as sock:

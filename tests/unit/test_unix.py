@@ -8,8 +8,10 @@ import pytest
 
 from prefork.net import unix
 
+NOBODY = pytest.param((65534, 65534), ["chown"], marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give it away"))
 
-@pytest.mark.parametrize(("owner", "owned"), [((os.getuid(), os.getgid()), ["chown"]), (unix.UNCHANGED, [])])
+
+@pytest.mark.parametrize(("owner", "owned"), [NOBODY, ((os.getuid(), os.getgid()), []), (unix.UNCHANGED, [])])
 def test_a_socket_is_never_seen_without_its_mode_and_owner(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, owner: tuple[int, int], owned: list[str]
 ) -> None:
