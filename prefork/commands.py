@@ -111,6 +111,8 @@ def _stop(master: Master, client: Client, request: dict[str, Any]) -> None:
 
 def _status(daemon: Daemon, client: Client) -> None:
     generations = daemon.generations()
+    for generation in generations:
+        generation.tell()
     most = DESCRIPTORS_LIMIT // 2
     ended = daemon.tally.counts
     for generation in generations[most:]:  # more than an answer can carry: their totals only

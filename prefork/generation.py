@@ -425,6 +425,10 @@ class Generation:
             log.event("fork_server_hung", generation=self.number)
             self._patience_at = None
             self.link.kill()
+        self.tell()
+
+    def tell(self) -> None:
+        """Log the deaths of this turn: after their replacements were ordered, and before anybody is told otherwise."""
         while self._untold:
             self._untold.pop(0)()
 

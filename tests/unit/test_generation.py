@@ -143,6 +143,17 @@ def test_a_worker_that_ends_is_replaced_at_once_and_its_slot_used_again(peer: Pe
     assert peer.asked() == [Command(Order.FORK, 0)]
 
 
+def test_a_death_is_logged_after_its_replacement_was_ordered_or_before_it_is_told_otherwise(
+    peer: Peer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    peer.say(Report(Kind.EXITED, 0, PID, status=9), 1.0)
+    assert "died" not in capfd.readouterr().err
+    peer.generation.tell()
+    assert "died: signal 9 (SIGKILL)" in capfd.readouterr().err
+    peer.generation.tend(1.0, 0)
+    assert "died" not in capfd.readouterr().err, "once"
+
+
 @pytest.mark.parametrize(
     "lie",
     [
