@@ -29,6 +29,17 @@ def says(address: Any, said: bytes = b"") -> bytes:
         return sock.recv(64)
 
 
+def on_ports(prefork_server: Start, folder: Path, *ports: int, canary: float) -> tuple[Server, Callable[..., None]]:
+    """A daemon on these ports of 127.0.0.1, and what writes others into its configuration."""
+    file = folder / "prefork.toml"
+
+    def bind(*ports: int) -> None:
+        file.write_text(f"bind = {[f'127.0.0.1:{port}' for port in ports]}\ncanary = {canary}\n")
+
+    bind(*ports)
+    return prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file))), bind
+
+
 def on_trial(server: Server, generation: int = 2) -> None:
     watch.logged(server, f"generation {generation} is on trial")
     watch.until(
@@ -164,10 +175,8 @@ def test_addresses_come_back_too(prefork_server: Start, module: Module) -> None:
 def test_after_the_trial_what_was_dropped_is_closed(prefork_server: Start, module: Module) -> None:
     folder = module(GOOD.format("old"))
     stays, goes = watch.free_port(), watch.free_port()
-    file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 0.5\n")
-    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 0.5\n")
+    server, bind = on_ports(prefork_server, folder, stays, goes, canary=0.5)
+    bind(stays)
     assert server.command("reload")["ok"]
     watch.logged(server, f"no longer listening on 127.0.0.1:{goes}")
     assert watch.is_free(goes)
@@ -176,11 +185,9 @@ def test_after_the_trial_what_was_dropped_is_closed(prefork_server: Start, modul
 def test_while_suspended_nobody_accepts_on_trial_either(prefork_server: Start, module: Module) -> None:
     folder = module(GOOD.format("old"))
     stays, goes = watch.free_port(), watch.free_port()
-    file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 3\n")
-    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    server, bind = on_ports(prefork_server, folder, stays, goes, canary=3)
     assert server.command("suspend")["ok"]
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 3\n")
+    bind(stays)
     with connect(("127.0.0.1", goes)) as waiting:
         os.kill(server.pid, signal.SIGHUP)
         watch.logged(server, "is on trial")
@@ -196,10 +203,8 @@ def test_while_suspended_nobody_accepts_on_trial_either(prefork_server: Start, m
 def test_a_suspend_during_the_trial_is_one_where_only_the_old_code_accepts_too(prefork_server: Start, module: Module) -> None:
     folder = module(GOOD.format("old"))
     stays, goes = watch.free_port(), watch.free_port()
-    file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 60\n")
-    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
+    server, bind = on_ports(prefork_server, folder, stays, goes, canary=60)
+    bind(stays)
     os.kill(server.pid, signal.SIGHUP)
     watch.logged(server, "is on trial")
     assert says(("127.0.0.1", goes)) == b"old"
@@ -220,11 +225,9 @@ def test_who_waits_at_an_address_that_a_trial_had_added_is_served_when_it_is_tak
 ) -> None:
     folder = module(GOOD.format("old"))
     stays, comes = watch.free_port(), watch.free_port()
-    file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
-    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    server, bind = on_ports(prefork_server, folder, stays, canary=60)
     module(CRASHES)
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{comes}']\ncanary = 60\n")
+    bind(stays, comes)
     os.kill(server.pid, signal.SIGHUP)
     on_trial(server)
     with connect(("127.0.0.1", stays)) as one, connect(("127.0.0.1", comes)) as two:
@@ -264,11 +267,9 @@ def test_a_stop_while_suspended_serves_who_waits_where_the_trial_had_dropped_an_
 ) -> None:
     folder = module(GOOD.format("old"))
     stays, goes = watch.free_port(), watch.free_port()
-    file = folder / "prefork.toml"
-    file.write_text(f"bind = ['127.0.0.1:{stays}', '127.0.0.1:{goes}']\ncanary = 60\n")
-    server = prefork_server("mine:loop", folder=folder, bind=[], workers=1, arguments=("--config", str(file)))
+    server, bind = on_ports(prefork_server, folder, stays, goes, canary=60)
     assert server.command("suspend")["ok"]
-    file.write_text(f"bind = ['127.0.0.1:{stays}']\ncanary = 60\n")
+    bind(stays)
     with connect(("127.0.0.1", goes)) as waiting:
         os.kill(server.pid, signal.SIGHUP)
         watch.logged(server, "is on trial")
