@@ -130,7 +130,7 @@ class Acceptors:
         runnable = fresh_ones = asleep = 0
         for slot, since in self.latest(row, now_ns - young):
             worker = slots.pool.workers.get(slot)
-            if worker is None or not worker.pid or self._board.states[slot] != BUSY or slot in slots.absent:
+            if worker is None or not worker.pid or slot in slots.absent or row[slot - self.first : slot - self.first + 1] != _BUSY:
                 continue
             if 0 <= now_ns - since < fresh:
                 fresh_ones += 1

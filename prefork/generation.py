@@ -403,8 +403,9 @@ class Generation:
         for acceptors in self._acceptors:
             acceptors.vacated += max(0, workers - acceptors.target)
             acceptors.target, acceptors.memory = workers, Memory()
-            view = acceptors.view(0, acceptors.row())
-            self._retire_some(acceptors, view.idle + view.starting - workers, now)
+            row = acceptors.row()
+            view = acceptors.view(0, row)
+            self._retire_some(acceptors, row, view.idle + view.starting - workers, now)
             acceptors.wake(now)
 
     def tend(self, now: float, live_elsewhere: int) -> None:
@@ -456,9 +457,9 @@ class Generation:
         self._note_saturation(acceptors, now)
         for _ in range(decision.fork):
             self._fork(acceptors.place, now)
-        self._retire_some(acceptors, decision.retire, now)
+        self._retire_some(acceptors, row, decision.retire, now)
         if self._tired:
-            self._release_tired(acceptors, view, now)
+            self._release_tired(acceptors, row, view, now)
         if decision.look_at is not None:
             acceptors.wake(decision.look_at)
         # Not in a calm load, where there is a look soon anyhow.
@@ -466,9 +467,10 @@ class Generation:
             acceptors.wake(now + SETTLE)
         acceptors.arm(decision.ring_below)
 
-    def _release_tired(self, acceptors: Acceptors, view: View, now: float) -> None:
+    def _release_tired(self, acceptors: Acceptors, row: bytes, view: View, now: float) -> None:
+        # By the row that the view was made of: a worker may have ended its connection since, and would be in neither list.
         tired = acceptors.tired()
-        busy = [slot for slot in tired if self.board.states[slot] == BUSY]
+        busy = [slot for slot in tired if row[slot - acceptors.first] == BUSY]
         idle_may, busy_may = policy.released(view, len(busy))
         idle = [slot for slot in tired if slot not in busy]
         for slot in idle[:idle_may] + busy[:busy_may]:
@@ -613,11 +615,10 @@ class Generation:
         self.board.order_words[scoreboard.STOPPING] = 1
         self.retiring.end_inputs(self.pool.workers.values())
 
-    def _retire_some(self, acceptors: Acceptors, count: int, now: float) -> None:
-        """Ask ``count`` idle workers to leave, the highest slots first, so that rows stay short."""
+    def _retire_some(self, acceptors: Acceptors, row: bytes, count: int, now: float) -> None:
+        """Ask ``count`` workers that the row shows idle to leave, the highest slots first, so that rows stay short."""
         if count <= 0:
             return
-        row = acceptors.row()
         for offset in reversed(range(len(row))):
             worker = self.pool.workers.get(acceptors.first + offset)
             if worker is None or worker.retiring or row[offset] in (BUSY, LEAVING):

@@ -38,11 +38,12 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
             layout = Layout(*board_facts["layout"])
             board = Scoreboard(descriptors[2 * place], descriptors[2 * place + 1], layout, Access.READER)
             for slot in _slots(layout, board_facts["high"]):
-                totals += board.counts(slot)
+                counts = board.counts(slot)
+                totals += counts
                 histogram = [a + b for a, b in zip(histogram, board.histogram(slot), strict=True)]
                 if (state := board.states[slot]) != FREE:
                     listener = board_facts["listeners"][layout.listener(slot)]
-                    workers.append(_worker(board, slot, state, board_facts["generation"], listener, usage=usage))
+                    workers.append(_worker(board, slot, state, counts, board_facts["generation"], listener, usage=usage))
             board.close()
     finally:
         for fd in descriptors:
@@ -74,7 +75,9 @@ def _slots(layout: Layout, high: Sequence[int]) -> list[int]:
     return [listener * layout.capacity + offset for listener, top in enumerate(high) for offset in range(top)]
 
 
-def _worker(board: Scoreboard, slot: int, state: int, generation: int, listener: str, *, usage: bool) -> dict[str, Any]:
+def _worker(
+    board: Scoreboard, slot: int, state: int, counts: Counts, generation: int, listener: str, *, usage: bool
+) -> dict[str, Any]:
     record = board.record(slot)
     pid = board.words[record + scoreboard.PID]
     since_ns = board.words[record + (scoreboard.SINCE if state == BUSY else scoreboard.STARTED)]
@@ -87,7 +90,7 @@ def _worker(board: Scoreboard, slot: int, state: int, generation: int, listener:
         "generation": generation,
         "state": "retiring" if state != BUSY and (board.retire[slot] or state == LEAVING) else name,
         "since": time.time() - (time.monotonic_ns() - since_ns) / 1e9 if since_ns else None,
-        "connections": board.counts(slot).begun,
+        "connections": counts.begun,
         "peer": board.peer(slot) if state == BUSY else None,
         "rss": rss,
         "cpu": cpu,

@@ -407,3 +407,51 @@ def test_a_look_that_finds_somebody_served_ends_the_trouble_of_those_who_were_no
     generation.look_soon(0, quiet_until + 1)
     generation.tend(quiet_until + 1, 0)
     assert (generation.trouble.failures, generation.trouble.until) == (0, 0.0)
+
+
+@pytest.mark.parametrize("state", [scoreboard.BUSY, scoreboard.IDLE])
+def test_a_worker_to_be_recycled_that_changes_between_two_reads_of_the_board_is_asked_to_leave_all_the_same(
+    monkeypatch: pytest.MonkeyPatch, state: int
+) -> None:
+    peer = Peer(2, max_connections=1)
+    peer.boot(2)
+    generation, board = peer.generation, peer.generation.board
+    board.states[0], board.tired[0] = state, 1
+    generation.rang(wire.Doorbell(wire.Ring.TIRED, 1, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    assert peer.asked() == [Command(Order.FORK, 2)]
+    peer.forked(2)
+    board.words[board.record(2) + scoreboard.STARTED], board.states[2] = 1, scoreboard.IDLE
+    acceptors = generation._acceptors[0]
+    true_row = acceptors.true_row
+
+    def row_of_a_moment_ago() -> bytes:
+        row = true_row()
+        board.states[0] = scoreboard.IDLE if state == scoreboard.BUSY else scoreboard.BUSY
+        return row
+
+    monkeypatch.setattr(acceptors, "true_row", row_of_a_moment_ago)
+    generation.rang(wire.Doorbell(wire.Ring.READY, 1, 2, PID + 2), 2.0)
+    generation.tend(2.0, 0)
+    assert list(board.retire[:3]) == [1, 0, 0]
+    peer.close()
+
+
+def test_a_worker_that_accepts_after_the_row_was_read_is_idle_and_not_about_to_be_back_besides(peer: Peer) -> None:
+    generation, board = peer.generation, peer.generation.board
+    row = board.row(0, 2)  # both idle; then one accepts, and is seen by the times of the latest accepts
+    board.words[board.record(0) + scoreboard.SINCE] = time.monotonic_ns()
+    board.states[0] = scoreboard.BUSY
+    acceptors = generation._acceptors[0]
+    acceptors.target = 3
+    view = acceptors.view(8, row)
+    assert (view.idle, view.busy, view.returning) == (2, 0, 0)
+
+
+def test_surplus_workers_are_chosen_by_the_row_that_found_them(peer: Peer) -> None:
+    generation, board = peer.generation, peer.generation.board
+    acceptors = generation._acceptors[0]
+    row = bytes([scoreboard.IDLE, scoreboard.BUSY])
+    board.states[0], board.states[1] = scoreboard.BUSY, scoreboard.IDLE
+    generation._retire_some(acceptors, row, 1, 1.0)
+    assert list(board.retire[:2]) == [1, 0]
