@@ -1,9 +1,12 @@
 """`prefork check`: what `prefork serve` would make of a configuration. Validates it, imports the handler, and shows what holds.
 
 The import happens in a child that is made like a fork server, so that it finds what it would find there, and can do here
-whatever it likes: exit, crash, hang, fork. What this must not do: bind, write a file, call a hook, leave a process behind.
+whatever it likes: exit, crash, hang, fork. What it prints comes through a pipe: the import may run as another user, and has no
+descriptor of the terminal that root has typed this on. What this must not do: bind, write a file, call a hook, leave a process
+behind.
 """
 
+import codecs
 import contextlib
 import faulthandler
 import os
@@ -11,6 +14,7 @@ import select
 import signal
 import socket
 import sys
+import time
 import traceback
 from typing import NoReturn
 
@@ -19,6 +23,7 @@ from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.ops import instances
+from prefork.printable import printable
 from prefork.system import credentials, process, signals, systemd
 from prefork.system.credentials import Credentials
 
@@ -26,6 +31,8 @@ from prefork.system.credentials import Credentials
 LAST_WORDS = 1.0
 _WHERE = signals.PARENT_DIED
 _DONE = b"imported"
+# What a pipe holds (pipe(7)): as much may still be there when the import and all that it has started have ended.
+_PIPE = 65536
 
 
 def check(sources: Sources, state: bytes | None = None) -> str:
@@ -64,6 +71,8 @@ def _try_import(config: Config, folder: str) -> None:
     """Import the handler and its hooks in a child; nobody is left when this returns. Raises HandlerError."""
     who = credentials.wanted(config.user, config.group)
     outcome = os.memfd_create("outcome")
+    printed, printing = os.pipe2(os.O_CLOEXEC)
+    os.set_blocking(printed, False)
     # Whoever the import starts becomes our child once its own parent has ended. Children that we have had before the exec of
     # this program are somebody else's.
     process.become_subreaper()
@@ -74,11 +83,15 @@ def _try_import(config: Config, folder: str) -> None:
         us = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _import_and_exit(config, who, folder, us, outcome)
+            _import_and_exit(config, who, folder, us, outcome, printing)
+    os.close(printing)
+    decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     try:
-        status = _wait(pid, config.boot_timeout)
+        status = _wait(pid, config.boot_timeout, printed, decoder)
     finally:
         _end_all_but(strangers)
+        _take(printed, decoder, last=True)
+        os.close(printed)
     try:
         said = os.pread(outcome, os.fstat(outcome).st_size, 0)
     finally:
@@ -92,17 +105,42 @@ def _try_import(config: Config, folder: str) -> None:
         raise HandlerError(said.decode(errors="replace"))
 
 
-def _wait(pid: int, seconds: float) -> int | None:
+def _wait(pid: int, seconds: float, printed: int, decoder: codecs.IncrementalDecoder) -> int | None:
     """The wait status of our child; None when it has not ended in time, and was asked where it is."""
     ended = os.pidfd_open(pid)
     try:
-        if select.select([ended], [], [], seconds)[0]:
+        if _listen(ended, seconds, printed, decoder):
             return os.waitpid(pid, 0)[1]
         os.kill(pid, _WHERE)
-        select.select([ended], [], [], LAST_WORDS)
+        _listen(ended, LAST_WORDS, printed, decoder)
     finally:
         os.close(ended)
     return None
+
+
+def _listen(ended: int, seconds: float, printed: int, decoder: codecs.IncrementalDecoder) -> bool:
+    """Pass on what the import prints until it has ended. False when it has not in time, whatever it still prints."""
+    deadline = time.monotonic() + seconds
+    watched = [ended, printed]
+    while True:
+        ready, _, _ = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))
+        if ended in ready:
+            return True
+        if time.monotonic() >= deadline:
+            return False
+        if printed in ready and not _take(printed, decoder):
+            watched.remove(printed)  # it has closed its standard streams
+
+
+def _take(printed: int, decoder: codecs.IncrementalDecoder, *, last: bool = False) -> bool:
+    """Pass on what has come. False at the end of it, and when nothing has."""
+    try:
+        data = os.read(printed, _PIPE)
+    except BlockingIOError:
+        data = b""
+    with contextlib.suppress(OSError):  # as if the import had found its standard error full, or closed
+        os.write(2, printable(decoder.decode(data, last)).encode())
+    return data != b""
 
 
 def _end_all_but(strangers: set[int]) -> None:
@@ -129,12 +167,12 @@ def _where(text: str) -> str:
 # -- in the child
 
 
-def _import_and_exit(config: Config, who: Credentials | None, folder: str, parent: int, outcome: int) -> NoReturn:
+def _import_and_exit(config: Config, who: Credentials | None, folder: str, parent: int, outcome: int, printing: int) -> NoReturn:
     """Be what `prefork.forkserver` is until its handler is imported. Called with all signals blocked; never returns."""
     us = os.getpid()
     status = PreforkError.exit_code
     try:
-        _become_like_a_fork_server(parent, outcome)
+        _become_like_a_fork_server(parent, outcome, printing)
         try:
             forkserver.settle(config, who, folder)
             _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
@@ -152,13 +190,14 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
         os._exit(status)
 
 
-def _become_like_a_fork_server(parent: int, outcome: int) -> None:
+def _become_like_a_fork_server(parent: int, outcome: int, printing: int) -> None:
     os.setsid()
     signals.fresh()
     systemd.forget(os.environ)
     _end_with(parent)
     os.dup2(os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC), 0)
-    os.dup2(2, 1)  # standard output is for the configuration
+    for number in (1, 2):  # standard output is for the configuration
+        os.dup2(printing, number)
     process.close_all_but({0, 1, 2, outcome})
     os.register_at_fork(after_in_parent=_count_fork)
     # The default action follows, which ends the process.

@@ -20,6 +20,7 @@ from prefork import __version__, log, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops.instances import ask, closest, find, instances, nearest, process_of
+from prefork.printable import printable
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once.
@@ -31,15 +32,21 @@ _PATH = click.Path(readable=False)
 def tell(error: Exception) -> NoReturn:
     """Tell of it in one line (and the traceback that belongs to it), and end with its exit code."""
     if isinstance(error, PreforkError):
-        click.echo(f"{click.style('prefork:', fg='red', bold=True)} {error}", err=True, color=_colours())
+        text = f"{click.style('prefork:', fg='red', bold=True)} {printable(str(error))}"
+        click.echo(text, err=True, color=_colours())
         sys.exit(error.exit_code)
     if isinstance(error, OSError):
         with contextlib.suppress(OSError):  # standard error may be what is full
-            click.echo(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
+            _say(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
         os._exit(RefusedError.exit_code)  # an ordinary exit would try to flush what can't be written
     text = "".join(traceback.format_exception(error))
-    click.echo(f"prefork: internal error, please report it\n{text}", err=True)
+    _say(f"prefork: internal error, please report it\n{text}", err=True)
     sys.exit(PreforkError.exit_code)
+
+
+def _say(text: str, *, err: bool = False) -> None:
+    """Print what holds words of others: of the daemon that has answered, of user code, of file names."""
+    click.echo(printable(text), err=err)
 
 
 def _colours() -> bool | None:
@@ -203,7 +210,7 @@ def check(sources: Sources, adopt: int | None) -> None:
     process.open_standard_descriptors()
     text = checked(sources, program.read_state(adopt) if adopt is not None else None)
     for name, remedy in unknown_variables(sources.environment):
-        click.echo(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
+        _say(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
     click.echo(text, nl=False)
 
 
@@ -267,7 +274,7 @@ def reload(name: str | None, control: str | None) -> None:
     answer, _ = _answer(None, path, "reload", None)
     if "upgrade" in answer:  # one is under way, and reloads, too
         answer = _outcome(path, answer["upgrade"], "reload")
-    click.echo(f"reloaded: {_serves(answer)}")
+    _say(f"reloaded: {_serves(answer)}")
 
 
 def _serves(answer: dict[str, Any]) -> str:
@@ -290,7 +297,7 @@ def upgrade(name: str | None, control: str | None) -> None:
     path = find(name, control)
     answer, _ = _answer(None, path, "upgrade", None)
     answer = _outcome(path, answer["upgrade"], "upgrade")
-    click.echo(f"upgraded: prefork {answer['version']}, {_serves(answer)}")
+    _say(f"upgraded: prefork {answer['version']}, {_serves(answer)}")
 
 
 def _outcome(path: str, number: int, command: str) -> dict[str, Any]:
@@ -314,7 +321,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
         raise click.UsageError("give a number of workers: N, +K or -K")
     answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
-    click.echo(f"scaled: {answer['workers']} acceptors for each address{later}")
+    _say(f"scaled: {answer['workers']} acceptors for each address{later}")
 
 
 @main.command()
@@ -330,7 +337,7 @@ def suspend(name: str | None, control: str | None) -> None:
       prefork suspend echo   before its database goes away for a moment
     """
     answer, _ = _answer(name, control, "suspend", None)
-    click.echo(f"suspended: nobody accepts, {answer['busy']} connections go on")
+    _say(f"suspended: nobody accepts, {answer['busy']} connections go on")
 
 
 @main.command()
@@ -343,7 +350,7 @@ def resume(name: str | None, control: str | None) -> None:
       prefork resume echo
     """
     answer, _ = _answer(name, control, "resume", None)
-    click.echo(f"resumed: {answer['workers']} acceptors for each address")
+    _say(f"resumed: {answer['workers']} acceptors for each address")
 
 
 @main.command()
@@ -368,7 +375,7 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
     if process is not None:  # it has answered and is about to end: gone is when the process is
         select.select([process], [], [])
         os.close(process)
-    click.echo(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
+    _say(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
 
 
 @main.command()
@@ -384,7 +391,7 @@ def init(folder: str) -> None:
     """
     from prefork import starter
 
-    click.echo(starter.start(folder))
+    _say(starter.start(folder))
 
 
 @main.command()
@@ -408,9 +415,7 @@ def unit(sources: Sources, *, socket: bool) -> None:
     text = units.units(sources, with_socket=socket)
     unseen = units.hidden(sources)
     for path in unseen:
-        click.echo(
-            f"prefork: {path} can't be seen by the service (ProtectHome, PrivateTmp): have it elsewhere, as in /opt", err=True
-        )
+        _say(f"prefork: {path} can't be seen by the service (ProtectHome, PrivateTmp): have it elsewhere, as in /opt", err=True)
     click.echo(text, nl=False)
 
 

@@ -397,8 +397,13 @@ def _toml(plain: Any) -> str:
         return f"[{', '.join(map(_toml, plain))}]"
     if isinstance(plain, float):
         return values.seconds_text(plain)
-    # A JSON string is a TOML string but for DEL, which TOML wants escaped; numbers, true and false are the same.
-    return json.dumps(plain, ensure_ascii=False).replace("\x7f", "\\u007f")
+    # A JSON string is a TOML string but for DEL, which TOML wants escaped; numbers, true and false are the same. What else can't be
+    # printed is escaped for the terminal that `prefork check` writes to.
+    return "".join(c if c.isprintable() else _escaped(c) for c in json.dumps(plain, ensure_ascii=False))
+
+
+def _escaped(character: str) -> str:
+    return f"\\u{ord(character):04x}" if ord(character) < 0x10000 else f"\\U{ord(character):08x}"
 
 
 def needs_restart(old: Config, new: Config) -> str | None:

@@ -28,6 +28,7 @@ from prefork.config import flag
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops import status as status_page
 from prefork.ops.instances import ask
+from prefork.printable import printable
 
 START_TIMEOUT = 30.0
 # Longer than graceful_timeout, after which the daemon itself ends who is left.
@@ -170,11 +171,16 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", ready: socket.socket, 
                     return
             elif ended in happened:
                 status = process.wait()
-                raise StartError(f"prefork ended with exit status {status}:\n{log_path.read_text(errors='replace')}", status)
+                raise StartError(f"prefork ended with exit status {status}:\n{_told(log_path)}", status)
             else:
-                raise StartError(f"prefork is not ready after {START_TIMEOUT:g} s:\n{log_path.read_text(errors='replace')}", None)
+                raise StartError(f"prefork is not ready after {START_TIMEOUT:g} s:\n{_told(log_path)}", None)
     finally:
         os.close(ended)
+
+
+def _told(log_path: Path) -> str:
+    """The log, for a terminal."""
+    return printable(log_path.read_text(errors="replace"))
 
 
 def _first_address(control: str) -> Any:
@@ -196,7 +202,7 @@ def _end(process: "subprocess.Popen[bytes]", log_path: Path) -> None:
         except subprocess.TimeoutExpired:
             process.kill()
             process.wait()
-            text = log_path.read_text(errors="replace")
+            text = _told(log_path)
             raise TimeoutError(f"prefork has not ended {STOP_TIMEOUT:g} s after SIGTERM and was killed; its log:\n{text}") from None
 
 

@@ -14,6 +14,7 @@ from datetime import datetime
 from typing import Any
 
 from prefork.log.events import Level
+from prefork.printable import one_line
 
 # Kept free in a line of limited length for everything that is not a user's text.
 OVERHEAD = 320
@@ -54,7 +55,7 @@ def as_journal(entry: Entry) -> list[str]:
 
 
 def _lines(head: str, entry: Entry) -> list[str]:
-    return [head + _printable(entry.message), *("    " + _printable(line) for line in entry.text.splitlines())]
+    return [head + one_line(entry.message), *("    " + one_line(line) for line in entry.text.splitlines())]
 
 
 def as_json(entry: Entry, room: int | None) -> list[str]:
@@ -126,7 +127,3 @@ def cut(text: str, room: int) -> Iterator[str]:
         text = text[size:]
         if not text:
             return
-
-
-def _printable(line: str) -> str:
-    return line if line.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in line)

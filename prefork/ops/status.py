@@ -13,6 +13,7 @@ import click
 
 from prefork.pool import scoreboard
 from prefork.pool.scoreboard import BUSY, FREE, LEAVING, STATES, Access, Counts, Layout, Scoreboard
+from prefork.printable import one_line
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -132,11 +133,26 @@ def _percentile(histogram: Sequence[int], share: float) -> float | None:
 
 
 def table(status: dict[str, Any]) -> str:
-    """The status for people, with the colours of a terminal where something matters."""
+    """The status for people, with the colours of a terminal where something matters.
+
+    Names of peers, reasons and whatever else user code may have chosen are text here, whatever they hold.
+    """
+    status = _shown(status)
     parts = [_head(status), _listeners(status)]
     parts += [_workers(status)] if status["workers"] else []
     parts += [_deaths(status)] if status["deaths"] else []
     return "\n\n".join("\n".join(lines) for lines in parts)
+
+
+def _shown(value: Any) -> Any:
+    """A document whose texts are one line each and steer no terminal. Of a reason, which may hold a traceback, the first one."""
+    if isinstance(value, str):
+        return one_line(value)
+    if isinstance(value, list):
+        return [_shown(one) for one in value]
+    if isinstance(value, dict):
+        return {key: _shown(one.partition("\n")[0] if key == "reason" and one else one) for key, one in value.items()}
+    return value
 
 
 def _head(status: dict[str, Any]) -> list[str]:
@@ -154,10 +170,10 @@ def _head(status: dict[str, Any]) -> list[str]:
     if status["saturated_seconds"]:
         lines.append(f"at the ceiling: {_span(status['saturated_seconds'])}")
     if status["backoff"]:
-        lines.append(f"{click.style('backing off', fg='red')}: {_first_line(status['backoff']['reason'])}")
+        lines.append(f"{click.style('backing off', fg='red')}: {status['backoff']['reason']}")
     if reload and reload["result"] != "ok":
         when = f"{_span(time.time() - reload['at'])} ago"
-        lines.append(f"last reload {click.style(reload['result'], fg='red')} {when}: {_first_line(reload['reason'])}")
+        lines.append(f"last reload {click.style(reload['result'], fg='red')} {when}: {reload['reason']}")
     return lines
 
 
@@ -199,10 +215,6 @@ def _state(state: str) -> str:
 
 def _bad(count: int, what: str) -> str:
     return click.style(f"{count} {what}", fg="red") if count else f"{count} {what}"
-
-
-def _first_line(text: str) -> str:
-    return text.partition("\n")[0]
 
 
 def _columns(rows: list[list[str]]) -> list[str]:

@@ -8,6 +8,8 @@ import os
 import socket
 from collections.abc import Mapping, MutableMapping
 
+from prefork.printable import one_line
+
 # SD_LISTEN_FDS_START
 _FIRST_DESCRIPTOR = 3
 # As many as a process may have open by default: a number from the environment bounds a loop here.
@@ -53,11 +55,14 @@ class Notifier:
 
 
 def line(text: str) -> str:
-    """A text in one line, no longer than the service manager takes it: its first, and of a traceback the last, too."""
+    """A text in one line, no longer than the service manager takes it: its first, and of a traceback the last, too.
+
+    `systemctl status` prints it as it is.
+    """
     first, _, rest = text.partition("\n")
     if rest.startswith("Traceback "):
         first = f"{first} {rest.rstrip().rpartition(chr(10))[2].strip()}"
-    return first.encode(errors="backslashreplace")[:TEXT_LIMIT].decode(errors="ignore")
+    return one_line(first).encode(errors="backslashreplace")[:TEXT_LIMIT].decode(errors="ignore")
 
 
 def watchdog(environment: Mapping[str, str]) -> float | None:

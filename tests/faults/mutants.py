@@ -26,6 +26,20 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a peer's name that reaches the terminal as it is",
+        "ops/status.py",
+        "        return one_line(value)\n",
+        "        return value\n",
+        ("tests/unit/test_printable.py::test_the_table_shows_whatever_a_daemon_answers_as_text",),
+    ),
+    Mutant(
+        "a refusal that reaches the terminal as it is",
+        "cli.py",
+        " {printable(str(error))}",
+        " {error}",
+        ("tests/integration/test_commands.py::test_a_refused_reload_and_a_start_show_no_control_character_of_the_handlers",),
+    ),
+    Mutant(
         "a SIGTERM handler that raises",
         "worker.py",
         "            self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)\n",

@@ -23,7 +23,7 @@ import pytest
 
 from prefork.cli import main
 from prefork.config import OPTIONS, flag, reference
-from prefork.testing import Server, serve
+from prefork.testing import Server, StartError, serve
 from tests import watch
 from tests.integration.test_control import run
 
@@ -41,6 +41,51 @@ def check(folder: Path, *arguments: str, **environment: str) -> "subprocess.Comp
 
 
 # -- check
+
+
+# Text with which user code would set a terminal's title, clear it, and turn text around; and what the commands show of it.
+STEERING = "\x1b]0;OWNED\x07 \x1b[2J \x9b1m \u202e ä"
+SHOWN = r"\x1b]0;OWNED\x07 \x1b[2J \x9b1m \u202e ä"
+
+
+def test_check_shows_what_the_import_prints_and_raises_without_its_control_characters(module: Callable[[str], Path]) -> None:
+    printed = f"import os\nprint({STEERING!r})\nos.write(2, {('raw ' + STEERING).encode()!r} + b'\\xff\\xc3')\n"
+    done = check(module(printed + LOOP), "--module=mine:loop")
+    assert (done.returncode, done.stderr) == (0, f"{SHOWN}\nraw {SHOWN}\\xff\\xc3")
+    done = check(module(f"{printed}raise ValueError({STEERING!r} + '\\n  indented')\n"), "--module=mine:loop")
+    assert done.returncode == 78
+    assert done.stderr.startswith(f"{SHOWN}\nraw {SHOWN}\\xff\\xc3prefork: mine:loop: the import raised\nTraceback")
+    assert done.stderr.endswith(f"\nValueError: {SHOWN}\n  indented\n")
+
+
+def test_check_ends_an_import_that_prints_for_ever(module: Callable[[str], Path]) -> None:
+    done = check(module("while True:\n    print('x' * 1000)\n"), "--module=mine:loop", "--boot-timeout=0.3")
+    assert done.returncode == 78
+    assert "the import has not ended after boot_timeout = 0.3 s" in done.stderr[-500:]
+
+
+def test_check_prints_a_configuration_that_steers_no_terminal(module: Callable[[str], Path]) -> None:
+    folder = module(LOOP)
+    (folder / "my.toml").write_text('module = "mine:loop"\nbind = ["unix:/tmp/\\u001b[2J\\u009b\\u202e\\U000E0001ä"]\n')
+    done = check(folder, "--config", "my.toml")
+    assert "ä" in done.stdout
+    assert [line for line in done.stdout.split("\n") if not line.isprintable()] == []
+    assert tomllib.loads(done.stdout)["bind"] == ["unix:/tmp/\x1b[2J\x9b\u202e\U000e0001ä"]
+
+
+def test_a_refused_reload_and_a_start_show_no_control_character_of_the_handlers(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    server = prefork_server("mine:loop", folder=module(LOOP), workers=1)
+    module(f"raise ValueError({STEERING!r})\n")
+    done = run("reload", "--control", server.control)
+    assert done.returncode == 1
+    assert done.stderr.endswith(f"\nValueError: {SHOWN}\n")
+    assert [line for line in done.stderr.split("\n") if not line.isprintable()] == []
+    with pytest.raises(StartError) as failure, serve("mine:loop", folder=module(f"raise ValueError({STEERING!r})\n")):
+        pass
+    assert f"\nValueError: {SHOWN}\n" in str(failure.value)
+    assert [line for line in str(failure.value).split("\n") if not line.isprintable()] == []
 
 
 def test_check_prints_every_option_with_its_value_and_where_it_comes_from(module: Callable[[str], Path]) -> None:
