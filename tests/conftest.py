@@ -31,6 +31,7 @@ def _own_scratch(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
 def _leaves_nothing_behind(_own_scratch: Path) -> Iterator[None]:
     before = watch.descriptors(os.getpid())
     yield
+    watch.release_ports()
     try:
         watch.until("no process is left behind", _no_children)
     except AssertionError as error:

@@ -51,7 +51,8 @@ class Load:
 
     ``rate`` (connections a second, all clients together) paces them, and who was held up catches up; without it each connects
     again at once. ``reset`` closes with RST. ``held``: each keeps its connection until the end, with a round trip now and then. A
-    refused connection is counted apart and the client goes on (a stop, a dead master).
+    refused connection is counted apart and the client goes on (a stop, a dead master). ``timeout``: how long each waits for an
+    answer, and, unless ``connect_timeout`` says otherwise, for its handshake.
     """
 
     def __init__(
@@ -63,12 +64,14 @@ class Load:
         reset: bool = False,
         held: bool = False,
         timeout: float = 10.0,
+        connect_timeout: float | None = None,
     ) -> None:
         self.address = address
         self.reset = reset
         self.held = held
         self.clients = clients
         self.timeout = timeout
+        self.connect_timeout = timeout if connect_timeout is None else connect_timeout
         self.interval = clients / rate if rate else 0.0
         self._stopped = threading.Event()
         self._tallies = [Tally() for _ in range(clients)]
@@ -128,7 +131,8 @@ class Load:
     def _one(self, tally: Tally) -> None:
         begun = time.monotonic()
         try:
-            sock = connect(self.address, self.timeout)
+            sock = connect(self.address, self.connect_timeout)
+            sock.settimeout(self.timeout)
         except (ConnectionRefusedError, FileNotFoundError):
             tally.refused += 1
             self._stopped.wait(0.01)

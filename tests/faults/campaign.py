@@ -1,10 +1,11 @@
-"""All faults by their names, and all strikes at random together. The suite, CI and ``python -m tests.faults`` run the same code
-with other counts.
+"""All faults by their names, and all strikes on one daemon: at random and together (``python -m tests.faults``, by hand), or each
+in its turn (CI).
 """
 
 import random
 import threading
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
 from tests.faults import hostile, kills, machine, mix, stops, storms
@@ -22,11 +23,22 @@ def together(seconds: float, seed: int, workload: str | None = None) -> Figures:
 
     But for the master's SIGKILL, after which there is no daemon any more (`tests.faults.kills.master`).
     """
+    return _struck(seed, lambda ring, strikes: _strike_at_random(ring, strikes, seconds, seed), workload, alone=True)
+
+
+def in_turn(seed: int) -> Figures:
+    """Each strike once, the daemon recovered before the next one. The seed says which daemon it is; nothing else is left to it."""
+    return _struck(seed, _strike_in_turn)
+
+
+def _struck(
+    seed: int, strike: Callable[[Arena, list[Strike]], None], workload: str | None = None, *, alone: bool = False
+) -> Figures:
     with mix.prepared(seed, workload) as preparation:
         kind = {"seed": seed, "exact": preparation.exact, "log": preparation.log, "left_out": preparation.left_out}
         with arena(
             preparation.workload,
-            rounds=Rounds(0, seed=seed),
+            rounds=Rounds(0, seed=seed, alone=alone),
             workers=mix.WORKERS,
             module=mix.MODULE,
             place=preparation.place,
@@ -38,10 +50,16 @@ def together(seconds: float, seed: int, workload: str | None = None) -> Figures:
             ring.figures |= kind
             for prepare in preparation.begin:
                 prepare(ring)
-            _strike_at_random(ring, preparation.strikes, seconds, seed)
+            strike(ring, preparation.strikes)
             for finish in (*preparation.end, mix.permit_crashes, mix.tell_events):
                 finish(ring)
     return ring.figures | {"count": len(ring.history), "overlapping": _overlapping(ring)}
+
+
+def _strike_in_turn(ring: Arena, strikes: list[Strike]) -> None:
+    for strike in sorted(strikes, key=lambda strike: strike.name):
+        strike(ring)
+        ring.recovered()
 
 
 def _strike_at_random(ring: Arena, strikes: list[Strike], seconds: float, seed: int) -> None:

@@ -13,8 +13,8 @@ from tests.faults import strikes
 from tests.faults.arena import AND_FULL, Arena, Fault, Figures, Rounds, arena, clients, figures_of_ends, note_end, serving
 
 IMPORT_TAKES_A_SECOND = "import time\ntime.sleep(1)\n"
-# The longest that a client may wait while such a fork server is replaced; and on a machine that others make wait, too.
-LONGEST_WAIT, SHORTER_THAN_THE_IMPORT = 0.2, 0.9
+# The longest that a client may wait while such a fork server is replaced, and that what has to end with its master may take.
+LONGEST_WAIT, LONGEST_END = 0.2, 1.0
 
 
 def workers(rounds: Rounds, workload: str) -> Figures:
@@ -63,7 +63,7 @@ def fork_server(rounds: Rounds, workload: str) -> Figures:
             generation = ring.recovered()["generation"]
             (strikes.segv_fork_server if rounds.done % 4 == 3 else strikes.kill_fork_server)(ring)
             ring.replaced(generation)
-    assert ring.figures["worst"] < (LONGEST_WAIT if rounds.alone else SHORTER_THAN_THE_IMPORT), ring.figures
+    assert ring.figures["worst"] < LONGEST_WAIT or not rounds.alone, ring.figures
     return ring.figures
 
 
@@ -81,17 +81,18 @@ def master(rounds: Rounds, workload: str) -> Figures:
             server.process.send_signal(signal.SIGSEGV if rounds.done % 4 == 3 else signal.SIGKILL)
             server.process.wait()
             begun = time.monotonic()
-            watch.until("idle ones have gone", partial(_left, family, most), 5.0)
+            watch.until("idle ones have gone", partial(_left, family, most))
             idle_gone.append(time.monotonic() - begun)
-            watch.until("the port is free", partial(watch.is_free, server.address[1]), 5.0)
+            watch.until("the port is free", partial(watch.is_free, server.address[1]))
             free.append(time.monotonic() - begun)
             note_end(figures, loads)
             begun = time.monotonic()
-            watch.until("every process has gone", partial(_left, family, 0), 5.0)
+            watch.until("every process has gone", partial(_left, family, 0))
             all_gone.append(time.monotonic() - begun)
-        assert max(idle_gone[-1], all_gone[-1], free[-1]) < 1.0, (idle_gone[-1], all_gone[-1], free[-1])
-    took = {"idle_gone": max(idle_gone), "all_gone": max(all_gone), "port_free": max(free)}
-    return figures | {key: round(value, 3) for key, value in took.items()}
+        took = idle_gone[-1], all_gone[-1], free[-1]
+        assert max(took) < LONGEST_END or not rounds.alone, took
+    longest = {"idle_gone": max(idle_gone), "all_gone": max(all_gone), "port_free": max(free)}
+    return figures | {key: round(value, 3) for key, value in longest.items()}
 
 
 FAULTS = {

@@ -37,11 +37,11 @@ def order(ring: Arena, text: str, *, may_be_cut: bool = False) -> str:
 
 
 def healed(ring: Arena, is_well: Callable[[], bool]) -> float:
-    """Seconds until it is well, which must not be more than HEALED."""
+    """Seconds until it is well; in a campaign they must not be more than HEALED."""
     begun = time.monotonic()
     watch.until("it is well", is_well)
     took = time.monotonic() - begun
-    assert took < HEALED, f"healed {took:.2f} s after the cause had gone\n{ring.log()}"
+    assert took < HEALED or not ring.alone, f"healed {took:.2f} s after the cause had gone\n{ring.log()}"
     return round(took, 3)
 
 
@@ -130,7 +130,7 @@ def oom(rounds: Rounds, workload: str) -> Figures:
             assert group.kills() > before, "it was not the limit"
             watch.until("each death is known", lambda: number < _sigkills(ring) == group.kills())  # noqa: B023 - asked here only
         others = group.kills() - rounds.done
-        assert others <= 1 + rounds.done // 50, f"{others} others were killed"
+        assert others <= 1 + rounds.done // 50 or not ring.alone, f"{others} others were killed"
         ring.permit("another victim", others)
     return ring.figures
 
@@ -193,7 +193,7 @@ def no_descriptors_in_master(rounds: Rounds, workload: str) -> Figures:
                 command.sendall(b'{"command": "status"}\n')
                 ring.logged("control client refused: Too many open files", times=number + 1)
                 resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
-                command.settimeout(HEALED)
+                command.settimeout(HEALED if ring.alone else watch.DEADLINE)
                 assert b'"ok": true' in command.recv(65536)
             took.append(healed(ring, lambda: bool(ring.server.command("reload")["ok"])))
     return ring.figures | {"healed_worst": max(took)}

@@ -193,7 +193,7 @@ class Memory:
     def permit_others(self, ring: Arena) -> None:
         """Seldom the kernel takes a second one before the first has given its memory back (`tests.faults.machine.oom`)."""
         others = self.group.kills() - self.ordered
-        assert others <= 1 + self.ordered // 50, f"{others} others were killed"
+        assert others <= 1 + self.ordered // 50 or not ring.alone, f"{others} others were killed"
         ring.permit("another victim of oom", others)
 
 

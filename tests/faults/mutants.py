@@ -131,6 +131,16 @@ MUTANTS = [
         ("tests/integration/test_reload.py::test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late",),
     ),
     Mutant(
+        "workers to be recycled that are told apart by a second look",
+        "generation.py",
+        "        busy = [slot for slot in tired if row[slot - acceptors.first] == BUSY]\n",
+        "        busy = [slot for slot in tired if self.board.states[slot] == BUSY]\n",
+        (
+            "tests/unit/test_generation.py::"
+            "test_a_worker_to_be_recycled_that_changes_between_two_reads_of_the_board_is_asked_to_leave_all_the_same",
+        ),
+    ),
+    Mutant(
         "workers that leave with their fork server",
         "worker.py",
         "        if self._is_orphan():  # else somebody has sent it\n",

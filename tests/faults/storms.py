@@ -167,7 +167,10 @@ def graceful_stops(rounds: Rounds, workload: str) -> Figures:
     """Stops under full load: nobody whom the kernel had connected is cut; refused ones are counted apart."""
     figures = figures_of_ends(workload) | {"slowest_stop": 0.0}
     for _ in rounds:
-        with serve("echo:loop", workers=4) as server, clients(server.address, workload, timeout=0.5) as loads:
+        with (
+            serve("echo:loop", workers=4) as server,
+            clients(server.address, workload, timeout=watch.DEADLINE, connect_timeout=0.5) as loads,
+        ):
             serving(server, loads)
             begun = time.monotonic()
             server.process.send_signal(signal.SIGTERM)

@@ -124,7 +124,7 @@ def test_a_stop_does_not_wait_for_a_stopped_fork_server(prefork_server: Start, s
         watch.until("it is stopped", lambda: psutil.Process(stopped).status() == psutil.STATUS_STOPPED)
         if signo == signal.SIGTERM:
             sock.close()
-        with watch.fewer_than(10.0, "the stop"):
+        with watch.soon("the stop"):
             assert server.stop(signo) == 0
     assert watch.is_gone(stopped)
 
@@ -247,7 +247,7 @@ def test_a_stop_can_be_hurried_afterwards_and_ends_a_farewell_too(prefork_server
         assert sock.recv(1) == b"x"
         os.kill(server.pid, signal.SIGTERM)
         watch.logged(server, "stopping")
-        with watch.fewer_than(5.0, "a stop that was hurried"):
+        with watch.soon("a stop that was hurried"):
             assert server.command("stop", timeout=0.2)["killed"] == 1
     assert server.stop() == 0
 
@@ -281,7 +281,7 @@ def test_a_signal_that_says_a_living_parent_is_dead_is_not_believed(prefork_serv
 def test_a_hook_that_does_not_end_is_cut_at_graceful_timeout(prefork_server: Start, module: Module) -> None:
     folder = module("import time\nfrom prefork.examples.echo import loop\ndef leave():\n    time.sleep(600)\n")
     server = prefork_server("mine:loop", folder=folder, workers=2, graceful_timeout=0.5, on_worker_exit="mine:leave")
-    with watch.fewer_than(20, "a stop whose workers don't leave"):
+    with watch.soon("a stop whose workers don't leave"):
         assert server.stop() == 0
     assert "stopped: 0 connections accepted, 0 cut" in server.log()
 

@@ -2,7 +2,6 @@
 
 import errno
 import os
-import random
 import signal
 import subprocess
 import sys
@@ -38,20 +37,12 @@ def test_a_tenth_of_each_fault(name: str, workload: str) -> None:
     fault.run(Rounds(fault.share(fault.full // 10)), workload)
 
 
-def test_faults_at_random_together() -> None:
-    at_random(3.0)
-
-
 @pytest.mark.slow
-@pytest.mark.timeout(300)
-def test_faults_at_random_together_for_a_minute() -> None:
-    at_random(60.0)
-
-
-def at_random(seconds: float) -> None:
-    seed = random.randrange(1 << 32)
-    print(f"seed {seed}")  # shown when it fails
-    campaign.together(seconds, seed)
+@pytest.mark.timeout(600)
+@pytest.mark.parametrize(("seed", "exact", "log"), [(8, True, "disk"), (10, False, "pipe")])
+def test_a_daemon_that_is_prepared_for_all_faults_holds_each_in_its_turn(seed: int, exact: bool, log: str) -> None:
+    figures = campaign.in_turn(seed)
+    assert (figures["exact"], figures["log"]) == (exact, log)
 
 
 def test_a_fork_server_that_can_not_be_replaced_is_tried_again_and_its_workers_serve_on(

@@ -97,7 +97,7 @@ def test_at_a_stop_it_comes_at_once_and_makes_room_for_those_in_the_queue(prefor
         for sock in queued:
             sock.sendall(b"served\n")
             sock.shutdown(socket.SHUT_WR)
-        with watch.fewer_than(20, "a stop whose connections end when they are told to"):
+        with watch.soon("a stop whose connections end when they are told to"):
             assert server.stop() == 0
         assert [rest(sock) for sock in held] == [b"goodbye\n"] * 2
         assert [rest(sock).partition(b"\n")[2] for sock in queued] == [b"served\ngoodbye\n"] * 4

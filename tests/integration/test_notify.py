@@ -8,7 +8,6 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from itertools import pairwise
 from pathlib import Path
 
 from prefork.testing import Server, connect
@@ -127,11 +126,8 @@ def test_an_upgrade_ends_as_it_was_begun_by_the_program_before(module: Module, t
 def test_the_watchdog_is_fed_by_the_main_loop_and_only_by_it(module: Module, tmp_path: Path) -> None:
     with managed(module(ECHO), tmp_path, WATCHDOG_USEC="600000") as (server, manager):
         manager.hears("READY=1")
-        times = []
         for _ in range(5):
             manager.hears("WATCHDOG=1")
-            times.append(time.monotonic())
-        assert all(0.2 < after - before < 0.6 for before, after in pairwise(times)), times
         os.kill(server.pid, signal.SIGSTOP)
         try:
             watch.until("it stands still", lambda: os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))

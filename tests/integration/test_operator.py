@@ -151,7 +151,7 @@ def test_a_scale_that_the_ceiling_delays_says_so_at_once(prefork_server: Start) 
         assert one.recv(64)
         assert two.recv(64)
         watch.logged(server, "max_workers = 2 reached")
-        with watch.fewer_than(10.0, "scale at the ceiling"):
+        with watch.soon("scale at the ceiling"):
             done = run("scale", "2", "--control", server.control)
         assert done.returncode == 0
         assert "max_workers is reached" in done.stdout

@@ -72,7 +72,7 @@ def test_a_quick_stop_waits_for_nobody(prefork_server: Start, how: str) -> None:
             os.kill(server.pid, signal.SIGINT)
             watch.logged(server, "stopping (SIGINT)")
             time.sleep(SAME_INTERRUPT)  # within it, a second one is the echo of the first
-        with watch.fewer_than(5.0, "a quick stop"):
+        with watch.soon("a quick stop"):
             assert server.stop(signal.SIGQUIT if how == "QUIT" else signal.SIGINT) == 0
         assert all(map(watch.is_gone, pids))
 
@@ -144,7 +144,7 @@ def test_term_before_the_first_ready_ends_the_daemon(prefork_server: Start, gate
         thread.start()
         pid = watch.until("the fork server runs", lambda: _master_of("prefork: early gen 1"))
         os.kill(pid, signal.SIGTERM)
-        with watch.fewer_than(5.0, "ending a daemon that boots"):
+        with watch.soon("ending a daemon that boots"):
             thread.join()
     assert "exit status 0" in started[0]
 
