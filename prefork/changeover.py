@@ -19,12 +19,16 @@ from prefork.listeners import Plan
 from prefork.net.listener import Listener
 from prefork.ops.control import Client, Outcome
 from prefork.pool import policy
+from prefork.pool.lives import ForkServerLives
 from prefork.pool.tally import LastReload, Trouble
+from prefork.pool.throttle import Throttle
 
 # After a commit: how long an answer waits for old idle workers to leave (they take milliseconds, unless somebody stopped one).
 SETTLED = 1.0
 # So many crashes of a canary's workers take the reload back; all of its first acceptors do, too.
 CRASHES = 3
+# A fork server that dies is replaced at once, so many together and then so many a second: each costs the master 6 ms and an import.
+RESTARTS, RESTARTS_A_SECOND = 8, 1.0
 
 
 class Changeover:
@@ -34,6 +38,8 @@ class Changeover:
         self.daemon = daemon
         self.wanted: list[Client] | None = None  # a reload asked for while another is under way
         self.restart_at: float | None = None
+        self._lives = ForkServerLives()
+        self._restarts = Throttle(RESTARTS_A_SECOND, RESTARTS, policy.BACKOFF_LIMIT)
 
     # -- starting the next generation
 
@@ -98,11 +104,26 @@ class Changeover:
             return
         if generation is daemon.current:
             log.event("fork_server_died", generation=generation.number, cause=cause)
-            self.restart_at = daemon.now
+            self.restart_at = daemon.now + self._wait_after_death(generation, cause)
         elif generation.failure is None:
             generation.failure = (
                 f"{generation.config.module}: the fork server died while it booted: {cause}; does the import end it?"
             )
+
+    def _wait_after_death(self, generation: Generation, cause: str) -> float:
+        """Seconds until the fork server that has died is replaced."""
+        daemon = self.daemon
+        failures = self._lives.ended(daemon.now - generation.committed_at, served=generation.begun() > 0)
+        self._restarts.spend(daemon.now)
+        seconds, reason = max(0.0, self._restarts.until - daemon.now), f"the fork server died: {cause}"
+        if failures:
+            # A commit has ended the row of failures; this fork server has died soon after it, as the one before.
+            daemon.trouble = Trouble(failures - 1, daemon.now)
+            reason = f"the fork server died soon after its generation began to serve: {cause}"
+            seconds = max(seconds, daemon.trouble.add(daemon.now, reason))
+        if seconds:
+            log.event("restarting", seconds=seconds, reason=reason)
+        return seconds
 
     def ensure_fork_server(self) -> None:
         """Replace a dead fork server for which nothing is planned: a reload that was to take its place is not to be."""

@@ -93,7 +93,7 @@ class Config:
         256, values.whole(1, WORKERS_LIMIT), "Ceiling on worker processes of this daemon; at it, clients wait in the queue.", "N"
     )
     spare_timeout: float = _seconds(
-        10.0, "Surplus acceptors that nobody has needed for so long are retired.", values.positive_seconds
+        10.0, "Surplus acceptors that nobody has needed for so long, 0.1 s at least, are retired.", values.positive_seconds
     )
     backlog: int = _option(
         2048, values.whole(1, (1 << 31) - 1), "The listen queue (the kernel cuts it to net.core.somaxconn).", "N"

@@ -101,6 +101,7 @@ EVENT_FIELDS = {
     "worker_ended": ["slot", "generation", "pid", "cause"],
     "recycled": ["slot", "generation", "pid", "connections"],
     "worker_early": ["slot", "generation", "pid", "what", "cause", "failures", "seconds"],
+    "deaths_flood": ["generation", "most"],
     "fork_failed": ["reason", "failures", "seconds"],
     "fork_again": ["failures"],
     "saturated": ["max_workers", "address"],

@@ -89,6 +89,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
         Level.ERROR,
         "worker {slot} of generation {generation} (pid {pid}) {what}: {cause}; {failures} in a row, next try in {seconds:.1f} s",
     ),
+    "deaths_flood": (
+        Level.WARNING,
+        "workers of generation {generation} end by themselves again and again: at most {most} a second are replaced",
+    ),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
     "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),

@@ -17,8 +17,8 @@ nobody rings. From STEADY_LOOK on whoever takes the acceptor by which fewer than
 become rarer still, up to CALM_LOOK. If somebody has rung, or nobody is idle, it is STEADY_LOOK again, and no ring. Once a look
 finds that nobody was accepted since the last one, it was the last, and the next accept rings.
 
-Surplus acceptors are those that were never needed during a whole ``spare_timeout``: the low-water mark of idle workers, kept
-exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
+Surplus acceptors are those that were never needed during a whole ``spare_timeout`` (SHORTEST_WINDOW at least): the low-water mark
+of idle workers, kept exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
 
 A worker that has reached a limit of its own (connections, age, memory) is *tired*: it serves on until it is told to leave, but
 does not count as an acceptor. So its replacement is forked as for anybody who is missing, and it is told to leave when it is
@@ -33,6 +33,8 @@ LOOK_AGAIN, STEADY_LOOK, CALM_LOOK = 0.002, 0.032, 0.256
 YOUNG, FRESH = 0.050, 0.0006
 # At the ceiling nothing can be done until somebody ends, which is an event; the look only keeps `saturated_seconds` true.
 SATURATED_LOOK = 1.0
+# Surplus acceptors are looked for at most ten times a second, however short `spare_timeout` is: each time costs a look.
+SHORTEST_WINDOW = 0.1
 BACKOFF_BASE = 1.5
 BACKOFF_LIMIT = 30.0
 # A fork that fails costs next to nothing, and clients wait for it: a want of processes or memory that has gone is noticed soon.
@@ -148,13 +150,14 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     # More workers than acceptors wanted. No event tells when the busy ones are done, so there is a look at every window's end.
     low = view.idle if memory.low_water is None else min(memory.low_water, view.idle)
     begun = now if memory.low_water is None else memory.window_at
+    window = max(spare_timeout, SHORTEST_WINDOW)
     retire = 0
-    if now >= begun + spare_timeout:
+    if now >= begun + window:
         retire = max(0, low - view.target)
         low, begun = view.idle - retire, now
     if low > view.target:
         needed = low  # whoever is needed in this window is heard of
-    ends = begun + spare_timeout
+    ends = begun + window
     due = min(ends, look_at or ends)
     return Memory(wait, due, low_water=low, window_at=begun), Decision(0, retire, due, needed)
 

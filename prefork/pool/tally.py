@@ -7,6 +7,9 @@ from dataclasses import dataclass, field
 from prefork.pool import policy, scoreboard
 from prefork.pool.scoreboard import NOTHING, Counts
 
+# Failures are in a row when the next one comes within this time after its try; twice the longest wait.
+EPISODE = 2 * policy.BACKOFF_LIMIT
+
 
 @dataclass(frozen=True, slots=True)
 class Death:
@@ -54,9 +57,18 @@ class Trouble:
     until_served: bool = False  # a worker that is ready proves nothing; one that has accepted does
 
     def add(self, now: float, reason: str, *, until_served: bool = False, wait: Callable[[int], float] = policy.backoff) -> float:
-        """One more failure; those that come while nothing is tried belong to the same try. Returns the seconds to wait."""
-        self.until_served, self.reason = until_served, reason
+        """One more failure; those that come while nothing is tried belong to the same try. Returns the seconds to wait.
+
+        After a failure ``until_served`` it takes a worker that has served to end the row, whatever else fails meanwhile.
+        """
+        if self.is_over(now):
+            self.failures, self.until_served = 0, False
+        self.until_served, self.reason = self.until_served or until_served, reason
         if now >= self.until:
             self.failures += 1
             self.until = now + wait(self.failures)
         return self.until - now
+
+    def is_over(self, now: float) -> bool:
+        """Whether the last failure was so long ago that another one is not in its row."""
+        return now >= self.until + EPISODE

@@ -226,6 +226,20 @@ MUTANTS = [
         ("tests/unit/test_log.py::test_a_fork_does_not_tell_again_what_its_parent_has_begun",),
     ),
     Mutant(
+        "workers that end when they are ready, and are replaced at once for ever",
+        "pool/lives.py",
+        "        self._ends.append((now, acceptors == 0))\n",
+        "        self._ends = deque([(now, acceptors == 0)])\n",
+        ("tests/unit/test_generation.py::test_workers_that_end_when_they_were_ready_are_one_failure",),
+    ),
+    Mutant(
+        "a look at surplus acceptors as often as a microsecond is over",
+        "pool/policy.py",
+        "    window = max(spare_timeout, SHORTEST_WINDOW)\n",
+        "    window = spare_timeout\n",
+        ("tests/unit/test_policy.py::test_surplus_is_not_looked_for_without_a_pause_however_short_the_time_is",),
+    ),
+    Mutant(
         "acceptors that exist on the board only",
         "generation.py",
         "        row = acceptors.true_row()\n",

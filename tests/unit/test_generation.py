@@ -10,7 +10,7 @@ from collections.abc import Iterator
 import pytest
 
 from prefork.config import Sources
-from prefork.generation import LIMBO, Generation
+from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
@@ -455,3 +455,92 @@ def test_surplus_workers_are_chosen_by_the_row_that_found_them(peer: Peer) -> No
     board.states[0], board.states[1] = scoreboard.BUSY, scoreboard.IDLE
     generation._retire_some(acceptors, row, 1, 1.0)
     assert list(board.retire[:2]) == [1, 0]
+
+
+def _is_ready(peer: Peer, slot: int, pid: int, now: float) -> None:
+    """The fork that was ordered last is there, and waits in accept()."""
+    board = peer.generation.board
+    peer.say(Report(Kind.FORKED, slot, pid), now)
+    board.words[board.record(slot) + scoreboard.STARTED] = time.monotonic_ns()
+    board.states[slot] = scoreboard.IDLE
+    assert peer.generation.rang(wire.Doorbell(wire.Ring.READY, 1, slot, pid), now)
+
+
+@pytest.mark.parametrize("status", [0, 1 << 8, 11], ids=["exit 0", "exit 1", "SIGSEGV"])
+def test_workers_that_end_when_they_were_ready_are_one_failure(peer: Peer, status: int) -> None:
+    generation, now, pid, forks = peer.generation, 10.0, PID + 10, 0
+    pids = [PID, PID + 1]
+    for round_ in range(1, 5):
+        tried = now
+        while not generation.trouble.failures >= round_:
+            for slot in range(2):
+                peer.say(Report(Kind.EXITED, slot, pids[slot], status=status), now)
+            if generation.trouble.failures >= round_:
+                break
+            generation.tend(now, 0)
+            for command in peer.asked():
+                assert command is not None
+                assert command.order is Order.FORK
+                forks, pid = forks + 1, pid + 1
+                pids[command.slot] = pid
+                _is_ready(peer, command.slot, pid, now + 0.005)
+            now += 0.02
+        assert now < tried + 1
+        generation.tend(now, 0)
+        assert peer.asked() == [], "not before the wait is over"
+        assert generation.trouble.until == now + policy.backoff(round_)
+        now = generation.trouble.until
+        generation.tend(now, 0)
+        for command in peer.asked():
+            assert command is not None
+            forks, pid = forks + 1, pid + 1
+            pids[command.slot] = pid
+            _is_ready(peer, command.slot, pid, now)
+    assert forks <= 16
+
+
+def test_one_that_lived_is_replaced_at_once_and_so_is_one_whose_generation_serves(peer: Peer) -> None:
+    generation, board, pid = peer.generation, peer.generation.board, PID
+    for n in range(200):
+        now = 10.0 + n * 0.02
+        if n % 2:  # it has served nothing itself, but another one has
+            words, begun = board.words, board.record(1) + scoreboard.BEGUN
+            words[begun] += 1
+            words[board.record(1) + scoreboard.OK] += 1
+        else:  # ready two seconds ago
+            board.words[board.record(0) + scoreboard.STARTED] = time.monotonic_ns() - 2_000_000_000
+            generation.pool.workers[0].since = now - 3
+        peer.say(Report(Kind.EXITED, 0, pid, status=11), now)
+        generation.tend(now, 0)
+        assert peer.asked() == [Command(Order.FORK, 0)]
+        pid = PID + 10 + n
+        _is_ready(peer, 0, pid, now)
+
+
+def test_a_worker_that_claims_to_be_older_than_its_fork_is_not_believed(peer: Peer) -> None:
+    generation, board, pid, now, deaths = peer.generation, peer.generation.board, PID, 10.0, 0
+    board.states[1] = scoreboard.BUSY
+    while not generation.trouble.failures:
+        board.words[board.record(0) + scoreboard.STARTED] = 1
+        peer.say(Report(Kind.EXITED, 0, pid, status=11), now)
+        deaths, pid, now = deaths + 1, PID + 10 + deaths, now + 0.02
+        assert deaths < 10
+        generation.tend(now, 0)
+        if Command(Order.FORK, 0) in peer.asked():
+            _is_ready(peer, 0, pid, now)
+
+
+def test_deaths_without_end_are_replaced_so_many_a_second(peer: Peer, capfd: pytest.CaptureFixture[str]) -> None:
+    generation, board, pid, now, forks = peer.generation, peer.generation.board, PID, 10.0, 0
+    while now < 70.0:
+        board.words[board.record(0) + scoreboard.BEGUN] += 1  # it says that it has served, and dies
+        board.words[board.record(0) + scoreboard.OK] += 1
+        if 0 in generation.pool.workers:
+            peer.say(Report(Kind.EXITED, 0, pid, status=11), now)
+        generation.tend(now, 0)
+        if Command(Order.FORK, 0) in peer.asked():
+            forks, pid = forks + 1, PID + 10 + forks
+            _is_ready(peer, 0, pid, now)
+        now += 0.005
+    assert DEATHS_A_SECOND * 55 < forks <= DEATHS_A_SECOND * 60 + DEATHS + generation.config.max_workers + 1
+    assert capfd.readouterr().err.count("again and again") == 1

@@ -170,6 +170,18 @@ def test_surplus_that_was_not_needed_for_a_whole_window_goes() -> None:
     assert second.retire == 7
 
 
+@given(spare_timeout=st.floats(1e-9, 1), idle=st.integers(3, 9), busy=st.integers(0, 5))
+def test_surplus_is_not_looked_for_without_a_pause_however_short_the_time_is(spare_timeout: float, idle: int, busy: int) -> None:
+    memory, now, looks = Memory(), 0.0, 0
+    while now < 10.0:
+        memory, decision = decide(memory, View(2, idle, 0, 0, busy, 50), now, spare_timeout)
+        looks += 1
+        assert decision.look_at is not None
+        assert decision.look_at > now
+        now = decision.look_at
+    assert looks <= 102
+
+
 def test_surplus_that_was_needed_for_a_moment_stays_for_another_window() -> None:
     memory, first = decide(Memory(), view(2, 9), 1.0, SPARE)
     assert first.ring_below == 9, "the accept that leaves 8 has to be heard of"

@@ -1,0 +1,31 @@
+"""Workers that end as soon as they have become acceptors, as the environment says, and one that kills its fork server."""
+
+import os
+import signal
+import threading
+import time
+
+HOW = os.environ["HOW"]
+
+
+def start() -> None:
+    """The hook on_worker_start: a background thread, like that of a C library that crashes as soon as it runs."""
+    threading.Thread(target=end, args=(os.getppid(),), daemon=True).start()
+
+
+def end(fork_server: int) -> None:
+    """Whether it is an acceptor by then does not matter."""
+    time.sleep(0.01)
+    match HOW:
+        case "signal":
+            os.kill(os.getpid(), signal.SIGKILL)
+        case "status 0":
+            os._exit(0)
+        case "status 1":
+            os._exit(1)
+        case "fork server":
+            os.kill(fork_server, signal.SIGKILL)
+
+
+def loop(_sock: object) -> None:
+    """It comes to no connection."""
