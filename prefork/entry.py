@@ -33,6 +33,8 @@ def entry() -> NoReturn:
 def _become_master(read: Callable[[], Sources]) -> NoReturn:
     try:
         with program.or_back():
+            # Handlers of our own user must not take the master's descriptors. After an exec it has to be done anew, first of all.
+            process.become_private()
             process.open_standard_descriptors()
             sources = read()
             from prefork.commands import obey

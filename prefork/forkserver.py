@@ -167,6 +167,7 @@ class ForkServer:
         brief = self.brief
         self.part = process.parting()
         self.part()
+        process.become_private()
         signals.fresh()
         systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
@@ -191,7 +192,8 @@ class ForkServer:
     def _boot(self) -> None:
         """Load the handler and make all that the workers have in common. Raises PreforkError."""
         settle(self.brief.config, self.brief.credentials, self.brief.folder)
-        self._tie_to_master()  # the kernel has forgotten it if credentials have changed
+        self._tie_to_master()  # the kernel has forgotten both if credentials have changed
+        process.become_private()
         try:
             loaded = handler.load(self.brief.config)
         finally:

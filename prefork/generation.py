@@ -9,6 +9,7 @@ import os
 import signal
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from typing import Any
 
 from prefork import log
@@ -354,24 +355,25 @@ class Generation:
     def _settle(self, slot: int) -> bool:
         """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
         before = self._counted.get(slot, NOTHING)
-        counts = self.board.counts(slot)
-        grown = (
-            counts.ok >= before.ok
-            and counts.error >= before.error
-            and counts.rejected >= before.rejected
-            and counts.begun >= before.begun
-        )
-        if not grown or counts.serving not in (0, 1):
+        durations = sum(self.board.histogram(slot))
+        counts = self.board.written(slot, before)
+        if counts is None:
             log.event("spoilt_slot", slot=slot, generation=self.number)
             self.board.restore(slot, before)
             counts = before
+        if durations > counts.orderly:
+            self.board.clear_histogram(slot)
         serving = counts.serving == 1
         if serving:
-            self.board.order_words[self.board.killed_word(slot)] += 1
-            counts = self.board.counts(slot)
+            counts = replace(counts, killed=counts.killed + 1)
             self._log_killed(slot)
         self._counted[slot] = counts
+        self.board.keep_account(slot, counts)
         return serving
+
+    def _counts(self, slot: int) -> Counts:
+        """The slot's counters, held against what was counted before."""
+        return self.board.counts(slot, self._counted.get(slot, NOTHING))
 
     def _log_killed(self, slot: int) -> None:
         """The access log's line that a worker could not write any more."""
@@ -502,7 +504,7 @@ class Generation:
         idle = [slot for slot in tired if slot not in busy]
         for slot in idle[:idle_may] + busy[:busy_may]:
             worker = self.pool.workers[slot]
-            log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self.board.counts(slot).begun)
+            log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self._counts(slot).begun)
             self._ask_to_leave(worker, now, self.drain_deadline(now))
 
     def drain_deadline(self, now: float) -> float | None:
@@ -517,7 +519,9 @@ class Generation:
         record = board.record(slot)
         board.words[record + scoreboard.PID] = 0
         board.words[record + scoreboard.STARTED] = 0
-        board.restore(slot, self._counted.get(slot, NOTHING))  # a stray write may have been here
+        counted = self._counted.get(slot, NOTHING)
+        board.keep_account(slot, counted)  # what the worker goes on from
+        board.restore(slot, counted)  # a stray write may have been here
         board.states[slot] = STARTING
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
         self.link.send(Order.FORK, slot)
@@ -630,7 +634,7 @@ class Generation:
 
     def reopen_log(self) -> None:
         """The master has opened the log files again: so do the others, the fork server now and workers before their next line."""
-        self.board.order_words[scoreboard.LOG_EPOCH] += 1
+        self.board.order_words[scoreboard.LOG_EPOCH] = time.monotonic_ns()  # any other number
         if self.link.pid is not None:
             self.link.send(Order.REOPEN)
 
@@ -705,9 +709,11 @@ class Generation:
     def close(self) -> None:
         """Fold its counters into the tally and let go of its memory and descriptors."""
         for slot in self._slots():
-            self._settle(slot)
-            self.tally.counts += self._counted[slot]
-            self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, self.board.histogram(slot), strict=True)]
+            counts = self._counted.get(slot, NOTHING)
+            self.tally.counts += counts
+            durations = self.board.histogram(slot)
+            if sum(durations) <= counts.orderly:  # else they were overwritten
+                self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, durations, strict=True)]
         self.tally.saturated += self.saturated_seconds
         self.link.close()
         log.event("drained", generation=self.number)
@@ -752,7 +758,7 @@ class Generation:
 
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""
-        return sum((self.board.counts(slot) for slot in self._slots()), NOTHING)
+        return sum(map(self._counts, self._slots()), NOTHING)
 
     def saturated_for(self, now: float) -> float:
         """Seconds at the ceiling with somebody missing, added up over the listeners."""

@@ -127,6 +127,7 @@ class Link:
         """Fork the fork server. Raises OSError when the machine does not let us."""
         wiring = self.wiring
         theirs, gate = self.prepare()
+        orders = self._orders_to_read()
         try:
             with signals.blocked():
                 master_pid = os.getpid()
@@ -143,7 +144,7 @@ class Link:
                             listeners=tuple(listeners),
                             layout=self.layout,
                             board_fd=self.board_fd,
-                            orders_fd=self.orders_fd,
+                            orders_fd=orders,
                             channel=theirs,
                             doorbell=wiring.doorbell_write,
                             gate=gate,
@@ -155,9 +156,18 @@ class Link:
             self.stacks.close_write_end()
             theirs.close()
             os.close(gate)
+            os.close(orders)
         self.pid = pid
         wiring.strangers.add(pid)
         log.event("booting", generation=self.number, module=config.module)
+
+    def _orders_to_read(self) -> int:
+        """A descriptor of the orders for the fork server."""
+        try:
+            return scoreboard.opened_read_only(self.orders_fd)
+        except FileNotFoundError:
+            log.event("orders_exposed", generation=self.number)
+            return os.dup(self.orders_fd)
 
     def send(self, order: Order, slot: int = 0, begun: int = 0) -> None:
         """Give an order, after those that still wait."""

@@ -10,7 +10,7 @@ from collections.abc import Iterable
 
 from prefork import log
 from prefork.link import Link
-from prefork.pool.scoreboard import BUSY, FREE, LEAVING
+from prefork.pool.scoreboard import BUSY, LEAVING
 from prefork.pool.state import Pool, Worker
 from prefork.pool.wire import Order
 
@@ -79,7 +79,7 @@ class Retiring:
 
     def _nag(self, now: float) -> None:
         for slot in list(self.waiting):
-            if self._link.board.states[slot] in (BUSY, LEAVING, FREE):
+            if self._link.board.states[slot] in (BUSY, LEAVING):
                 self.waiting.discard(slot)
             else:
                 self._link.signal(self._pool.workers[slot], Order.RETIRE)

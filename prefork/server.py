@@ -57,7 +57,7 @@ class Server:
             if stream is not None:
                 stream.flush()  # else every fork would write it once more
         gc.collect()  # what is garbage here would close, in the forks, descriptors that are others by then
-        with signals.kept(HANDLED):
+        with signals.kept(HANDLED), process.private():
             master = Master(self._sources, obey)
             try:
                 master.start()

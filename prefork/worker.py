@@ -124,7 +124,10 @@ class Worker:
         self.forked = False
         self.pauses = 0
         self.sock: socket.socket  # the latest connection
-        self.address: Any  # what accept() said of its peer, for handlers that are told
+        # What accept() said of the peer, when that was, and the slot's count, while a connection is served. What this process knows
+        # of itself it does not look up on the board, where any worker can write.
+        self.serving: tuple[Any, int, int] | None = None
+        self.parked = False
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
         self._ready, self._accepted, self._worn = (
@@ -159,8 +162,9 @@ class Worker:
             process.signalling_when_orphaned(signals.PARENT_DIED),
         )
         then: Steps = (
-            *(step for step in (brief.offer, brief.schedule) if step is not None),
             *(partial(close, fd) for fd in brief.private),
+            process.becoming_public(),  # nothing of the fork server's is left in it; the next step needs it
+            *(step for step in (brief.offer, brief.schedule) if step is not None),
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
             signals.unblock,
@@ -183,10 +187,12 @@ class Worker:
                 return failed
             words[started_at + slot * record_words] = now_ns()
             if not order_words[committed]:
+                self.parked = True
                 states[slot] = PARKED
                 ring(ready)
                 # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
                 read(gate, 1)
+                self.parked = False
             close(gate)
             states[slot] = IDLE
             ring(ready)
@@ -234,9 +240,9 @@ class Worker:
         """What accepts, serves, and again: the exit status once this worker was asked to leave or can't accept any more."""
         board, listener, conf, place = self.board, self.brief.listener, self.brief.config, self.brief.place
         recent_at, recent_mask, recent_shift = board.recent_word(place), scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
-        needs_address, log_access = self.handler.shape is Shape.REQUEST, self._log_access if log.access_is_logged() else None
+        log_access = self._log_access if log.access_is_logged() else None
         limited, wears = bool(conf.max_connections), bool(conf.max_lifetime or conf.max_memory)
-        prepares, more = needs_address or conf.drain == "eof", log_access is not None or wears
+        ends_input, more = conf.drain == "eof", log_access is not None or wears
         starts = "on_worker_start" in self.handler.hooks
         accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         boards = board.words, board.order_words, board.board, board.orders
@@ -248,7 +254,8 @@ class Worker:
         # Of slot 0; from one slot to the next a byte, or a record.
         firsts = board.row_start(0), board.layout.retire_at, board.record(0), board.peer_start(0)
         lengths = scoreboard.RECORD_WORDS, board.peer_start(1) - board.peer_start(0), scoreboard.PEER_BYTES
-        offsets = (scoreboard.SINCE, scoreboard.BEGUN, scoreboard.PORT, scoreboard.OK, scoreboard.ERROR, scoreboard.HISTOGRAM)
+        offsets = (scoreboard.SINCE, scoreboard.BEGUN, scoreboard.PORT, scoreboard.OK, scoreboard.ERROR, scoreboard.REJECTED)
+        histogram, below_limit, account = scoreboard.HISTOGRAM, scoreboard.COUNT_LIMIT - 1, board.account
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
         calls = accept_one, self._call(), _socket.socket.close, close, now_ns, sys.getrefcount, socket.getdefaulttimeout
         kinds = int(listener.sock.family), int(listener.sock.type), listener.sock.proto, conf.socket_timeout or None
@@ -264,16 +271,18 @@ class Worker:
             ring_at, high_at, row_at = indices
             first_state, first_retire, first_record, first_peer = firsts
             record_words, record_bytes, peer_bytes = lengths
-            to_since, to_begun, to_port, to_ok, to_error, to_histogram = offsets
+            to_since, to_begun, to_port, to_ok, to_error, to_rejected = offsets
             accept, call, close_socket, close_fd, now, references, default_timeout = calls
             family, kind, protocol, timeout = kinds
             idle, busy, one_idle, few, is_ipv4, changes, piece = constants
             state_at, retire_at, record = first_state + slot, first_retire + slot, first_record + slot * record_words
             since_at, begun_at, port_at = record + to_since, record + to_begun, record + to_port
-            ok_at, error_at, histogram_at = record + to_ok, record + to_error, record + to_histogram
+            ok_at, error_at, rejected_at, histogram_at = record + to_ok, record + to_error, record + to_rejected, record + histogram
             peer_at = first_peer + slot * record_bytes
             peer, our_row, known_high = piece(peer_at, peer_at + peer_bytes), piece(0), 0
-            begun, ended_ok, ended_error = words[begun_at], words[ok_at], words[error_at]
+            # Of this slot's counters the board has copies only, which a stray write can't make wrong for longer than a connection.
+            counted, mask = account(slot), below_limit
+            begun, ended_ok, ended_error, ended_rejected = counted.begun, counted.ok, counted.error, counted.rejected
             # `me` is for every connection, `self` for what is rare.
             me, slot_number, unseen_at, paused = self, slot + 1, 0, False
             last = self._last_connection(begun) if limited else -1
@@ -284,8 +293,10 @@ class Worker:
 
             while True:
                 row[state_at] = idle
+                me.serving = None
                 if orders[retire_at] or me.retiring:
-                    return EXIT_RETIRED
+                    status = EXIT_RETIRED
+                    break
                 try:
                     fd, address = accept()
                 except OSError as error:
@@ -293,7 +304,8 @@ class Worker:
                     if verdict is None:
                         paused = True
                         continue
-                    return verdict
+                    status = verdict
+                    break
                 if paused:
                     paused = False
                     self._accepts_again()
@@ -303,6 +315,7 @@ class Worker:
                 words[port_at] = port
                 begun += 1
                 words[begun_at] = begun
+                me.serving = address, since, begun
                 row[state_at] = busy
                 high = order_words[high_at]
                 if high != known_high:
@@ -327,8 +340,8 @@ class Worker:
                         sock.settimeout(timeout)
                     known = references(sock) if timeout is None and not hasattr(sock, "__dict__") else 0
                 kept_fd = -1
-                if prepares:
-                    self._prepare_for(fd, address)
+                if ends_input:
+                    self._note_input(fd)
                 failed = False
                 try:
                     try:
@@ -355,32 +368,29 @@ class Worker:
                 except OSError as error:
                     log.event("peer_gone", peer=parts_text(host, port), reason=error)
                 took = now() - since
-                words[histogram_at + (took >> 10).bit_length()] += 1
                 if failed:
                     ended_error += 1
-                    words[error_at] = ended_error
                 else:
                     ended_ok += 1
-                    words[ok_at] = ended_ok
+                words[begun_at], words[ok_at], words[error_at], words[rejected_at] = begun, ended_ok, ended_error, ended_rejected
+                bucket_at = histogram_at + (took >> 10).bit_length()
+                words[bucket_at] = words[bucket_at] + 1 & mask
                 if more:
                     if log_access is not None:
                         log_access(parts_text(host, port), took, "error" if failed else "ok")
                     if worn is not None and worn():
                         self._tire()
 
-        return serve
+            words[begun_at], words[ok_at], words[error_at], words[rejected_at] = begun, ended_ok, ended_error, ended_rejected
+            return status
 
-    def _prepare_for(self, fd: int, address: Any) -> None:
-        """Keep of this connection what only some handlers and configurations need."""
-        self.address = address
-        if self.brief.config.drain == "eof":
-            self._note_input(fd)
+        return serve
 
     # -- recycling
 
     def _tire(self) -> None:
         """Ask to be recycled: to be told to leave once somebody else accepts in this place."""
-        if not self.board.tired[self.slot]:
+        if self.board.tired[self.slot] != 1:
             self.board.tired[self.slot] = 1
             self._ring(self._worn)
 
@@ -451,31 +461,34 @@ class Worker:
                 return lambda sock: call(sock, self.connection())
             case Shape.REQUEST:
                 server = RequestServer(brief.listener, call, brief.config.backlog)
-                return lambda sock: call(sock, client_address(self.address), server)
+                return lambda sock: call(sock, client_address(self._served()[0]), server)
 
     def connection(self) -> Connection:
         """The connection being served, made when first asked for. Raises RuntimeError when there is none."""
-        board, slot, brief = self.board, self.slot, self.brief
+        brief = self.brief
         if self.forked:
             raise RuntimeError(
                 "prefork.current(): a child that the handler forked has no connection of its own; ask before the fork"
             )
-        if board.states[slot] != BUSY:
-            raise RuntimeError("prefork.current(): this worker serves no connection now; hooks and exit functions have none")
-        words, record = board.words, board.record(slot)
-        number = f"{brief.generation}.{slot}.{words[record + scoreboard.BEGUN]}"
+        address, since, begun = self._served()
+        number = f"{brief.generation}.{self.slot}.{begun}"
         if self._connection is None or self._connection.id != number:
             self._connection = Connection(
                 id=number,
-                peer=board.peer(slot),
+                peer=peer_text(brief.listener.address.family, address),
                 local=self._local(),
                 listener=str(brief.listener.address),
-                worker=slot,
+                worker=self.slot,
                 generation=brief.generation,
-                accepted_at=words[record + scoreboard.SINCE] / 1e9,
+                accepted_at=since / 1e9,
                 asked_to_stop=self._asked_to_leave,
             )
         return self._connection
+
+    def _served(self) -> tuple[Any, int, int]:
+        if self.serving is None:
+            raise RuntimeError("prefork.current(): this worker serves no connection now; hooks and exit functions have none")
+        return self.serving
 
     def _local(self) -> str:
         sock, listener = self.sock, self.brief.listener.address
@@ -564,10 +577,9 @@ class Worker:
     def _on_retire(self, _signo: int, _frame: object) -> None:
         """Never raises: it runs between any two steps of the user's code."""
         self.retiring = True
-        state = self.board.states[self.slot]
-        if state == PARKED:
+        if self.parked:
             self._unplug(self.brief.gate, None)
-        elif state != BUSY:
+        elif self.serving is None:
             self._unplug(self.brief.listener.sock.fileno(), self.brief.listener_stat)
         elif self.brief.config.drain == "eof":
             self._end_input()

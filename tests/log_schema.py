@@ -68,6 +68,7 @@ EVENT_FIELDS = {
     "control_failed": ["reason"],
     "control_refused": ["reason"],
     "handlers_are_root": [],
+    "orders_exposed": ["generation"],
     "activated_unused": ["names"],
     "address_kept": ["address", "reason"],
     "suspended": ["busy"],

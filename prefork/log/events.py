@@ -45,6 +45,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     ),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
+    "orders_exposed": (
+        Level.WARNING,
+        "there is no /proc: C code of generation {generation}'s handlers can make writable what only the master should write",
+    ),
     "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),
     "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
     "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),

@@ -291,6 +291,12 @@ def _holder(wanted: Address) -> str:
         found = [c for c in connections if c.laddr and c.laddr[1] == wanted.port]
         return sorted(found, key=lambda c: c.status != psutil.CONN_LISTEN)
 
+    def inherited_from(parent: Any) -> bool:
+        try:
+            return bool(holding(parent.net_connections("tcp")))
+        except psutil.AccessDenied:  # another user's; or a prefork's own processes, whose descriptors are root's to see
+            return bool(parent.name().startswith("prefork:"))
+
     try:
         found = holding(psutil.net_connections("tcp"))
         pid = next((c.pid for c in found if c.pid), None)
@@ -298,7 +304,7 @@ def _holder(wanted: Address) -> str:
             return " by another user's process, which root can see" if found and os.geteuid() != 0 else ""
         holder = psutil.Process(pid)
         # Children inherit it: name the oldest of the family, whom somebody can stop.
-        while (parent := holder.parent()) is not None and holding(parent.net_connections("tcp")):
+        while (parent := holder.parent()) is not None and inherited_from(parent):
             holder = parent
         return held_by(holder.pid)
     except (OSError, psutil.Error):

@@ -39,9 +39,11 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
             layout = Layout(*board_facts["layout"])
             board = Scoreboard(descriptors[2 * place], descriptors[2 * place + 1], layout, Access.READER)
             for slot in _slots(layout, board_facts["high"]):
+                durations = board.histogram(slot)  # before the counters, see there
                 counts = board.counts(slot)
                 totals += counts
-                histogram = [a + b for a, b in zip(histogram, board.histogram(slot), strict=True)]
+                if sum(durations) <= counts.orderly:  # else they were overwritten
+                    histogram = [a + b for a, b in zip(histogram, durations, strict=True)]
                 if (state := board.states[slot]) != FREE:
                     listener = board_facts["listeners"][layout.listener(slot)]
                     workers.append(_worker(board, slot, state, counts, board_facts["generation"], listener, usage=usage))
@@ -82,6 +84,7 @@ def _worker(
     record = board.record(slot)
     pid = board.words[record + scoreboard.PID]
     since_ns = board.words[record + (scoreboard.SINCE if state == BUSY else scoreboard.STARTED)]
+    ago_ns = time.monotonic_ns() - since_ns
     rss, cpu = _usage(pid) if usage else (None, None)
     name = STATES.get(state, "starting")
     return {
@@ -90,7 +93,7 @@ def _worker(
         "listener": listener,
         "generation": generation,
         "state": "retiring" if state != BUSY and (board.retire[slot] or state == LEAVING) else name,
-        "since": time.time() - (time.monotonic_ns() - since_ns) / 1e9 if since_ns else None,
+        "since": time.time() - ago_ns / 1e9 if since_ns and ago_ns >= 0 else None,
         "connections": counts.begun,
         "peer": board.peer(slot) if state == BUSY else None,
         "rss": rss,

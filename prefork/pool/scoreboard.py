@@ -5,14 +5,19 @@ A generation has two boards, each a memfd:
 * the *board*, written by workers: a dense row of state bytes (one C call counts 10,000 of them), a row that says who wants to be
   recycled, a ring of the latest accepts, and a record of 8-byte words for each slot;
 * the *orders*, written by the master and mapped read-only by workers, so that a stray write in a handler's C code ends that
-  worker (SIGSEGV) and does not silence the whole service.
+  worker (SIGSEGV) and does not silence the whole service. The fork server maps them from a file that is open for reading only, so
+  that no mprotect(2) makes that mapping writable, and it closes every descriptor of it before user code is imported.
 
 Rules, each from a measurement:
 
 * Words are stored through a cast ``memoryview`` (one aligned 8-byte store). ``struct.pack_into`` on a shared mapping is not
   atomic: another process read half-written values in 6 to 14 % of reads.
-* Counters belong to the slot, not to the worker: they are never zeroed, a new owner goes on from what is there. So nothing is
-  folded twice and nothing goes back.
+* Counters belong to the slot, not to the worker: they are never zeroed, a new owner goes on from what the master has counted.
+  So nothing is folded twice and nothing goes back.
+* Any worker can write anything anywhere on the board. So a worker goes on from the account that the master keeps for its slot on
+  the orders, keeps its own counts to itself and only stores them; a reader holds what it finds against that account
+  (`Scoreboard.written`), and no content of the board makes a worker or a reader fail. The master reads nothing back of what it
+  has written to the orders.
 * ``accepted`` and ``serving`` are derived: a reader takes the endings, the beginnings, and the endings again, and repeats while
   they moved. ``ok + error + rejected + killed + serving = accepted`` then holds at every reading by construction.
 * The state byte is written by the worker, and by the master only while no worker owns the slot (before its fork, after its wait).
@@ -20,6 +25,7 @@ Rules, each from a measurement:
 The descriptors stay with the master (it hands them to `prefork status`); fork servers map and close them.
 """
 
+import fcntl
 import mmap
 import os
 import struct
@@ -59,6 +65,9 @@ _MAGIC = int.from_bytes(b"prefork" + bytes([VERSION]), "little")
 # Slot numbers have 32 bits on the wire.
 SLOTS_LIMIT = 1 << 32
 NO_SCOREBOARD = "not a prefork scoreboard of this version"
+# No slot counts so far: a larger number was not counted. And who goes on from below it does not pass 8 bytes.
+COUNT_LIMIT = 1 << 62
+_PORT_MASK = 0xFFFF
 
 # The header page of the board, in words (word 0 is not used): how many tracebacks were logged in which second, and how many
 # were not since.
@@ -94,6 +103,8 @@ STOPPING, LAST_LOOK, LOG_EPOCH, COMMITTED = 1, 2, 3, 4
 _GENERATION_WORDS = 8
 _LISTENER_WORDS = 8
 RING_BELOW, HIGH = 0, 1
+# A slot's account on the orders, in words: what the master had counted of it when its last worker ended, in the order of `Counts`.
+_ACCOUNT_WORDS = 5
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,9 +142,9 @@ class Layout:
     def board_bytes(self) -> int:
         return self.records_at + self.slots * RECORD_WORDS * _WORD
 
-    # The orders: header page with the generation's and the listeners' words, row of retire bytes, row of killed words.
+    # The orders: header page with the generation's and the listeners' words, row of retire bytes, accounts.
     @property
-    def killed_at(self) -> int:
+    def accounts_at(self) -> int:
         return self.retire_at + _round_up(self.slots)
 
     @property
@@ -142,7 +153,7 @@ class Layout:
 
     @property
     def orders_bytes(self) -> int:
-        return self.killed_at + self.slots * _WORD
+        return self.accounts_at + self.slots * _ACCOUNT_WORDS * _WORD
 
 
 def _round_up(size: int) -> int:
@@ -166,6 +177,16 @@ class Counts:
     @property
     def serving(self) -> int:
         return self.begun - self.ended
+
+    @property
+    def orderly(self) -> int:
+        """Connections that a worker has ended itself."""
+        return self.ok + self.error
+
+    def follows(self, before: "Counts", serving: int) -> bool:
+        """Whether a slot that had counted ``before`` can come to this, with at most so many connections being served."""
+        grown = self.begun >= before.begun and self.ok >= before.ok and self.error >= before.error
+        return grown and self.rejected >= before.rejected and self.begun < COUNT_LIMIT and 0 <= self.serving <= serving
 
     def __add__(self, other: "Counts") -> "Counts":
         return Counts(
@@ -191,13 +212,14 @@ class Access(Enum):
 class Scoreboard:
     """A generation's two boards, mapped. The descriptors are not kept.
 
-    Raises ValueError when the descriptors are not a scoreboard of this version, of at least this size.
+    Raises ValueError when the descriptors are not a scoreboard of this version, of at least this size. The master, whose own it
+    is, asks for the size only: no byte there may keep it from going on.
     """
 
     def __init__(self, board_fd: int, orders_fd: int, layout: Layout, access: Access) -> None:
         write_board, write_orders = access.value
         # Only on the orders, where no worker can write: a spoilt board must still be read.
-        if os.pread(orders_fd, _WORD, 0) != _MAGIC.to_bytes(_WORD, "little"):
+        if access is not Access.MASTER and os.pread(orders_fd, _WORD, 0) != _MAGIC.to_bytes(_WORD, "little"):
             raise ValueError(NO_SCOREBOARD)
         self.layout = layout
         self._first_record = layout.records_at // _WORD
@@ -228,9 +250,20 @@ class Scoreboard:
         """Index in `order_words` of a listener's word (RING_BELOW, HIGH)."""
         return _GENERATION_WORDS + listener * _LISTENER_WORDS + which
 
-    def killed_word(self, slot: int) -> int:
-        """Index in `order_words` of the slot's count of connections that ended with their worker."""
-        return self.layout.killed_at // _WORD + slot
+    def account_word(self, slot: int) -> int:
+        """Index in `order_words` of the first word of the slot's account."""
+        return self.layout.accounts_at // _WORD + slot * _ACCOUNT_WORDS
+
+    def account(self, slot: int) -> Counts:
+        """What the master had counted of the slot when its last worker ended."""
+        at = self.account_word(slot)
+        return Counts(*self.order_words[at : at + _ACCOUNT_WORDS])
+
+    def keep_account(self, slot: int, counts: Counts) -> None:
+        """Write down what the master has counted of a slot that has no worker now."""
+        at = self.account_word(slot)
+        for offset, value in enumerate((counts.begun, counts.ok, counts.error, counts.rejected, counts.killed)):
+            self.order_words[at + offset] = value
 
     def row(self, listener: int, high: int) -> bytes:
         """The states of a listener's first ``high`` slots."""
@@ -285,33 +318,62 @@ class Scoreboard:
 
         While the worker lives it may accept the next one between the two parts: then host and port are of two clients.
         """
-        at, port = self.peer_start(slot), self.words[self.record(slot) + PORT]
+        at, port = self.peer_start(slot), self.words[self.record(slot) + PORT] & _PORT_MASK
         host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
         return f"{host}:{port}" if port else host
 
     def histogram(self, slot: int) -> list[int]:
-        """Durations of the slot's connections, by bucket."""
+        """Durations of the slot's connections, by bucket.
+
+        Where they were read before its counters, there are never more of them than of connections that ended orderly: a worker
+        counts a connection first, and its duration then.
+        """
         record = self.record(slot)
         counts = self.words[record + HISTOGRAM : record + RECORD_WORDS].tolist()
         return [*counts[: BUCKETS - 1], sum(counts[BUCKETS - 1 :])]
+
+    def clear_histogram(self, slot: int) -> None:
+        """Forget the durations of a slot: they were overwritten."""
+        record = self.record(slot)
+        for word in range(record + HISTOGRAM, record + RECORD_WORDS):
+            self.words[word] = 0
 
     def begun(self, listener: int, high: int) -> int:
         """Connections that a listener's first ``high`` slots have begun, for a rate: quick, and what a worker says of itself."""
         first = self.record(listener * self.layout.capacity) + BEGUN
         return sum(self.words[first : first + high * RECORD_WORDS : RECORD_WORDS])
 
-    def counts(self, slot: int) -> Counts:
-        """The slot's counters, consistent unless the worker ended connections during each of so many readings."""
-        begun_at = self.record(slot) + BEGUN
-        killed_at = self.killed_word(slot)
-        words = self.words
+    def counts(self, slot: int, account: Counts | None = None) -> Counts:
+        """The slot's counters; what the account says where a worker can't have written them.
+
+        ``account``: what the master remembers of it. A reader takes it from the orders.
+        """
+        if account is not None:
+            return self.written(slot, account) or account
         for _ in range(_TRIES):
-            ok, error, rejected = words[begun_at + 1 : begun_at + 4].tolist()
-            killed = self.order_words[killed_at]
-            begun = words[begun_at]
-            if [ok, error, rejected] == words[begun_at + 1 : begun_at + 4].tolist() and killed == self.order_words[killed_at]:
+            account = self.account(slot)
+            counts = self.written(slot, account) or account
+            if account == self.account(slot):
                 break
-        return Counts(begun, ok, error, rejected, killed)
+        return counts
+
+    def written(self, slot: int, account: Counts) -> Counts | None:
+        """The counters that stand on the board, consistent unless the worker ended connections during each of so many readings.
+
+        None when a worker that went on from ``account`` can't have written them.
+        """
+        begun_at = self.record(slot) + BEGUN
+        words, most = self.words, 1
+        for _ in range(_TRIES):
+            ends = words[begun_at + 1 : begun_at + 4].tolist()
+            begun = words[begun_at]
+            if ends == words[begun_at + 1 : begun_at + 4].tolist():
+                break
+        else:
+            most = _TRIES  # so many may have begun since the endings were read
+        ok, error, rejected = ends
+        counts = Counts(begun, ok, error, rejected, account.killed)
+        return counts if counts.follows(account, most) else None
 
     def may_log_traceback(self, second: int, most: int) -> int | None:
         """Whether one more traceback may be logged in this second, by any worker of the generation.
@@ -321,11 +383,11 @@ class Scoreboard:
         words = self.words
         if words[TRACEBACK_SECOND] != second:
             words[TRACEBACK_SECOND], words[TRACEBACKS] = second, 0
-        if words[TRACEBACKS] >= most:
-            words[SUPPRESSED] += 1
+        logged, suppressed = words[TRACEBACKS], words[SUPPRESSED] % COUNT_LIMIT
+        if logged >= most:
+            words[SUPPRESSED] = suppressed + 1
             return None
-        words[TRACEBACKS] += 1
-        suppressed, words[SUPPRESSED] = words[SUPPRESSED], 0
+        words[TRACEBACKS], words[SUPPRESSED] = logged + 1, 0
         return suppressed
 
     def leave_last_words(self, text: str) -> None:
@@ -352,16 +414,29 @@ def recent_entry(when: int, slot_number: int) -> int:
 
 
 def create(name: str, size: int) -> int:
-    """A memfd of ``size`` bytes that only its owner may open: sparse, so slots that were never used cost nothing."""
-    fd = os.memfd_create(f"prefork-{name}", os.MFD_CLOEXEC)
+    """A memfd of ``size`` bytes that only its owner may open: sparse, so slots that were never used cost nothing.
+
+    It keeps its size: a look at what was cut off would end the master (SIGBUS).
+    """
+    fd = os.memfd_create(f"prefork-{name}", os.MFD_CLOEXEC | os.MFD_ALLOW_SEALING)
     try:
         os.fchmod(fd, 0o600)
         os.ftruncate(fd, size)
         os.pwrite(fd, _MAGIC.to_bytes(_WORD, "little"), 0)
+        fcntl.fcntl(fd, fcntl.F_ADD_SEALS, fcntl.F_SEAL_SHRINK | fcntl.F_SEAL_GROW | fcntl.F_SEAL_SEAL)
     except BaseException:
         os.close(fd)
         raise
     return fd
+
+
+def opened_read_only(fd: int) -> int:
+    """The same file, opened anew to be read only: no process can make its mapping of that writable (EACCES, mprotect(2)).
+
+    Who maps it has to close the descriptor, too: it can be opened anew for writing by the file's owner. Raises OSError where there
+    is no /proc.
+    """
+    return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 
 
 def _map(fd: int, size: int, *, writable: bool) -> mmap.mmap:

@@ -2,7 +2,7 @@
 
 Dropping is for fork servers; their workers are born without it. The order matters: groups, then group, then user, each with
 the saved id, or the process could come back; then no_new_privs, so that no set-user-ID program helps it either. The kernel
-clears the parent-death signal and "dumpable" when credentials change, so both are set after.
+clears the parent-death signal when credentials change, and sets "dumpable" as it likes, so both are set after.
 """
 
 import errno
@@ -19,7 +19,6 @@ from pathlib import Path
 from prefork.errors import ConfigError, NotPermittedError
 from prefork.system import process
 
-_PR_SET_DUMPABLE = 4
 _PR_SET_NO_NEW_PRIVS = 38
 # What a worker's badness is raised by, of the 1000 that are all memory (proc_pid_oom_score_adj(5)): when memory is short the
 # kernel takes a worker, which costs a connection, before the master, which costs all of them.
@@ -92,29 +91,27 @@ def become(who: Credentials) -> None:
     if (os.getresuid(), os.getresgid()) != ((who.uid,) * 3, (who.gid,) * 3):
         raise PermissionError(errno.EPERM, "the kernel has not done it")
     process.prctl(_PR_SET_NO_NEW_PRIVS, 1)
-    # As any process of that user has it: else its own /proc files are root's, it can't be debugged and leaves no core.
-    process.prctl(_PR_SET_DUMPABLE, 1)
     if who.name:
         os.environ.update(USER=who.name, LOGNAME=who.name, HOME=who.home)
 
 
 def offering_to_the_oom_killer() -> Callable[[], object] | None:
-    """What makes a child of this process a better victim than its parent is; None where that is not possible."""
-    write_only = os.O_WRONLY | os.O_CLOEXEC
+    """What makes a child of this process a better victim than its parent is; None where there is no /proc.
+
+    The child has to be a public process by then: of a private one the file is root's, so that it can't be tried here.
+    """
     try:
-        # No /proc, a read-only one, or a process that can't be dumped and is not root's. ProcSubset=pid has this file.
-        own = Path(_OOM_SCORE).read_bytes()
-        _write(_OOM_SCORE, write_only, own)
+        own = Path(_OOM_SCORE).read_bytes()  # ProcSubset=pid has this file
     except OSError:
         return None
     score = str(min(_OOM_SCORE_LIMIT, int(own) + WORKER_OOM_SCORE)).encode()
-    return functools.partial(_offer, _OOM_SCORE, write_only, score)
+    return functools.partial(_offer, _OOM_SCORE, os.O_WRONLY | os.O_CLOEXEC, score)
 
 
 def _offer(path: str, flags: int, score: bytes) -> None:
     try:
         _write(path, flags, score)
-    except OSError:  # no descriptor is left, say; or the fork server has a higher one by now, below which only root may go
+    except OSError:  # a read-only /proc, or no descriptor; or the fork server has a higher one by now, below which only root may go
         return
 
 

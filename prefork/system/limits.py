@@ -20,8 +20,9 @@ OTHER_PROCESSES = 3
 RESERVED_PIDS = 300
 # Standard descriptors, log, access log, selector, inbox, doorbell, /dev/null, service manager, control socket.
 FIXED_DESCRIPTORS = 16
-# Board and orders, each once more for its mapping, gate, channel, stacks; while the fork server is forked, its ends of these.
-GENERATION_DESCRIPTORS = 10
+# Board and orders, each once more for its mapping, gate, channel, stacks; while the fork server is forked, its ends of these, and
+# the orders to be read.
+GENERATION_DESCRIPTORS = 11
 # The one that serves, the next one, and some of which long connections are left.
 GENERATIONS = 8
 # Files that are open for a moment: configuration, /proc, directories; a client that is being turned away.

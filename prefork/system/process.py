@@ -1,5 +1,6 @@
 """Processes: fork, wait, signals to others, prctl, titles. Thin effects, no decisions (Linux: prctl(2), wait(2), proc(5))."""
 
+import contextlib
 import ctypes
 import functools
 import os
@@ -7,7 +8,7 @@ import resource
 import signal
 import socket
 import struct
-from collections.abc import Callable, Collection
+from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,7 +19,10 @@ from prefork.errors import ConfigError
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
 _PR_SET_PDEATHSIG = 1
+_PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
 _PR_SET_CHILD_SUBREAPER = 36
+# fs.nr_open, unless an administrator has raised it (proc_sys_fs(5)).
+_DESCRIPTORS_LIMIT = 1 << 20
 _UCRED = struct.Struct("3i")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
 _libc = ctypes.CDLL(None, use_errno=True)
@@ -68,6 +72,31 @@ def open_standard_descriptors() -> None:
 def become_subreaper() -> None:
     """Descendants whose parent dies become our children, not init's. Survives exec."""
     prctl(_PR_SET_CHILD_SUBREAPER, 1)
+
+
+def become_private() -> None:
+    """Let no other process of our user trace this one or take its descriptors (ptrace(2), pidfd_getfd(2)).
+
+    A core is not left either, and what /proc/self has is root's. Children inherit it; an exec or another user ends it.
+    """
+    prctl(_PR_SET_DUMPABLE, 0)
+
+
+@contextlib.contextmanager
+def private() -> Iterator[None]:
+    """A private process in the block; afterwards it is what it was."""
+    before = _libc.prctl(_PR_GET_DUMPABLE, 0, 0, 0, 0)
+    become_private()
+    try:
+        yield
+    finally:
+        if before == 1:
+            prctl(_PR_SET_DUMPABLE, 1)
+
+
+def becoming_public() -> Callable[[], object]:
+    """What makes a child of a private process like any other one of its user."""
+    return functools.partial(_libc.prctl, _PR_SET_DUMPABLE, ctypes.c_ulong(1), 0, 0, 0)
 
 
 def signal_when_orphaned(signo: int) -> None:
@@ -257,13 +286,18 @@ def resident_memory() -> int:
 
 def descriptors() -> list[int]:
     """The descriptors that are open."""
+    try:
+        candidates = [int(name) for name in os.listdir("/proc/self/fd")]
+    except FileNotFoundError:  # no /proc
+        soft, _ = resource.getrlimit(resource.RLIMIT_NOFILE)
+        candidates = list(range(_DESCRIPTORS_LIMIT if soft == resource.RLIM_INFINITY else min(soft, _DESCRIPTORS_LIMIT)))
     found = []
-    for name in os.listdir("/proc/self/fd"):
+    for fd in candidates:
         try:
-            os.fstat(int(name))
+            os.fstat(fd)
         except OSError:
             continue  # listdir's own
-        found.append(int(name))
+        found.append(fd)
     return found
 
 

@@ -55,7 +55,7 @@ def started(command: str) -> Program | None:
         prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
     return Program(
         executable=sys.executable,
-        image=os.readlink("/proc/self/exe"),
+        image=_image(),
         prefix=tuple(prefix),
         arguments=tuple(given[1:]),
         home=os.path.realpath(sys.base_prefix),
@@ -63,6 +63,13 @@ def started(command: str) -> Program | None:
         way_back=(*prefix[:-1], os.path.realpath(prefix[-1])) if is_script else tuple(prefix),
         variables={name: os.environ[name] for name in _PYTHONS if name in os.environ},
     )
+
+
+def _image() -> str:
+    try:
+        return os.readlink("/proc/self/exe")
+    except FileNotFoundError:  # no /proc
+        return os.path.realpath(sys.executable)
 
 
 def keep_state(data: bytes) -> int:

@@ -28,6 +28,8 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+import psutil
+
 from prefork.net.listener import ACCEPT_ERRORS
 from tests import public, watch
 from tests.faults.arena import AND_FULL, Arena, Strike
@@ -151,8 +153,8 @@ def _limit(pid: int, limit: str) -> bool:
     By a process of its user: to root without CAP_SYS_RESOURCE it is not given (prlimit(2)).
     """
     try:
-        user = os.stat(f"/proc/{pid}").st_uid
-    except FileNotFoundError:
+        user = psutil.Process(pid).uids().real  # /proc of a fork server is root's, who it may be
+    except psutil.NoSuchProcess:
         return False
     command = ["prlimit", f"--pid={pid}", limit]
     done = subprocess.run(command, user=user, group=user, extra_groups=[], capture_output=True, text=True, check=False)

@@ -214,7 +214,7 @@ MUTANTS = [
     Mutant(
         "workers that write on into a log file that was rotated",
         "generation.py",
-        "        self.board.order_words[scoreboard.LOG_EPOCH] += 1\n",
+        "        self.board.order_words[scoreboard.LOG_EPOCH] = time.monotonic_ns()  # any other number\n",
         "",
         ("tests/integration/test_logging.py::test_usr1_opens_the_files_again_everywhere",),
     ),
@@ -270,8 +270,8 @@ MUTANTS = [
     Mutant(
         "a board that nobody can read once its first word is spoilt",
         "pool/scoreboard.py",
-        "        if os.pread(orders_fd, _WORD, 0)",
-        "        if os.pread(board_fd, _WORD, 0)",
+        "        if access is not Access.MASTER and os.pread(orders_fd, _WORD, 0)",
+        "        if access is not Access.MASTER and os.pread(board_fd, _WORD, 0)",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[garbage_on_the_board]",),
     ),
     Mutant(
@@ -336,6 +336,27 @@ MUTANTS = [
         "            process.signal_child(pid, signal.SIGKILL if self._serves(*asked) else signal.SIGCONT)\n",
         "            process.signal_child(pid, signal.SIGKILL)\n",
         ("tests/unit/test_ending.py",),
+    ),
+    Mutant(
+        "a worker that counts on from what stands on the board",
+        "worker.py",
+        "                words[bucket_at] = words[bucket_at] + 1 & mask\n",
+        "                words[bucket_at] += 1\n",
+        ("tests/unit/test_worker_loop.py::test_a_worker_survives_any_content_of_its_board_and_counts_right",),
+    ),
+    Mutant(
+        "orders that workers can make writable",
+        "link.py",
+        "            return scoreboard.opened_read_only(self.orders_fd)\n",
+        "            return os.dup(self.orders_fd)\n",
+        ("tests/faults/test_trust.py::test_a_handler_has_no_way_to_write_the_orders",),
+    ),
+    Mutant(
+        "a fork server whose descriptors its workers can take",
+        "forkserver.py",
+        "if credentials have changed\n        process.become_private()\n",
+        "if credentials have changed\n        process.prctl(4, 1)\n",
+        ("tests/faults/test_trust.py::test_master_and_fork_server_keep_memory_and_descriptors_to_themselves",),
     ),
 ]
 

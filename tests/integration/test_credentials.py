@@ -187,12 +187,13 @@ def test_umask_folder_niceness_and_limits_are_those_of_the_configuration(public:
     (public / "run" / "mine.py").unlink()
 
 
-def test_who_may_not_raise_its_own_score_serves_nevertheless(public: Path) -> None:
-    # /proc/self/oom_score_adj of a process that can't be dumped is root's.
+def test_a_worker_is_like_any_process_of_its_user_whatever_the_import_has_made_of_itself(public: Path) -> None:
+    # /proc/self/oom_score_adj and environ of a process that can't be dumped are root's.
     not_dumpable = "import ctypes\nctypes.CDLL(None).prctl(4, ctypes.c_ulong(0), 0, 0, 0)\n"
     (public / "run" / "mine.py").write_text(not_dumpable + WHO % 1)
     with running(public, "--bind=127.0.0.1:0", "--user=nobody", f"--chdir={public}/run") as server:
-        assert told(server)["pid"]
+        pid = told(server)["pid"]
+        assert os.stat(f"/proc/{pid}/environ").st_uid == NOBODY
     (public / "run" / "mine.py").unlink()
 
 

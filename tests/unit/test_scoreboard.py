@@ -1,13 +1,18 @@
 """The scoreboard on real shared memory, with a second process where it matters."""
 
+import ctypes
+import errno
 import faulthandler
+import mmap
 import os
 import signal
 import time
 import warnings
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from dataclasses import replace
 from itertools import pairwise
+from pathlib import Path
 
 import pytest
 from hypothesis import example, given, settings
@@ -64,7 +69,7 @@ def test_the_regions_of_the_boards_are_aligned_and_do_not_overlap(listeners: int
         regions = [
             [(0, (max(words) + 1) * WORD)],
             [(layout.retire_at, layout.retire_at + layout.slots)],
-            [(board.killed_word(slot) * WORD, (board.killed_word(slot) + 1) * WORD) for slot in {0, last // 2, last}],
+            [(board.account_word(slot) * WORD, (board.account_word(slot) + 5) * WORD) for slot in {0, last // 2, last}],
         ]
         assert_apart([region for group in regions for region in sorted(group)], layout.orders_bytes)
         rows = [(at, at + layout.slots) for at in (board.row_start(0), layout.tired_at)]
@@ -107,10 +112,11 @@ def test_what_is_written_for_one_slot_is_seen_for_no_other(listeners: int, capac
         for slot in range(layout.slots):
             writer.states[slot] = IDLE if slot % 3 else BUSY
             writer.retire[slot] = slot % 2
-            writer.restore(slot, Counts(6 * slot, slot, slot, slot, 0))
-            writer.order_words[writer.killed_word(slot)] = slot
+            counts = Counts(4 * slot, slot, slot, slot, slot)
+            writer.restore(slot, counts)
+            writer.keep_account(slot, counts)
         for slot in range(layout.slots):
-            assert reader.counts(slot) == Counts(6 * slot, slot, slot, slot, slot)
+            assert reader.counts(slot) == reader.account(slot) == Counts(4 * slot, slot, slot, slot, slot)
             assert reader.retire[slot] == slot % 2
         for listener in range(listeners):
             own = range(listener * capacity, (listener + 1) * capacity)
@@ -174,8 +180,9 @@ def test_counters_read_while_another_process_counts_are_consistent_and_never_go_
         assert before.begun > 1000
         last = board.counts(1)
         assert last.serving == 1
-        board.order_words[board.killed_word(1)] += 1
-        assert board.counts(1) == Counts(last.begun, last.ok, last.error, last.rejected, 1)
+        killed = replace(last, killed=1)
+        board.keep_account(1, killed)
+        assert board.counts(1) == killed
         assert board.counts(1).serving == 0
         assert board.counts(0) == NOTHING
     finally:
@@ -199,6 +206,42 @@ def test_a_worker_can_read_the_orders_and_not_write_them() -> None:
             worker.orders[0] = 0
         worker.states[2] = BUSY
         assert master.states[2] == BUSY
+
+
+def test_no_mprotect_makes_the_orders_writable_where_they_were_opened_to_be_read() -> None:
+    libc = ctypes.CDLL(None, use_errno=True)
+    libc.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
+    orders_fd = scoreboard.create("sealed-orders", 4096)
+    reading = scoreboard.opened_read_only(orders_fd)
+    found = []
+    for fd in (orders_fd, reading):
+        with mmap.mmap(fd, 4096, mmap.MAP_SHARED, mmap.PROT_READ):
+            lines = Path("/proc/self/maps").read_text().splitlines()
+            [at] = [int(line.partition("-")[0], 16) for line in lines if "prefork-sealed-orders" in line]
+            done = libc.mprotect(at, 4096, mmap.PROT_READ | mmap.PROT_WRITE)
+            found.append(0 if done == 0 else ctypes.get_errno())
+        os.close(fd)
+    assert found == [0, errno.EACCES]
+
+
+def test_nobody_makes_a_board_smaller_under_who_reads_it() -> None:
+    fd = scoreboard.create("board", 8192)
+    for size in (4096, 16384):
+        with pytest.raises(PermissionError):
+            os.ftruncate(fd, size)
+    os.close(fd)
+
+
+def test_the_master_goes_on_with_its_own_orders_whatever_they_say() -> None:
+    layout = Layout(1, 4)
+    board_fd, orders_fd = scoreboard.create("board", layout.board_bytes), scoreboard.create("orders", layout.orders_bytes)
+    os.pwrite(orders_fd, b"\xff" * layout.orders_bytes, 0)
+    board = Scoreboard(board_fd, orders_fd, layout, Access.MASTER)
+    board.keep_account(3, Counts(5, 1, 1, 1, 2))
+    assert board.account(3) == Counts(5, 1, 1, 1, 2)
+    board.close()
+    os.close(board_fd)
+    os.close(orders_fd)
 
 
 def test_a_reader_can_write_nothing() -> None:
@@ -238,11 +281,11 @@ def test_a_memfd_is_its_owners_only_and_costs_nothing_until_it_is_used() -> None
 def test_what_is_no_scoreboard_of_this_version_is_refused(spoilt: str, how: str) -> None:
     layout = Layout(2, 100)
     sizes = {"board": layout.board_bytes, "orders": layout.orders_bytes}
-    fds = {name: scoreboard.create(name, size - (name == spoilt and how == "size")) for name, size in sizes.items()}
+    if how != "magic":
+        sizes[spoilt] = 8 if how == "empty" else sizes[spoilt] - 1
+    fds = {name: scoreboard.create(name, size) for name, size in sizes.items()}
     if how == "magic":
-        os.pwrite(fds[spoilt], b"prefork\2", 0)
-    elif how == "empty":
-        os.ftruncate(fds[spoilt], 0)
+        os.pwrite(fds[spoilt], b"prefork\xff", 0)
     try:
         with pytest.raises(ValueError, match="not a prefork scoreboard of this version"):
             Scoreboard(fds["board"], fds["orders"], layout, Access.READER)
@@ -258,6 +301,61 @@ def test_close_unmaps() -> None:
             board.board[0]
         with pytest.raises(ValueError, match="released"):
             board.states[0]
+
+
+# -- any content
+
+largest = (1 << 64) - 1
+words = st.sampled_from([0, 1, largest, 1 << 63, scoreboard.COUNT_LIMIT]) | st.integers(0, largest)
+
+
+@contextmanager
+def spoilt(layout: Layout, patterns: list[int]) -> Iterator[Scoreboard]:
+    """A board that is full of these words, again and again."""
+    with mapped(layout, Access.MASTER) as [board]:
+        for at in range(len(board.words)):
+            board.words[at] = patterns[at % len(patterns)]
+        yield board
+
+
+@example(patterns=[largest], account=NOTHING, second=3)
+@given(st.lists(words, min_size=1, max_size=7), counters, st.integers(0, 1 << 40))
+def test_no_content_of_a_board_makes_a_reader_raise(patterns: list[int], account: Counts, second: int) -> None:
+    layout = Layout(2, 300)
+    with spoilt(layout, patterns) as board:
+        for slot in (0, 299, 300, 599):
+            board.peer(slot)
+            assert len(board.histogram(slot)) == scoreboard.BUCKETS
+            board.keep_account(slot, account)
+            for counts in (board.counts(slot), board.counts(slot, account)):
+                assert counts == account or counts.follows(account, 1)
+        for listener in (0, 1):
+            first = 300 * listener
+            assert board.recent(listener, 10**15, 50 * MS) <= set(range(first, first + 300))
+            assert set(board.tired_slots(listener, 300)) <= set(range(first, first + 300))
+            board.since(listener, 300)
+            board.begun(listener, 300)
+        for _ in range(12):
+            board.may_log_traceback(second, 10)
+        board.take_last_words()
+
+
+@given(counters, counters, st.integers(0, 3))
+def test_counters_are_believed_where_a_worker_can_have_come_to_them(before: Counts, more: Counts, serving: int) -> None:
+    before = replace(before, begun=before.ended)
+    after = Counts(0, before.ok + more.ok, before.error + more.error, before.rejected + more.rejected, before.killed)
+    after = replace(after, begun=after.ended + serving)
+    assert after.follows(before, 1) == (serving <= 1)
+    assert not replace(after, ok=before.ok - 1).follows(before, 1)
+    assert not replace(after, begun=after.ended - 1).follows(before, 1)
+    far = scoreboard.COUNT_LIMIT
+    assert not replace(after, begun=after.begun + far, ok=after.ok + far).follows(before, 1)
+
+
+def test_tracebacks_are_logged_again_in_the_second_after_a_stray_write() -> None:
+    with spoilt(Layout(1, 2), [largest]) as board:
+        assert board.may_log_traceback(7, 2) in range(scoreboard.COUNT_LIMIT)
+        assert [board.may_log_traceback(8, 2) for _ in range(3)] == [0, 0, None]
 
 
 # -- gossip

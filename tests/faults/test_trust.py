@@ -1,0 +1,149 @@
+"""A handler against prefork's own processes: what it writes, says and takes harms no other process and ends no master."""
+
+import json
+import os
+import re
+import shutil
+import signal
+import subprocess
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from prefork.system.credentials import WORKER_OOM_SCORE
+from prefork.testing import Server, connect
+from tests import public, watch
+from tests.conftest import HANDLERS
+from tests.watch import logged, until
+
+NOBODY = 65534
+AS_NOBODY = ("setpriv", f"--reuid={NOBODY}", f"--regid={NOBODY}", "--clear-groups")
+# One ordinary user, and root whose handlers are another's.
+USERS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {"one user": (AS_NOBODY, ()), "two users": ((), ("--user=nobody",))}
+# /proc as a unit with ProtectProc=invisible and ProcSubset=pid has it, and none.
+HIDDEN = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=invisible,subset=pid proc /proc && exec "$@"', "sh")
+NO_PROC = ("unshare", "--mount", "sh", "-c", 'mount -t tmpfs none /proc && exec "$@"', "sh")
+READ_ONLY_PROC = ("unshare", "--mount", "sh", "-c", 'mount --bind /proc /proc && mount -o remount,bind,ro /proc && exec "$@"', "sh")
+Start = Callable[..., AbstractContextManager[Server]]
+
+
+@pytest.fixture(scope="module")
+def folder() -> Iterator[Path]:
+    """Everybody can read it, and import prefork and the handler there; ``run`` is nobody's."""
+    with public.copy() as copied:
+        shutil.copy(HANDLERS / "prying.py", copied)
+        (copied / "run").mkdir()
+        os.chown(copied / "run", NOBODY, NOBODY)
+        yield copied
+
+
+@pytest.fixture(params=list(USERS))
+def start(request: pytest.FixtureRequest, folder: Path) -> Start:
+    """Starts a daemon, of one user or of two."""
+    prefix, user = USERS[request.param]
+
+    @contextmanager
+    def start(*options: str, within: tuple[str, ...] = ()) -> Iterator[Server]:
+        control, log = folder / "run" / "control", folder / "log"
+        line = [*within, *prefix, public.PYTHON, "-B", "-m", "prefork", "serve", "--module=prying:loop", "--bind=127.0.0.1:0"]
+        line += [f"--control={control}", "--workers=2", *user, *options]
+        with log.open("wb") as file:
+            process = subprocess.Popen(line, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        server = Server(("127.0.0.1", 0), process.pid, str(control), log, process)
+        try:
+            serving = re.compile(r" serving prying:loop on (127\.0\.0\.1):([0-9]+):")
+            until("it serves or has ended", lambda: serving.search(server.log()) or process.poll() is not None)
+            assert process.poll() is None, server.log()
+            [(host, port)] = serving.findall(server.log())
+            yield Server((host, int(port)), process.pid, str(control), log, process)
+        finally:
+            server.stop()
+        assert "internal error" not in server.log()
+
+    return start
+
+
+def ask(server: Server, order: str) -> Any:
+    """What the handler answers to an order."""
+    with connect(server.address) as sock:
+        sock.sendall(order.encode())
+        answer = sock.makefile("rb").read()
+    assert answer, server.log()
+    return json.loads(answer)
+
+
+# -- what it writes
+
+
+@pytest.mark.parametrize("byte", ["ff", "00"])
+def test_a_stray_memset_of_the_board_costs_no_client_its_connection(start: Start, byte: str) -> None:
+    with start("--max-workers=8") as server:
+        for _ in range(5):
+            ask(server, "hello")
+        assert ask(server, f"smash {byte}") == "smashed"
+        for _ in range(20):
+            assert ask(server, "hello") == "hello"
+        assert server.command("reload")["ok"]
+        # Workers that leave write down what they have counted, whatever stands on their board.
+        until("all are counted", lambda: watch.quiet(server)["ok"] == 26)
+        assert {key: watch.quiet(server)[key] for key in ("accepted", "error", "killed")} == {
+            "accepted": 26,
+            "error": 0,
+            "killed": 0,
+        }
+        ask(server, "hello")
+        until("it is counted", lambda: watch.quiet(server)["ok"] == 27)
+        status = server.status()
+        assert status["deaths"] == []
+        assert 0 < status["duration"]["p99"] < 60, "durations that were overwritten are forgotten"
+
+
+def test_a_handler_has_no_way_to_write_the_orders(start: Start) -> None:
+    with start() as server:
+        assert ask(server, "write_orders") == "EACCES"
+        assert ask(server, "boards") == []
+        os.kill(server.pid, signal.SIGUSR1)
+        assert server.command("reload")["ok"]
+
+
+def test_without_proc_the_start_says_that_the_orders_are_exposed(start: Start) -> None:
+    with start(within=NO_PROC) as server:
+        assert "there is no /proc: C code of generation 1's handlers can make writable" in server.log()
+        assert ask(server, "hello") == "hello"
+
+
+# -- what it takes
+
+
+def test_master_and_fork_server_keep_memory_and_descriptors_to_themselves(start: Start) -> None:
+    with start() as server:
+        watch.settled(server, 2)
+        us, fork_server, master = ask(server, "pids")
+        assert master == server.pid
+        assert ask(server, f"take {fork_server}") == []
+        assert ask(server, f"take {master}") == []
+        # Before and after: what makes the answer empty is not that nothing can ever be taken.
+        own = ask(server, "own")
+        assert own == {"score": _score(server.pid) + WORKER_OOM_SCORE, "dumpable": 1, "environ": True}
+        os.kill(server.pid, signal.SIGUSR2)
+        logged(server, "goes on where prefork")
+        logged(server, "generation 2 serves")
+        watch.settled(server, 2)
+        us, fork_server, master = ask(server, "pids")
+        assert master == server.pid
+        assert ask(server, f"take {fork_server}") == []
+        assert ask(server, f"take {master}") == []
+        assert ask(server, "own") == own
+        assert us != fork_server
+
+
+def _score(pid: int) -> int:
+    return int(Path(f"/proc/{pid}/oom_score_adj").read_text())
+
+
+def test_where_proc_can_not_be_written_workers_serve_with_their_parents_score(start: Start) -> None:
+    with start(within=READ_ONLY_PROC) as server:
+        assert ask(server, "own")["score"] == _score(server.pid)
