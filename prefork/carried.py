@@ -145,6 +145,7 @@ class Upgrade:
     at: float  # seconds since the epoch
     what: str  # how it was asked for
     version: str  # of the program that was upgraded
+    token: str  # that the successor's check has read the state it proves by this (`program.answer`)
     result: str = ""
     reason: str = ""
     generation: int = 0
@@ -162,6 +163,7 @@ class State:
     started: float  # since the epoch
     began: float  # the same moment, on the system's monotonic clock
     lost: float
+    left: float  # when this was written
     suspended: bool
     next_number: int
     last_reload: LastReload | None
@@ -193,7 +195,7 @@ class State:
 
 
 def write(state: State) -> bytes:
-    """The state's file. ``kept`` is for a successor that can't make anything of the rest, and goes back (`program.or_back`)."""
+    """The state as bytes. ``kept`` is for who can't make anything of the rest, and goes back (`prefork.system.guard`)."""
     return json.dumps({**_plain(state), "kept": state.descriptors()}).encode()
 
 

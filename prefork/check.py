@@ -24,7 +24,7 @@ from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_r
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.ops import instances
 from prefork.printable import printable
-from prefork.system import credentials, process, signals, systemd
+from prefork.system import credentials, process, program, signals, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -38,7 +38,8 @@ _PIPE = 65536
 def check(sources: Sources, state: bytes | None = None) -> str:
     """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError.
 
-    With the ``state`` of a running daemon, whether this program could go on where that one is, too. Raises StateError.
+    With the ``state`` of a running daemon, whether this program could go on where that one is, too, which is proved to it at the
+    end. Raises StateError.
     """
     running = carried.read(state) if state is not None else None
     config, origins = sources.trace()
@@ -56,6 +57,8 @@ def check(sources: Sources, state: bytes | None = None) -> str:
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
         for key, option in OPTIONS.items()
     }
+    if running is not None:
+        program.answer(running.upgrade.token)
     return f"# What prefork {__version__} serves with. {config.module} can be imported.\n\n{document(config, notes)}"
 
 

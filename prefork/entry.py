@@ -15,7 +15,7 @@ from typing import NoReturn
 
 from prefork.config import Sources
 from prefork.errors import PreforkError
-from prefork.system import process, program
+from prefork.system import guard, process, program
 
 
 def entry() -> NoReturn:
@@ -31,19 +31,22 @@ def entry() -> NoReturn:
 
 
 def _become_master(read: Callable[[], Sources]) -> NoReturn:
+    is_successor = program.is_successor(os.environ)
     try:
-        with program.or_back():
-            # Handlers of our own user must not take the master's descriptors. After an exec it has to be done anew, first of all.
-            process.become_private()
-            process.open_standard_descriptors()
-            sources = read()
-            from prefork.commands import obey
-            from prefork.master import Master
+        # Handlers of our own user must not take the master's descriptors. After an exec it has to be done anew, first of all.
+        process.become_private()
+        process.open_standard_descriptors()
+        sources = read()
+        from prefork.commands import obey
+        from prefork.master import Master
 
-            master = Master(sources, obey, program.started("serve"))
-            master.start()
+        master = Master(sources, obey, program.started("serve"))
+        master.start()
+        is_successor = False
         status = master.run()
     except Exception as error:
+        if is_successor:
+            raise  # below is who becomes the old program again, and tells this
         from prefork import cli
 
         cli.tell(error)
@@ -53,6 +56,7 @@ def _become_master(read: Callable[[], Sources]) -> NoReturn:
 def _read_by_a_child() -> Sources:
     """What `serve` is given. SystemExit, with the child's exit code, when there is nothing to serve: it has said why, or helped."""
     signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # whoever ignores it hears of no exit code
+    left, _ = signal.getitimer(signal.ITIMER_REAL)  # until an upgrade is given up
     with ExitStack() as opened:
         try:
             reading, writing = os.pipe()
@@ -64,6 +68,7 @@ def _read_by_a_child() -> Sources:
         opened.pop_all()
     if pid == 0:
         os.close(reading)
+        guard.arm(left)  # timers are not inherited, and the old program would not know of this process
         _send_to(writing)
     os.close(writing)
     from prefork import commands, master  # noqa: F401 - they take as long as the child does

@@ -54,6 +54,10 @@ class Hung:
             if self._scan_at is None or self._scan_at > now + SCAN:
                 self._scan_at = now + SCAN
 
+    def forgive(self, seconds: float) -> None:
+        """Take time that the master's clock has left out off the age of the connections that are not known yet."""
+        self._lost -= seconds
+
     def tend(self, now: float, now_ns: int) -> None:
         """Do what is due. ``now_ns`` is the real time, in which workers count."""
         if self._case is not None and self._case.look_at <= now:

@@ -22,14 +22,12 @@ from prefork.config import Sources
 from prefork.daemon import Daemon
 from prefork.errors import InUseError, PreforkError
 from prefork.link import Wiring
-from prefork.net.unix import inode_of, remove
 from prefork.notifying import Notifying
 from prefork.ops import control, instances
 from prefork.ops.control import Client
 from prefork.pool import wire
 from prefork.stopping import Stopping
 from prefork.system import credentials, pidfile, process, program, signals
-from prefork.system.pidfile import PidFile
 from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated, line
 from prefork.upgrading import Upgrading
@@ -157,12 +155,7 @@ class Master:
     def _go_on(self, fd: int, reason: str) -> None:
         """Be the successor of the program that left its state at ``fd``. All signals are blocked until we can hear them."""
         state = carried.read(program.read_state(fd))
-        try:
-            self._adopt(state, reason)
-        except BaseException:
-            if reason:  # there is no other program to go back to
-                _remove_traces_of(state)
-            raise
+        self._adopt(state, reason)
         self.handed = fd, reason
 
     def _adopt(self, state: State, reason: str) -> None:
@@ -186,7 +179,7 @@ class Master:
 
     def _take_over(self, fd: int, reason: str) -> None:
         """The state is adopted, and there is no way back any more: hear what has come meanwhile, and reload."""
-        os.close(fd)
+        program.go_on(fd)
         # Whose SIGCHLD the old program has taken and not obeyed.
         self._reap()
         self.upgrading.adopted(reason)
@@ -403,11 +396,3 @@ class Master:
             raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None
         except OSError as error:
             log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
-
-
-def _remove_traces_of(state: State) -> None:
-    """What says that the daemon is here that nobody could go on with."""
-    if state.pid_file is not None:
-        PidFile(state.pid_file.path, state.pid_file.fd).remove()
-    if state.control is not None and inode_of(state.control.path) == state.control.inode:
-        remove(state.control.path)

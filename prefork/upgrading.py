@@ -46,6 +46,7 @@ class Trial:
 
     pid: int
     said: int
+    answer: int
     deadline: float
     text: bytes = b""
     status: int | None = None
@@ -69,6 +70,7 @@ class Upgrading:
         self.program = how
         self.trial: Trial | None = None
         self.ready = False
+        self.tried: tuple[int, ...] = ()  # the interpreter that the check ran in
         self.reload_before: LastReload | None = None  # the last one before the upgrade's own
         self.dropped: list[tuple[int, float]] = []  # trials that were asked to end, and until when they may
         self.settled_by = 0.0  # then nobody waits any more for those who accept with old code
@@ -85,7 +87,7 @@ class Upgrading:
             daemon.tell(clients, {"ok": False, "reason": reason})
             return
         number = daemon.upgrade.number + 1 if daemon.upgrade is not None else 1
-        daemon.upgrade = Upgrade(number, time.time(), what, __version__)
+        daemon.upgrade = Upgrade(number, time.time(), what, __version__, os.urandom(16).hex())
         try:
             self._try(self._program())
         except OSError as error:
@@ -115,13 +117,14 @@ class Upgrading:
         daemon = self.daemon
         log.event("upgrading", what=daemon.upgrade.what if daemon.upgrade else "", program=" ".join(how.line("serve")))
         daemon.trying = True
+        self.tried = program.identity(how.executable)
         state = program.keep_state(carried.write(self.carry()))
         try:
-            pid, said = program.try_out(how, state)
+            pid, said, answer = program.try_out(how, state)
         finally:
             os.close(state)
         daemon.wiring.strangers.add(pid)
-        self.trial = Trial(pid, said, daemon.now + daemon.config.boot_timeout + START)
+        self.trial = Trial(pid, said, answer, daemon.now + daemon.config.boot_timeout + START)
         daemon.selector.register(said, selectors.EVENT_READ, self._listen)
 
     def _listen(self, _now: float) -> None:
@@ -144,17 +147,24 @@ class Upgrading:
             if not self.ready:
                 self._note_outcome()
         elif trial.status is not None:
-            refused = trial.status != 0
+            proved = self.daemon.upgrade is not None and program.is_answer(trial.answer, self.daemon.upgrade.token)
             self._end_trial(trial)
-            if refused:
-                text = trial.text.decode(errors="replace").strip()
-                # What it has logged before its error is no reason.
-                reason = ("\n" + text).rpartition("\nprefork: ")[2].strip()
-                self._give_up(reason or f"the new program's check said nothing: {process.describe(trial.status)}")
-            else:
+            if trial.status == 0 and proved:
                 self.ready = True
+            else:
+                self._give_up(self._why_refused(trial))
         elif trial.deadline <= self.daemon.now:
             self.drop("the new program's check has not ended in time")
+
+    def _why_refused(self, trial: Trial) -> str:
+        if trial.status == 0:
+            how = self._program()
+            what = " ".join((how.executable, *how.prefix))
+            return f"{what} is no prefork, or not a whole one: its check has ended with exit status 0 and did not read the state"
+        text = trial.text.decode(errors="replace").strip()
+        # What it has logged before its error is no reason.
+        reason = ("\n" + text).rpartition("\nprefork: ")[2].strip()
+        return reason or f"the new program's check said nothing: {process.describe(trial.status or 0)}"
 
     def wake_at(self) -> float | None:
         """When to `tend`."""
@@ -191,6 +201,7 @@ class Upgrading:
         if trial.said in self.daemon.selector.get_map():
             self.daemon.selector.unregister(trial.said)
         os.close(trial.said)
+        os.close(trial.answer)
 
     def _give_up(self, reason: str) -> None:
         daemon = self.daemon
@@ -215,6 +226,9 @@ class Upgrading:
         if daemon.control is not None:
             daemon.control.dismiss("the daemon became another program meanwhile; see prefork status", daemon.now)
         try:
+            if program.identity(how.executable) != self.tried:  # what is no Python does not know the way back
+                self._give_up(f"{how.executable} is another file than the one that was tried; try again")
+                return
             self._execute(how)
         except OSError as error:
             self._give_up(f"{how.executable} can't be executed: {error.strerror}")
@@ -248,6 +262,7 @@ class Upgrading:
             started=daemon.started,
             began=daemon.began,
             lost=daemon.lost,
+            left=daemon.clock(),
             suspended=daemon.suspended,
             next_number=daemon.next_number,
             last_reload=daemon.last_reload,
@@ -282,6 +297,9 @@ class Upgrading:
         if state.pid != daemon.pid:
             raise ValueError(f"the state is that of process {state.pid}")
         daemon.name, daemon.started, daemon.began, daemon.lost = state.name, state.started, state.began, state.lost
+        # The time without a program, or with one that hung, counts against no deadline.
+        missed = max(0.0, daemon.clock() - state.left)
+        daemon.lost += missed
         daemon.suspended, daemon.next_number, daemon.last_reload = state.suspended, state.next_number, state.last_reload
         self.changeover.wanted = [] if state.reload_wanted else None
         daemon.now, daemon.upgrade, daemon.activated = daemon.clock(), state.upgrade, state.activated
@@ -317,6 +335,7 @@ class Upgrading:
         for generation, conf in zip(state.generations, configs, strict=True):
             its = [listeners[place] for place in generation.listeners]
             adopted.append(Generation.adopted(generation, conf, its, daemon.wiring, daemon.tally, daemon.now))
+            adopted[-1].hung.forgive(missed)
         daemon.current, daemon.draining = adopted[0], adopted[1:]
 
     def adopted(self, reason: str) -> None:

@@ -1,29 +1,33 @@
 """The program that this process runs: how it was started, how to try its successor, how to become that under the same pid.
 
-An exec keeps pid, children, the subreaper's role, the signal mask and what is pending; it closes every descriptor that is not
-inheritable. Between the exec and the new handlers each handled signal kills (measured: 12 of 12), so all are blocked before it,
-and stay so until the new program is ready. Where the state is travels in the environment, with our pid: nobody else's child takes
-it for its own.
+An exec keeps pid, children, the subreaper's role, the signal mask, interval timers and what is pending; it closes every descriptor
+that is not inheritable. Between the exec and the new handlers each handled signal kills (measured: 12 of 12), so all are blocked
+before it, and stay so until the new program is ready; but for the alarm of the timer that waits for it (`prefork.system.guard`,
+which is what is executed first). Where the state is travels in the environment, with our pid: nobody else's child takes it for its
+own.
 """
 
 import contextlib
-import json
+import linecache
 import os
 import sys
-from collections.abc import Collection, Iterator, Mapping, MutableMapping
+from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
-from typing import Any
 
-from prefork.system import signals
+from prefork.system import guard, signals
 
-VARIABLE = "PREFORK_STATE"
+VARIABLE = guard.VARIABLE
 _PYTHONS = ("PYTHONHOME", "PYTHONPATH")
-# An environment variable has at most 128 KiB; who goes back tells why in it.
-_REASON_LIMIT = 4096
 # In bytes. A worker takes about 150 of them.
 STATE_LIMIT = 1 << 26
-# Where the tried program finds the state.
-STATE_DESCRIPTOR = 3
+# Where the tried program finds the state, and answers that it has read it.
+STATE_DESCRIPTOR, ANSWER_DESCRIPTOR = 3, 4
+# From the exec until the new program goes on, which takes 0.13 s on an idle machine; then the old one comes back.
+SWITCH = 15.0
+# A script of more bytes is not kept.
+_LAUNCHER_LIMIT = 1 << 16
+# Read when it is imported: later the file may be another version's.
+_GUARD = "".join(linecache.getlines(guard.__file__, vars(guard))).encode()
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,10 +42,15 @@ class Program:
     path: tuple[str, ...]  # where it imports from
     way_back: tuple[str, ...]  # prefix, without links: they may name the successor by then
     variables: dict[str, str]  # what the environment says of both
+    launcher: str | None = None  # the script's text: it may be the successor's, or empty, by then
 
     def line(self, command: str, *options: str) -> list[str]:
         """The command line that has it carry out ``command``."""
         return [self.executable, *self.prefix, command, *options, *self.arguments]
+
+    def guarded_line(self, state: int, command: str, *options: str) -> list[str]:
+        """The same, by way of `prefork.system.guard`, whose text is read from the state's descriptor."""
+        return [self.executable, *guard.command_line(self.prefix, state), command, *options, *self.arguments]
 
 
 def started(command: str) -> Program | None:
@@ -50,7 +59,9 @@ def started(command: str) -> Program | None:
     if given[:1] != [command] or not sys.executable or sys.orig_argv[-len(given) :] != given:
         return None
     prefix = sys.orig_argv[1 : -len(given)]
-    is_script = bool(prefix) and prefix[-2:-1] not in (["-m"], ["-c"])
+    if not prefix:
+        return None  # an executable that brings its program with it
+    is_script = prefix[-2:-1] not in (["-m"], ["-c"])
     if is_script:
         prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
     return Program(
@@ -62,6 +73,7 @@ def started(command: str) -> Program | None:
         path=tuple(os.path.realpath(place) for place in sys.path if place),
         way_back=(*prefix[:-1], os.path.realpath(prefix[-1])) if is_script else tuple(prefix),
         variables={name: os.environ[name] for name in _PYTHONS if name in os.environ},
+        launcher=_text_of(prefix[-1]) if is_script else None,
     )
 
 
@@ -72,8 +84,26 @@ def _image() -> str:
         return os.path.realpath(sys.executable)
 
 
+def _text_of(script: str) -> str | None:
+    try:
+        if not guard.importable(script):
+            with open(script, encoding="utf-8") as file:
+                text = file.read(_LAUNCHER_LIMIT + 1)
+            return text if len(text) <= _LAUNCHER_LIMIT else None
+    except (OSError, ValueError):
+        pass  # it can't be read any more, or is in another encoding
+    return None
+
+
+def identity(executable: str) -> tuple[int, ...]:
+    """What tells this file from another that takes its name. Raises OSError."""
+    found = os.stat(executable)
+    return found.st_dev, found.st_ino, found.st_size, found.st_mtime_ns
+
+
 def keep_state(data: bytes) -> int:
-    """A descriptor of a file in memory with this state."""
+    """A descriptor of a file in memory with this state, behind what is executed first."""
+    data = _GUARD + b"\0" + data
     fd = os.memfd_create("prefork-state", os.MFD_CLOEXEC)
     written = 0
     try:
@@ -86,26 +116,25 @@ def keep_state(data: bytes) -> int:
 
 
 def read_state(fd: int) -> bytes:
-    """What `keep_state` kept; of what is larger than any state a byte too many."""
+    """What `keep_state` was given; of what is larger than any state a byte too many."""
     data = b""
-    while len(data) <= STATE_LIMIT and (more := os.pread(fd, min(1 << 20, STATE_LIMIT + 1 - len(data)), len(data))):
+    limit = guard.TEXT_LIMIT + STATE_LIMIT
+    while len(data) <= limit and (more := os.pread(fd, min(1 << 20, limit + 1 - len(data)), len(data))):
         data += more
-    return data
+    return data.partition(b"\0")[2][: STATE_LIMIT + 1]
 
 
-def try_out(program: Program, state: int) -> tuple[int, int]:
-    """Start ``check`` of the program that is there now, on a copy of the state. Returns its pid and what it says (not blocking).
+def try_out(program: Program, state: int) -> tuple[int, int, int]:
+    """Start ``check`` of the program that is there now, on a copy of the state.
 
-    Raises OSError when it can't be started.
+    Returns its pid, what it says, and its `answer` (neither blocks). Raises OSError when it can't be started.
     """
     with contextlib.ExitStack() as opened, contextlib.ExitStack() as failed:
-        said, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
-        failed.callback(os.close, said)
-        opened.callback(os.close, theirs)
+        said, theirs = _pipe_from(opened, failed)
+        answer, proof = _pipe_from(opened, failed)
         nothing = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
         opened.callback(os.close, nothing)
-        os.set_blocking(theirs, True)
-        line = program.line("check", f"--adopt={STATE_DESCRIPTOR}")
+        line = program.guarded_line(STATE_DESCRIPTOR, "check", f"--adopt={STATE_DESCRIPTOR}")
         pid = os.posix_spawn(
             line[0],
             line,
@@ -115,13 +144,37 @@ def try_out(program: Program, state: int) -> tuple[int, int]:
                 (os.POSIX_SPAWN_DUP2, nothing, 1),
                 (os.POSIX_SPAWN_DUP2, theirs, 2),
                 (os.POSIX_SPAWN_DUP2, state, STATE_DESCRIPTOR),
+                (os.POSIX_SPAWN_DUP2, proof, ANSWER_DESCRIPTOR),
             ],
             setsid=True,
             setsigmask=(),
             setsigdef=signals.BLOCKABLE,
         )
         failed.pop_all()
-    return pid, said
+    return pid, said, answer
+
+
+def _pipe_from(opened: contextlib.ExitStack, failed: contextlib.ExitStack) -> tuple[int, int]:
+    """A pipe from a child: our end does not block, theirs is closed in any case."""
+    ours, theirs = os.pipe2(os.O_CLOEXEC | os.O_NONBLOCK)
+    failed.callback(os.close, ours)
+    opened.callback(os.close, theirs)
+    os.set_blocking(theirs, True)
+    return ours, theirs
+
+
+def answer(token: str) -> None:
+    """Prove to who has started us by `try_out` that we have read its state: no other place has this token. Raises OSError."""
+    os.write(ANSWER_DESCRIPTOR, token.encode())
+
+
+def is_answer(descriptor: int, token: str) -> bool:
+    """Whether the ended child has proved, here, that it has read the state with this token."""
+    expected = token.encode()
+    try:
+        return os.read(descriptor, len(expected) + 1) == expected
+    except BlockingIOError:  # whom it has left behind may answer yet
+        return False
 
 
 def become(program: Program, state: int, descriptors: Collection[int]) -> None:
@@ -134,25 +187,34 @@ def become(program: Program, state: int, descriptors: Collection[int]) -> None:
         for fd in kept:
             os.set_inheritable(fd, True)
         environment = {**os.environ, VARIABLE: f"{state}:{os.getpid()}"}
-        os.execve(program.executable, program.line("serve"), environment)  # noqa: S606 - ourselves
+        line = program.guarded_line(state, "serve")
+        guard.arm(SWITCH)
+        os.execve(program.executable, line, environment)  # noqa: S606 - ourselves
     finally:
+        guard.disarm()
         for fd in kept:
             os.set_inheritable(fd, False)
 
 
 def handed_over(environment: MutableMapping[str, str]) -> tuple[int, str] | None:
     """The descriptor of the state that this process was handed, and why we are the old program again, if we are."""
-    handed = _handed(environment)
+    handed = guard.handed(environment)
     environment.pop(VARIABLE, None)
     if handed is not None:
         os.set_inheritable(handed[0], False)
     return handed
 
 
-def _handed(environment: Mapping[str, str]) -> tuple[int, str] | None:
-    fd, _, rest = environment.get(VARIABLE, "").partition(":")
-    pid, _, reason = rest.partition(":")
-    return (int(fd), reason) if fd.isdecimal() and pid == str(os.getpid()) else None
+def go_on(fd: int) -> None:
+    """This process goes on from the state at ``fd``: whatever happens now, no other program comes back."""
+    guard.disarm()
+    os.close(fd)
+
+
+def is_successor(environment: Mapping[str, str]) -> bool:
+    """Whether this process was handed a state by another program, which comes back if we fail."""
+    handed = guard.handed(environment)
+    return handed is not None and not handed[1]
 
 
 def put_back(variables: Mapping[str, str]) -> None:
@@ -160,34 +222,3 @@ def put_back(variables: Mapping[str, str]) -> None:
     for name in _PYTHONS:
         os.environ.pop(name, None)
     os.environ.update(variables)
-
-
-@contextlib.contextmanager
-def or_back() -> Iterator[None]:
-    """Whatever goes wrong in the block, in a process that was handed a state: become the program again that handed it over.
-
-    Once: if that fails as well, the error of the block is raised.
-    """
-    handed = _handed(os.environ)
-    try:
-        yield
-    except BaseException as error:
-        if handed is not None and not handed[1]:
-            with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
-                _go_back(handed[0], f"{type(error).__name__}: {error}")
-        raise
-
-
-def _go_back(fd: int, reason: str) -> None:
-    state: dict[str, Any] = json.loads(read_state(fd))
-    before = Program(**state["program"])
-    told = reason[:_REASON_LIMIT].replace("\0", "\\0").encode("ascii", "backslashreplace").decode()
-    os.set_inheritable(fd, True)
-    for kept in state["kept"]:
-        os.set_inheritable(kept, True)
-    # The interpreter that we were, and not what the link names now; what its venv says may be another one's by now.
-    found = {"PYTHONHOME": before.home, "PYTHONPATH": os.pathsep.join(before.path)}
-    environment = {**os.environ, **found, VARIABLE: f"{fd}:{os.getpid()}:{told}"}
-    signals.block()
-    line = [before.executable, *before.way_back, "serve", *before.arguments]
-    os.execve(before.image, line, environment)  # noqa: S606

@@ -317,6 +317,27 @@ MUTANTS = [
         ("tests/integration/test_upgrade.py::test_log_files_go_on_whatever_has_become_of_their_folders",),
     ),
     Mutant(
+        "an upgrade whose check proves nothing",
+        "upgrading.py",
+        "            if trial.status == 0 and proved:\n",
+        "            if trial.status == 0:\n",
+        ("tests/integration/test_way_back.py::test_what_does_not_prove_that_it_has_read_the_state_is_refused[empty]",),
+    ),
+    Mutant(
+        "an upgrade without a dead man's switch",
+        "system/program.py",
+        "        guard.arm(SWITCH)\n",
+        "",
+        ("tests/integration/test_way_back.py::test_a_successor_that_does_not_go_on_gives_way_to_the_program_that_was[status 0]",),
+    ),
+    Mutant(
+        "a time without a master that counts against connections",
+        "hung.py",
+        "        self._lost -= seconds\n",
+        "        self._lost += seconds\n",
+        ("tests/unit/test_hung.py::test_what_was_lost_to_an_upgrade_counts_against_no_connection_that_it_found",),
+    ),
+    Mutant(
         "an upgrade that forgets who serves",
         "generation.py",
         "                workers=tuple(self.pool.workers.values()),\n",

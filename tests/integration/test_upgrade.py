@@ -276,14 +276,22 @@ def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module, firs
     script = tmp_path / "program.py"
     script.write_text(SUCCESSOR.format("upgrading.START = 0.2"))
     command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0", "--boot-timeout=1"]
-    with watch.running(command, module(ECHO), tmp_path) as server:
+    with watch.running([*command, "--spare-timeout=0.2"], module(ECHO), tmp_path) as server:
         script.write_text(SUCCESSOR.format(f"{first}\nimport time; time.sleep(600)"))
         assert upgrade(server)["reason"] == "the new program's check has not ended in time"
         assert says(address(server)) == b"x"
         watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
 
 
-def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Path, module: Module) -> None:
+@pytest.mark.parametrize(
+    ("then", "reason"),
+    [
+        ("", "can't be executed: No such file or directory"),
+        ("os.symlink('/bin/true', sys.executable)", "is another file than the one that was tried; try again"),
+    ],
+    ids=["vanishes", "becomes another"],
+)
+def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Path, module: Module, then: str, reason: str) -> None:
     python, script = tmp_path / "python", tmp_path / "program.py"
     python.symlink_to(own_python())
     script.write_text(SUCCESSOR.format(""))
@@ -293,9 +301,9 @@ def test_a_successor_that_vanishes_after_its_trial_changes_nothing(tmp_path: Pat
         watch.running(command, module(ECHO), tmp_path, environment={"PYTHONPATH": places}) as server,
         connect(address(server)) as held,
     ):
-        script.write_text(SUCCESSOR.format("import os; os.unlink(sys.executable)"))
+        script.write_text(SUCCESSOR.format(f"import os; os.unlink(sys.executable)\n{then}"))
         fds = watch.descriptors(server.pid).keys()
-        assert upgrade(server)["reason"] == f"{python} can't be executed: No such file or directory"
+        assert upgrade(server)["reason"] == f"{python} {reason}"
         held.sendall(b"x")
         assert held.recv(64) == b"x"
         assert watch.descriptors(server.pid).keys() == fds
@@ -402,25 +410,10 @@ def test_who_goes_back_replaces_a_fork_server_that_was_dead_before(
     os.kill(watch.fork_server(server), signal.SIGKILL)
     watch.logged(server, "a new fork server in 2.2 s")
     module(ECHO)
-    write(FAILS_ONCE.format(str(tmp_path / "failed")))  # the one that goes back is the same script
+    write(FAILS_ONCE.format(str(tmp_path / "failed")))
     assert "became this one again: RuntimeError: planted" in upgrade(server)["reason"]
     watch.logged(server, "generation 4 serves")
     watch.settled(server, 2)
-
-
-def test_two_programs_that_fail_leave_nothing(tmp_path: Path, module: Module) -> None:
-    script, pid_file = tmp_path / "program.py", tmp_path / "pid"
-    script.write_text(SUCCESSOR.format(""))
-    command = [sys.executable, str(script), "serve", "--module=mine:loop", "--workers=1", "--bind=127.0.0.1:0"]
-    with watch.running([*command, f"--pid-file={pid_file}"], module(ECHO), tmp_path) as server:
-        family = [child.pid for child in watch.family(server.pid)]
-        script.write_text(SUCCESSOR.format(FAILS))
-        os.kill(server.pid, signal.SIGUSR2)
-        assert server.process.wait(watch.DEADLINE) == 70
-        assert "planted" in server.log()
-        assert not pid_file.exists()
-        assert not os.path.exists(server.control)
-        watch.until("all have gone", lambda: all(map(watch.is_gone, family)))
 
 
 def test_log_files_go_on_whatever_has_become_of_their_folders(tmp_path: Path, module: Module) -> None:

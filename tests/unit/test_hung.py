@@ -160,3 +160,12 @@ def test_what_was_lost_before_a_scan_is_nobodys_gain_after_it(watched: Watched) 
     watched.hung.looked(200.0)
     watched.begins(0, 200.5)
     assert watched.run(1000.0)[0] == (200.5 + TIMEOUT, Command(Order.DUMP, 0))
+
+
+def test_what_was_lost_to_an_upgrade_counts_against_no_connection_that_it_found(watched: Watched) -> None:
+    watched.begins(0, 100.5)
+    watched.lost = 3600.0
+    watched.hung = Hung(watched.link, watched.pool, TIMEOUT, watched.lost)
+    watched.hung.forgive(watched.lost)
+    watched.hung.looked(100.6)
+    assert watched.run(1000.0)[0][0] == pytest.approx(100.5 + TIMEOUT)
