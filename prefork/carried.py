@@ -50,6 +50,7 @@ class CarriedFarewell:
     """A listener that is being closed."""
 
     listener: int
+    seconds: float
     deadline: float
     begins: float
     begun: bool
@@ -176,6 +177,7 @@ class State:
     listeners: tuple[CarriedListener, ...]
     current_listeners: tuple[int, ...]
     farewells: tuple[CarriedFarewell, ...]
+    cookies: tuple[tuple[float, int | None], ...]  # readings of the kernel's counter of SYN cookies
     generations: tuple[CarriedGeneration, ...]  # the current one first
     tally: CarriedTally
     format: int = FORMAT

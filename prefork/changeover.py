@@ -232,7 +232,7 @@ class Changeover:
                 if listener not in removed:
                     old.retire(place, daemon.now, old.drain_deadline(daemon.now))
         for listener in removed:
-            daemon.listeners.say_farewell(listener, farewell_at + daemon.config.graceful_timeout, farewell_at)
+            daemon.listeners.say_farewell(listener, farewell_at, daemon.config.graceful_timeout)
         log.use(new.config)
         daemon.warn_of_limits(daemon.listeners.current)
         return removed

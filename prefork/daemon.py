@@ -61,6 +61,7 @@ class Stop:
     at: float
     deadline: float
     clients: list[Client]
+    seconds: float = 0.0  # for connections, from when all listeners are closed but for their queues
     killed: bool = False
     killed_before: int = 0  # connections that had been killed when it began
     tries: int = 0  # at ending those whom SIGKILL has not ended

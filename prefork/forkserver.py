@@ -26,7 +26,8 @@ from prefork import handler, log, worker
 from prefork.config import Config
 from prefork.ending import Ending
 from prefork.errors import ConfigError, HandlerError, PreforkError
-from prefork.net.listener import Listener
+from prefork.net.handshakes import Cookies
+from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Kind, Order, Report
@@ -36,8 +37,6 @@ from prefork.values import RLIMITS
 
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
 COMMANDS_AT_ONCE = 64
-# With the master dead: how long the queue may take to empty before the listeners are closed under whoever is still in it.
-FAREWELL = 0.5
 REPEAT = 0.02
 # Orders that are a signal to a worker.
 SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
@@ -126,6 +125,7 @@ class ForkServer:
         self.outbox: deque[bytes] = deque()
         self.leaving = False
         self.orphaned_at: float | None = None
+        self.cookies = Cookies()
         self.parted = False
 
     # -- its life
@@ -151,6 +151,7 @@ class ForkServer:
             if self._done():
                 return 0
             if self.orphaned_at is None:
+                self.cookies.note(time.monotonic())
                 poll.register(self.brief.channel, select.POLLIN | (select.POLLOUT if self.outbox else 0))
             ready = poll.poll(None if self.orphaned_at is None else REPEAT * 1000)
             arrived: set[int] = set()
@@ -411,14 +412,17 @@ class ForkServer:
         poll.unregister(self.brief.channel)
         self.outbox.clear()
         self.brief.channel.close()
+        cookies = self.cookies.lately(self.orphaned_at)
         for listener in self.brief.listeners:
-            listener.turn_away()
+            listener.turn_away(self.orphaned_at, cookies=cookies)
 
     def _say_farewell(self, since: float) -> None:
-        """Serve the queue, then free the addresses and retire everybody; who serves a connection may finish it."""
+        """Serve handshakes and queue, then free the addresses and retire everybody; who serves a connection may finish it."""
         if not self.parted:
-            waiting = [listener for listener in self.brief.listeners if not listener.drained()]
-            if waiting and time.monotonic() - since < FAREWELL:
+            now = time.monotonic()
+            # In this order: a handshake that a look does not find any more is in the queue. And all of them: each look counts.
+            served = [(listener.settled(now), listener.drained()) for listener in self.brief.listeners]
+            if not all(map(all, served)) and now - since < FAREWELL:
                 return
             for pid in self.children:
                 process.signal_child(pid, signal.SIGTERM)

@@ -1,12 +1,13 @@
 """The addresses that a daemon listens on: what a configuration wants, what is open already, and what is being closed.
 
 A reload opens what is added before anything else is touched and closes what is removed after the commit; what stays is the same
-socket throughout. A listener that is closed turns new clients away first and is served until its queue is empty. Sockets that
-were inherited (``fd:N``, a service manager's) belong to somebody else: they are accepted from, and otherwise left alone.
+socket throughout. A listener that is closed turns new clients away first and is served until no handshake is under way and its
+queue is empty. Handshakes have a time of their own, after which the queue has its. Sockets that were inherited (``fd:N``, a service
+manager's) belong to somebody else: they are accepted from, and otherwise left alone.
 """
 
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from socket import AF_UNIX
 
@@ -15,6 +16,7 @@ from prefork.carried import CarriedFarewell
 from prefork.config import Config
 from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
+from prefork.net.handshakes import Cookies
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
 from prefork.net.unix import UNCHANGED
 from prefork.ops import instances
@@ -26,13 +28,22 @@ DRAIN_LOOK = 0.005
 
 @dataclass(slots=True)
 class Farewell:
-    """A listener that is being closed, from ``begins`` on: it is served until its queue is empty, or until the deadline."""
+    """A listener that is being closed, from ``begins`` on: it is served until its queue is empty, or until the deadline.
+
+    That is ``seconds`` after the last handshake, and not known before: see `Listeners.tend`.
+    """
 
     listener: Listener
+    seconds: float
     deadline: float
     begins: float
     begun: bool = False  # nobody new is let in
     parted: bool = False  # all who accept there were asked to leave
+
+    def wake_at(self, now: float) -> float:
+        """When to look at it."""
+        handshakes = self.listener.handshakes if self.begun else None
+        return max(handshakes.look_at if handshakes is not None else self.begins, now + DRAIN_LOOK)
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,6 +67,7 @@ class Listeners:
     inherited: frozenset[int] = frozenset()
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
+    cookies: Cookies = field(default_factory=Cookies)
 
     def prepare(self, conf: Config) -> Plan:
         """Open what the configuration adds. Raises PreforkError, and has then changed nothing."""
@@ -79,7 +91,9 @@ class Listeners:
 
     def _open(self, address: Address, settings: Settings, owner: tuple[int, int]) -> Listener:
         if any(farewell.listener.configured.place == address.place for farewell in self.farewells):
-            raise AddressError(f"{address} is still being closed: it serves those who wait in its queue; reload again in a moment")
+            raise AddressError(
+                f"{address} is still being closed: it serves those who wait in its queue or are about to; reload again in a moment"
+            )
         if address.family == INHERITED:
             if address.port not in self.inherited:
                 raise AddressError(f"{address}: no descriptor {address.port} was open when prefork started")
@@ -117,9 +131,9 @@ class Listeners:
             log.event("listening", address=listener.address)
         return removed
 
-    def say_farewell(self, listener: Listener, deadline: float, begins: float) -> None:
-        """From ``begins`` on let nobody new in, and close it when its queue is empty."""
-        self.farewells.append(Farewell(listener, deadline, begins))
+    def say_farewell(self, listener: Listener, begins: float, seconds: float) -> None:
+        """From ``begins`` on let nobody new in, and close it when its queue is empty, or ``seconds`` after the last handshake."""
+        self.farewells.append(Farewell(listener, seconds, begins + seconds, begins))
 
     def recall(self, listeners: Iterable[Listener]) -> None:
         """Those of them whose farewell has not begun stay."""
@@ -129,16 +143,28 @@ class Listeners:
         """All farewells begin now, and none may take longer."""
         for farewell in self.farewells:
             farewell.begins = min(farewell.begins, now)
+            farewell.seconds = min(farewell.seconds, max(0.0, deadline - now))
             farewell.deadline = min(farewell.deadline, deadline)
+
+    @property
+    def settling(self) -> bool:
+        """Whether handshakes are under way where nobody new is let in."""
+        return any(farewell.begun and farewell.listener.handshakes is not None for farewell in self.farewells)
 
     def tend(self, now: float, part: Callable[[Listener], None], accepts: Callable[[Listener], bool]) -> None:
         """Close what has been served or has had its time; ``part`` is called before, for those who still accept there."""
+        self.cookies.note(now)
         for farewell in [due for due in self.farewells if due.begins <= now]:
             if not farewell.begun:
-                farewell.begun = True
-                farewell.listener.turn_away()
+                farewell.begun, farewell.begins = True, now
+                farewell.listener.turn_away(now, cookies=self.cookies.lately(now))
             if not farewell.parted:
-                if not farewell.listener.drained() and farewell.deadline > now:
+                # In this order: a handshake that a look does not find any more is in the queue.
+                settled, served = farewell.listener.settled(now), farewell.listener.drained()
+                if not settled:
+                    farewell.deadline = max(farewell.deadline, now + farewell.seconds)
+                    continue
+                if not served and farewell.deadline > now:
                     continue
                 farewell.parted = True
                 part(farewell.listener)
@@ -151,13 +177,22 @@ class Listeners:
 
     def wake_at(self, now: float) -> float | None:
         """When to `tend`."""
-        return min((max(farewell.begins, now + DRAIN_LOOK) for farewell in self.farewells), default=None)
+        return min((farewell.wake_at(now) for farewell in self.farewells), default=None)
 
     def carry(self, places: Mapping[Listener, int]) -> tuple[CarriedFarewell, ...]:
         """The farewells, for another program."""
         return tuple(
-            CarriedFarewell(places[f.listener], f.deadline, f.begins, begun=f.begun, parted=f.parted) for f in self.farewells
+            CarriedFarewell(places[f.listener], f.seconds, f.deadline, f.begins, begun=f.begun, parted=f.parted)
+            for f in self.farewells
         )
+
+    def adopt(self, farewells: Iterable[CarriedFarewell], listeners: Sequence[Listener]) -> None:
+        """Go on with another program's farewells."""
+        for f in farewells:
+            listener = listeners[f.listener]
+            self.farewells.append(Farewell(listener, f.seconds, f.deadline, f.begins, begun=f.begun, parted=f.parted))
+            if f.begun and not f.parted:
+                listener.watch_handshakes(f.begins, cookies=self.cookies.lately(f.begins))
 
     def close(self) -> None:
         """Close everything now."""

@@ -320,11 +320,9 @@ class Master:
         daemon = self.daemon
         times = [generation.wake_at() for generation in daemon.generations()]
         times += [self.deaf_until, self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
-        times.append(self.notifying.wake_at())
+        times += [self.stopping.wake_at(), self.notifying.wake_at()]
         if daemon.control is not None:
             times.append(daemon.control.wake_at())
-        if daemon.stopping is not None:
-            times.append(daemon.stopping.deadline)
         return min((at for at in times if at is not None), default=None)
 
     def scale(self, workers: int, why: str) -> str | None:

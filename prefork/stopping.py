@@ -30,7 +30,7 @@ class Stopping:
                 self._hurry(daemon.stopping, daemon.now + timeout)
             return
         seconds = daemon.config.graceful_timeout if timeout is None else timeout
-        stop = daemon.stopping = Stop(why, daemon.now, daemon.now + seconds, clients, killed_before=daemon.killed())
+        stop = daemon.stopping = Stop(why, daemon.now, daemon.now + seconds, clients, seconds, killed_before=daemon.killed())
         self.upgrading.drop(_WHY)
         if daemon.reloading is None or not daemon.reloading.is_restart:
             self.changeover.drop(_WHY)
@@ -41,12 +41,13 @@ class Stopping:
         for generation in daemon.generations():
             generation.announce_stop()
         for listener in daemon.listeners.current:
-            daemon.listeners.say_farewell(listener, stop.deadline, daemon.now)
+            daemon.listeners.say_farewell(listener, daemon.now, seconds)
         self._hurry(stop, stop.deadline)
 
     def _hurry(self, stop: Stop, deadline: float) -> None:
         """Nothing that ends may take longer than this stop."""
         stop.deadline = min(stop.deadline, deadline)
+        stop.seconds = min(stop.seconds, max(0.0, deadline - self.daemon.now))
         self.daemon.listeners.hurry(self.daemon.now, stop.deadline)
 
     def stop_quickly(self, why: str, client: Client | None = None) -> None:
@@ -72,7 +73,12 @@ class Stopping:
     def tend(self) -> None:
         """Do what is due."""
         daemon, stop = self.daemon, self.daemon.stopping
-        if stop is None or daemon.listeners.farewells:
+        if stop is None:
+            return
+        if daemon.listeners.farewells:
+            if daemon.listeners.settling:
+                # Handshakes have a time of their own: what comes of them is served, and has as long as any connection.
+                stop.deadline = max(stop.deadline, daemon.now + stop.seconds)
             return
         self.changeover.drop(_WHY)
         if daemon.current is not None:
@@ -84,6 +90,11 @@ class Stopping:
             self.finished = True
         elif stop.deadline <= daemon.now:
             self._end(stop)
+
+    def wake_at(self) -> float | None:
+        """When to `tend`; when a listener is closed there is a turn anyway."""
+        stop = self.daemon.stopping
+        return None if stop is None or self.daemon.listeners.farewells else stop.deadline
 
     def _end(self, stop: Stop) -> None:
         """Its time is over. The listeners are out of use: nobody can be lost any more by killing one who does not leave."""

@@ -163,10 +163,13 @@ def _wait_until_ready(process: "subprocess.Popen[bytes]", ready: socket.socket, 
     ended = os.pidfd_open(process.pid)
     try:
         deadline = time.monotonic() + START_TIMEOUT
+        # Not select(2): the tests may have more than 1,024 descriptors.
+        watched = select.poll()
+        for fd in (ready.fileno(), ended):
+            watched.register(fd, select.POLLIN)
         while True:
-            watched: list[Any] = [ready, ended]
-            happened, _, _ = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))
-            if ready in happened:
+            happened = {fd for fd, _ in watched.poll(1000 * max(0.0, deadline - time.monotonic()))}
+            if ready.fileno() in happened:
                 if b"READY=1" in ready.recv(4096).split(b"\n"):
                     return
             elif ended in happened:

@@ -21,7 +21,6 @@ from prefork.config import Config
 from prefork.daemon import Daemon
 from prefork.generation import Generation
 from prefork.link import Wiring
-from prefork.listeners import Farewell
 from prefork.net.listener import Listener
 from prefork.ops.control import Client
 from prefork.pool.tally import LastReload, Tally
@@ -283,6 +282,7 @@ class Upgrading:
             listeners=tuple(_carried_listener(listener) for listener in listeners),
             current_listeners=tuple(places[listener] for listener in daemon.listeners.current),
             farewells=daemon.listeners.carry(places),
+            cookies=tuple(daemon.listeners.cookies.readings),
             generations=tuple(generation.carry(places, daemon.now) for generation in generations),
             tally=CarriedTally(
                 tally.counts, tuple(tally.histogram), tally.forked, tally.exited, tally.saturated, tuple(tally.deaths)
@@ -316,9 +316,8 @@ class Upgrading:
             listeners.append(_adopted_listener(listener))  # noqa: PERF401
         daemon.listeners.inherited = frozenset(state.inherited)
         daemon.listeners.current = [listeners[place] for place in state.current_listeners]
-        daemon.listeners.farewells = [
-            Farewell(listeners[f.listener], f.deadline, f.begins, begun=f.begun, parted=f.parted) for f in state.farewells
-        ]
+        daemon.listeners.cookies.readings = list(state.cookies)
+        daemon.listeners.adopt(state.farewells, listeners)
         configs = [_config(generation, listeners) for generation in state.generations]
         daemon.config = configs[0]
         wiring = state.wiring

@@ -12,6 +12,7 @@ system call is entered: whoever asked repeats it while the slot says IDLE.
 """
 
 import _socket
+import _thread
 import atexit
 import gc
 import os
@@ -36,7 +37,7 @@ from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.handler import Connection, Handler, Shape
 from prefork.net.address import client_address, parts_text, peer_parts, peer_text
-from prefork.net.listener import ACCEPT_ERRORS, Listener, Verdict
+from prefork.net.listener import ACCEPT_ERRORS, FAREWELL, Listener, Verdict
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.request import RequestServer
@@ -121,6 +122,7 @@ class Worker:
         self.slot = -1
         self.pid = 0
         self.retiring = False
+        self.farewell_ends: float | None = None  # without master and fork server: until when this process accepts
         self.forked = False
         self.pauses = 0
         self.sock: socket.socket  # the latest connection
@@ -604,23 +606,56 @@ class Worker:
 
     def _on_parent_died(self, signo: int, frame: object) -> None:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
-        if self._is_orphan():  # else somebody has sent it
-            if not self._asked_to_leave():  # who was has a successor, whose fork server may be letting the queue be served
-                self._free_address()
+        if not self._is_orphan():
+            return  # somebody has sent it
+        # A worker that was asked to leave has a successor, whose fork server may be letting the queue be served; one that has not
+        # been let in was to be one.
+        if self._asked_to_leave() or not self.board.order_words[scoreboard.COMMITTED] or not self._serves_farewell():
             self._on_retire(signo, frame)
 
     def _is_orphan(self) -> bool:
         return os.getppid() not in (self.brief.fork_server_pid, self.brief.master_pid)
 
+    def _serves_farewell(self) -> bool:
+        """No process is left that could close the listener: turn new clients away, and serve on for FAREWELL. False afterwards.
+
+        A thread waits meanwhile, and not a timer, which is user code's. It looks at nothing: each worker has one.
+        """
+        if self.farewell_ends is None and self._has_listener():
+            self.farewell_ends = time.monotonic() + FAREWELL
+            try:
+                self.brief.listener.turn_away(time.monotonic(), cookies=False)
+            except OSError:
+                pass  # a path that another user has to remove
+            try:
+                with signals.blocked():  # and in that thread for good: signals have to interrupt accept()
+                    _thread.start_new_thread(self._end_farewell, (_thread.get_ident(),))
+            except RuntimeError:  # no room for a thread
+                self.farewell_ends = 0.0
+                self._free_address()
+        return self.farewell_ends is not None and time.monotonic() < self.farewell_ends
+
+    def _end_farewell(self, main_thread: int) -> None:
+        time.sleep(FAREWELL)
+        self._free_address()
+        signal.pthread_kill(main_thread, signals.PARENT_DIED)
+
     def _free_address(self) -> None:
-        """Nobody will accept there any more, and nobody else is left to say so: clients are refused, and the address is free."""
-        sock = self.brief.listener.sock
+        """No process will accept there any more, and no other is left to say so: clients are refused, and the address is free."""
         try:
-            if self.brief.listener.ours and os.path.samestat(os.fstat(sock.fileno()), self.brief.listener_stat):
-                sock.shutdown(socket.SHUT_RDWR)
+            if self._has_listener():
+                self.brief.listener.sock.shutdown(socket.SHUT_RDWR)
         except OSError:
             # Shut down by another worker, or closed by user code.
             return
+
+    def _has_listener(self) -> bool:
+        """Whether the listener is ours, and still where it was: user code may have closed and reopened everything."""
+        listener = self.brief.listener
+        try:
+            return listener.ours and os.path.samestat(os.fstat(listener.fileno()), self.brief.listener_stat)
+        except OSError:
+            return False
 
     def _unplug(self, fd: int, expected: os.stat_result | None) -> None:
         """Put /dev/null where ``fd`` is, but only if both are still ours: user code may have closed and reopened everything."""

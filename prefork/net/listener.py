@@ -10,6 +10,7 @@ Facts this rests on (measured; socket(7), tcp(7), unix(7)):
 * Some kernels (seen: 6.18) want CAP_NET_ADMIN for a filter on a TCP socket. A listener that is bound to an interface that does not
   exist (SO_BINDTOIFINDEX; without privilege since 5.7) is not found for a SYN, whose sender is refused, while a handshake that is
   under way ends as it began.
+* A handshake that is under way then ends only while there is a listener: `prefork.net.handshakes` tells when none is left.
 * ``shutdown`` on a listener ends ``accept`` (EINVAL) in every process that shares it and frees the port, whoever holds a copy.
 """
 
@@ -26,6 +27,7 @@ from typing import Any
 
 from prefork.errors import AddressError, NotPermittedError
 from prefork.net.address import Address
+from prefork.net.handshakes import Handshakes
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
@@ -36,8 +38,12 @@ _SO_BINDTOIFINDEX = 62
 _NOWHERE = (1 << 31) - 1
 # BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
 _DROP_SYN = [(0x30, 0, 0, 13), (0x54, 0, 0, 0x12), (0x15, 0, 1, 0x02), (0x06, 0, 0, 0), (0x06, 0, 0, 0xFFFFFFFF)]
-# How often the queue has to be found empty, one look after the other, before it counts as empty: a handshake may be under way.
+# How often the queue has to be found empty, one look after the other, before it counts as empty; two of them after no handshake was
+# left: one that ends is for a moment neither a request socket nor in the queue.
 EMPTY_LOOKS = 3
+# With the master dead: how long handshakes may take to end and the queue to empty, before the listener is closed under whoever is
+# still in it. The next start can't bind before, and systemd tries it after a second (RestartSec).
+FAREWELL = 0.8
 
 
 class Verdict(Enum):
@@ -99,6 +105,7 @@ class Listener:
     inode: tuple[int, int] | None = None
     ours: bool = True
     empty_looks: int = 0
+    handshakes: Handshakes | None = None  # those that were under way when new clients began to be turned away
 
     def fileno(self) -> int:
         return self.sock.fileno()
@@ -112,14 +119,18 @@ class Listener:
         (sacked,) = struct.unpack_from("=I", info, _TCP_INFO_SACKED)
         return unacked, sacked
 
-    def turn_away(self) -> None:
-        """Let no new client in; those whom the kernel has connected can still be accepted."""
+    def turn_away(self, now: float, *, cookies: bool) -> None:
+        """Let no new client in; those whom the kernel has connected, or is about to, can still be accepted.
+
+        ``cookies``: clients may have been answered with SYN cookies just now.
+        """
         self.empty_looks = 0
         if not self.ours or self.sock.fileno() == -1:
             return
         if self.address.family == socket.AF_UNIX:
             self._unlink()
             return
+        self.watch_handshakes(now, cookies=cookies)
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
         address, _ = program.buffer_info()
         try:
@@ -131,8 +142,29 @@ class Listener:
         """Without the right to a filter: hear an interface that does not exist."""
         try:
             self.sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NOWHERE)
-        except OSError:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
-            self.sock.listen(0)
+        except OSError:
+            try:
+                # To leave an interface, even for the same one, takes CAP_NET_RAW: another process may have done this before.
+                done = self.sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NOWHERE
+            except OSError:
+                done = False
+            if not done:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
+                self.sock.listen(0)
+
+    def watch_handshakes(self, since: float, *, cookies: bool) -> None:
+        """New clients are turned away ``since`` then: see to those that had begun."""
+        if self.ours and self.address.family != socket.AF_UNIX and self.sock.fileno() != -1:
+            self.handshakes = Handshakes(self.sock, since, unseen=cookies)
+
+    def settled(self, now: float) -> bool:
+        """Whether no handshake is under way any more, once new clients are turned away."""
+        if self.handshakes is None:
+            return True
+        if self.sock.fileno() != -1 and not self.handshakes.over(now):
+            return False
+        self.handshakes = None
+        self.empty_looks = min(self.empty_looks, 1)
+        return True
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""

@@ -69,7 +69,9 @@ class Rounds:
 
 @dataclass(frozen=True, slots=True)
 class Fault:
-    """A fault with its counts: ``run(rounds, workload)`` strikes and checks. ``full``: by hand; ``small``: in the suite."""
+    """A fault with its counts: ``run(rounds, workload)`` strikes and checks. ``full``: by hand; ``small``: in the suite, 0
+    where that has tests of its own for it.
+    """
 
     run: Callable[[Rounds, str], Figures]
     full: int

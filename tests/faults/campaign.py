@@ -8,10 +8,10 @@ import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 
-from tests.faults import hostile, kills, machine, mix, stops, storms
+from tests.faults import distance, hostile, kills, machine, mix, stops, storms
 from tests.faults.arena import Arena, Fault, Figures, Rounds, Strike, arena
 
-FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS, **machine.FAULTS, **hostile.FAULTS}
+FAULTS: dict[str, Fault] = {**storms.FAULTS, **kills.FAULTS, **stops.FAULTS, **machine.FAULTS, **hostile.FAULTS, **distance.FAULTS}
 # So many threads strike at once.
 STRIKERS = 4
 # Acceptors may be missing for long when a fork server could not be replaced several times in a row.

@@ -91,9 +91,23 @@ MUTANTS = [
     Mutant(
         "a listener that is closed before its queue was served",
         "listeners.py",
-        "            if not farewell.listener.drained() and farewell.deadline > now:\n",
-        "            if False:\n",
+        "                if not served and farewell.deadline > now:\n",
+        "                if False:\n",
         ("tests/integration/test_signals.py::test_a_graceful_stop_serves_whom_the_kernel_has_connected",),
+    ),
+    Mutant(
+        "a listener that is closed under handshakes",
+        "listeners.py",
+        "                if not settled:\n",
+        "                if False:\n",
+        ("tests/integration/test_line.py::test_a_stop_loses_no_client_that_is_about_to_be_connected",),
+    ),
+    Mutant(
+        "half-open handshakes that are waited for until the kernel gives them up",
+        "net/handshakes.py",
+        "request.retransmissions < LATE and ",
+        "",
+        ("tests/unit/test_handshakes.py::test_late_ones_and_those_of_another_address_are_not_waited_for",),
     ),
     Mutant(
         "a handler's fork that gets no fresh locks",
@@ -172,7 +186,7 @@ MUTANTS = [
         "an address that is closed before the reload that drops it is committed",
         "listeners.py",
         "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
-        "        [listener.turn_away() for listener in self.current if listener not in places]\n"
+        "        [listener.turn_away(0.0, cookies=False) for listener in self.current if listener not in places]\n"
         "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
         ("tests/integration/test_reload.py::test_a_refused_reload_that_drops_an_address_has_not_touched_it",),
     ),

@@ -1,0 +1,234 @@
+"""Handshakes under way at a listener: clients that the kernel has answered and not yet connected.
+
+A client whose ``connect()`` has returned may still be no more than a request socket (SYN_RECV) here, for half a round trip or until
+a lost segment was sent again. A listener that is closed before resets it. So whoever closes one turns new SYNs away, and asks here
+whether any handshake is left. What this must not do: block, or have its caller wait for longer than LONGEST.
+
+Facts this rests on (measured on Linux 6.18; sock_diag(7), inet_diag.h, proc(5)):
+
+* sock_diag tells the request sockets of one port alone: 1.2 ms, 2.6 ms beside 10,000 connections. It needs AF_NETLINK, which
+  hardened units exclude. ``/proc/self/net/tcp`` and ``tcp6`` have them, too (``ProcSubset=pid`` leaves them there), at 5 to 24 ms.
+* The request sockets of a dual-stack listener are IPv6 ones, whatever the client speaks.
+* The kernel sends SYN-ACK again after 1, 3 and 7 s. A request with LATE retransmissions is nobody's: a scanner's stays for 64 s.
+* A handshake by SYN cookie leaves nothing to be seen before it has ended.
+"""
+
+import os
+import re
+import socket
+import struct
+import sys
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+# With so many retransmissions of SYN-ACK behind it a request socket is not waited for.
+LATE = 3
+# LATE retransmissions have happened 7 s after the SYN, if the kernel could send them; half a second for its timers.
+LONGEST = 7.5
+# What can't be seen (by SYN cookie; without netlink and /proc) has so long from the last SYN on.
+UNSEEN = 1.0
+# A SYN may be on its way through the kernel while its listener is told to turn such away.
+FIRST_LOOK = 0.005
+# Looks are as far apart, and at least ten times as long as the last one took. By /proc each walks all sockets of the machine.
+LOOK_EVERY, PROC_LOOK_EVERY, PAUSE_RATIO = 0.01, 0.1, 10.0
+# A look that takes longer than this goes on in a later turn.
+MOST_AT_ONCE = 0.02
+# SYN cookies count as current for so long, and are read so often at most, in turns of a loop that happen anyway.
+COOKIES_LAST, COOKIES_EVERY = 60.0, 10.0
+
+# linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h, net/tcp_states.h
+_NETLINK_SOCK_DIAG = 4
+_SOCK_DIAG_BY_FAMILY = 20
+_NLM_F_REQUEST, _NLM_F_DUMP = 0x1, 0x300
+_NLMSG_ERROR, _NLMSG_DONE = 2, 3
+_TCP_SYN_RECV = 3
+_NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
+_SOCKID = struct.Struct("!HH16s16s12x")  # ports, addresses; interface and cookie
+_REQ = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extensions, states; then a sockid
+_MSG = struct.Struct("=BBBB")  # inet_diag_msg: family, state, timer, retransmissions; then a sockid
+_RECEIVE = 1 << 16  # the kernel sends 32 KiB at most in one datagram
+_READ = 1 << 16
+# sl, local, remote, state, queues, timer, retransmissions; addresses are words as the machine has them, ports are numbers.
+_LINE = re.compile(rb"^ *\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) \S+ 03 \S+ \S+ ([0-9A-F]+) ", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """A request socket: the address that the client wants (4 or 16 bytes, network order), and how often SYN-ACK was sent again."""
+
+    host: bytes
+    port: int
+    retransmissions: int
+
+
+# -- what the kernel is asked, and what it says
+
+
+def question(family: int, port: int) -> bytes:
+    """For sock_diag: the request sockets of this port."""
+    body = _REQ.pack(family, socket.IPPROTO_TCP, 0, 1 << _TCP_SYN_RECV) + _SOCKID.pack(port, 0, b"", b"")
+    return _NLMSGHDR.pack(_NLMSGHDR.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0) + body
+
+
+def answered(data: bytes) -> tuple[list[Request], bool]:
+    """The request sockets in one datagram of the answer, and whether it is the last. Raises OSError for an error or nonsense."""
+    found: list[Request] = []
+    offset = 0
+    while offset < len(data):
+        if len(data) - offset < _NLMSGHDR.size:
+            raise OSError("half a header")
+        length, kind, _, _, _ = _NLMSGHDR.unpack_from(data, offset)
+        if not _NLMSGHDR.size <= length <= len(data) - offset:
+            raise OSError(f"a message of {length} bytes")
+        if kind == _NLMSG_DONE:
+            return found, True
+        body = data[offset + _NLMSGHDR.size : offset + length]
+        if kind == _NLMSG_ERROR:
+            code = -int.from_bytes(body[:4], sys.byteorder, signed=True)
+            raise OSError(code, os.strerror(code) if 0 < code < 4096 else "no error")
+        if kind == _SOCK_DIAG_BY_FAMILY:
+            found += _request(body)
+        offset += (length + 3) & ~3
+    return found, False
+
+
+def _request(body: bytes) -> list[Request]:
+    if len(body) < _MSG.size + _SOCKID.size:
+        raise OSError("half a socket")
+    family, state, _, retransmissions = _MSG.unpack_from(body)
+    port, _, host, _ = _SOCKID.unpack_from(body, _MSG.size)
+    if state != _TCP_SYN_RECV:
+        return []
+    return [Request(host if family == socket.AF_INET6 else host[:4], port, retransmissions)]
+
+
+def listed(text: bytes) -> Iterator[Request]:
+    """The request sockets in lines of /proc/net/tcp or tcp6."""
+    for host, port, retransmissions in _LINE.findall(text):
+        words = bytes.fromhex(host.decode())
+        if sys.byteorder == "little":
+            words = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
+        yield Request(words, int(port, 16), int(retransmissions, 16))
+
+
+def cookies_in(text: bytes) -> int | None:
+    """How many SYN cookies were sent, by /proc/net/netstat; None where it does not say."""
+    lines = [line.split() for line in text.splitlines() if line.startswith(b"TcpExt:")]
+    if len(lines) != 2 or len(lines[0]) != len(lines[1]):
+        return None
+    said = dict(zip(*lines, strict=True)).get(b"SyncookiesSent", b"")
+    return int(said) if said.isdigit() else None
+
+
+# -- asking it
+
+
+def _by_sock_diag(family: int, port: int) -> Iterator[list[Request]]:
+    with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as sock:
+        sock.setblocking(False)  # an answer is made while it is read, so it is there
+        sock.sendto(question(family, port), (0, 0))
+        last = False
+        while not last:
+            found, last = answered(sock.recv(_RECEIVE))
+            yield found
+
+
+def _by_proc(family: int, port: int) -> Iterator[list[Request]]:
+    # Those of this very thread's network namespace.
+    with open(f"/proc/self/net/{'tcp' if family == socket.AF_INET else 'tcp6'}", "rb", buffering=0) as file:
+        rest = b""
+        while more := file.read(_READ):
+            text, newline, rest = (rest + more).rpartition(b"\n")
+            yield [request for request in listed(text + newline) if request.port == port]
+
+
+class Handshakes:
+    """The handshakes under way at a listening TCP socket that lets no new ones begin since ``since``.
+
+    ``unseen``: there may be some that can't be seen.
+    """
+
+    def __init__(self, sock: socket.socket, since: float, *, unseen: bool) -> None:
+        self._family = sock.family
+        host, self._port = sock.getsockname()[:2]
+        packed = socket.inet_pton(sock.family, host.partition("%")[0])
+        self._host = packed if any(packed) else None  # every one
+        self._since = since
+        self._until = since + (UNSEEN if unseen else 0.0)  # not over before
+        self._ways = [(_by_sock_diag, LOOK_EVERY), (_by_proc, PROC_LOOK_EVERY)]
+        self._scan: Iterator[list[Request]] | None = None
+        self._cost = 0.0
+        self._none_seen = False
+        self.look_at = since + FIRST_LOOK
+
+    def over(self, now: float) -> bool:
+        """Whether none is left. Looks when a look is due, at `look_at`."""
+        if now < self.look_at:
+            return False
+        if not self._none_seen:
+            self._none_seen = now >= self._since + LONGEST or not self._seen(now)
+        if not self._none_seen:
+            return False
+        self._scan = None
+        self.look_at = self._until  # none can have begun meanwhile
+        return now >= self._until
+
+    def _seen(self, now: float) -> bool:
+        """Whether one is seen, or the look is not at its end."""
+        while self._ways:
+            way, every = self._ways[0]
+            begun = time.monotonic()
+            if self._scan is None:
+                self._scan, self._cost = way(self._family, self._port), 0.0
+            try:
+                seen = self._look(self._scan, begun + MOST_AT_ONCE)
+            except OSError:  # a sandbox, a kernel without it, no descriptors
+                self._scan = None
+                del self._ways[0]
+                continue
+            self._cost += time.monotonic() - begun
+            if seen is not None:
+                self._scan = None
+            self.look_at = now + max(every if seen is not None else LOOK_EVERY, PAUSE_RATIO * self._cost)
+            return seen is not False
+        self._until = max(self._until, self._since + UNSEEN)
+        return False
+
+    def _look(self, scan: Iterator[list[Request]], until: float) -> bool | None:
+        """True when one is seen, False when none is there, None when the time was over before."""
+        for found in scan:
+            if any(request.retransmissions < LATE and self._host in (None, request.host) for request in found):
+                return True
+            if time.monotonic() >= until:
+                return None
+        return False
+
+
+@dataclass(slots=True)
+class Cookies:
+    """Whether this network namespace has sent SYN cookies lately: two readings of the kernel's counter, compared."""
+
+    readings: list[tuple[float, int | None]] = field(default_factory=list)  # when, and how many since the machine's boot
+
+    def note(self, now: float) -> None:
+        """Take a reading, if it is time for one."""
+        if not self.readings or now >= self.readings[-1][0] + COOKIES_EVERY:
+            self.readings.append((now, _cookies_sent()))
+        # Of the readings that are older than what counts the latest is what is compared with.
+        while len(self.readings) > 1 and self.readings[1][0] <= now - COOKIES_LAST:
+            del self.readings[0]
+
+    def lately(self, now: float) -> bool:
+        """Whether some were sent within COOKIES_LAST, or since the last reading before that; true where the kernel doesn't say."""
+        self.note(now)
+        before, sent = self.readings[0][1], _cookies_sent()
+        return before is None or sent is None or sent != before
+
+
+def _cookies_sent() -> int | None:
+    try:
+        with open("/proc/self/net/netstat", "rb") as file:
+            return cookies_in(file.read())
+    except OSError:
+        return None
