@@ -23,8 +23,9 @@ from prefork.ops.instances import ask, closest, find, instances, nearest, proces
 from prefork.printable import printable
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
-# An answer that only needs the master's loop to turn once.
-PROMPT = 10.0
+# An answer that only needs the master's loop to turn once; one that tells of an outcome, which boot_timeout, canary or
+# graceful_timeout may put off; and what is left of a process that has told of its end.
+PROMPT, OUTCOME, GONE = 10.0, 86400.0, 60.0
 # Completed by shells, and otherwise text: whether it can be used is for those to say who use it.
 _PATH = click.Path(readable=False)
 
@@ -226,7 +227,7 @@ def _instance(command: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def _answer(
-    name: str | None, path: str | None, command: str, patience: float | None, **arguments: Any
+    name: str | None, path: str | None, command: str, patience: float = OUTCOME, **arguments: Any
 ) -> tuple[dict[str, Any], list[int]]:
     answer, descriptors = ask(find(name, path), command, patience, **arguments)
     return _granted(answer, command), descriptors
@@ -236,7 +237,14 @@ def _granted(answer: dict[str, Any], command: str) -> dict[str, Any]:
     if not answer.get("ok"):
         kept = ", the old code keeps serving" if command in ("reload", "upgrade") else ""
         raise RefusedError(f"{command} refused{kept}: {answer.get('reason')}")
-    return answer
+    return _Answer(answer)
+
+
+class _Answer(dict[str, Any]):
+    """What a daemon has answered, of another version perhaps."""
+
+    def __missing__(self, key: str) -> NoReturn:
+        raise RefusedError(f"the answer has no {key!r}: another version of prefork, or none")
 
 
 @main.command()
@@ -255,7 +263,10 @@ def status(name: str | None, control: str | None, *, as_json: bool) -> None:
     from prefork.ops import status as status_page
 
     facts, descriptors = _answer(name, control, "status", PROMPT)
-    found = status_page.assemble(facts, descriptors)
+    try:
+        found = status_page.assemble(facts, descriptors)
+    except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError) as error:
+        raise RefusedError(f"the status makes no sense: another version of prefork, or none: {error}") from None
     click.echo(json.dumps(found) if as_json else status_page.table(found))
 
 
@@ -271,7 +282,7 @@ def reload(name: str | None, control: str | None) -> None:
       prefork reload echo   the instance echo takes its new code
     """
     path = find(name, control)
-    answer, _ = _answer(None, path, "reload", None)
+    answer, _ = _answer(None, path, "reload")
     if "upgrade" in answer:  # one is under way, and reloads, too
         answer = _outcome(path, answer["upgrade"], "reload")
     _say(f"reloaded: {_serves(answer)}")
@@ -295,14 +306,14 @@ def upgrade(name: str | None, control: str | None) -> None:
       prefork upgrade echo   after pip install -U prefork
     """
     path = find(name, control)
-    answer, _ = _answer(None, path, "upgrade", None)
+    answer, _ = _answer(None, path, "upgrade")
     answer = _outcome(path, answer["upgrade"], "upgrade")
     _say(f"upgraded: prefork {answer['version']}, {_serves(answer)}")
 
 
 def _outcome(path: str, number: int, command: str) -> dict[str, Any]:
     """Of an upgrade: the daemon becomes another program meanwhile."""
-    answer, _ = ask(path, "outcome", None, upgrade=number)
+    answer, _ = ask(path, "outcome", OUTCOME, upgrade=number)
     return _granted(answer, command)
 
 
@@ -319,7 +330,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
     """
     if not 1 <= len(arguments) <= 2:
         raise click.UsageError("give a number of workers: N, +K or -K")
-    answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", None, workers=arguments[-1])
+    answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
     _say(f"scaled: {answer['workers']} acceptors for each address{later}")
 
@@ -336,7 +347,7 @@ def suspend(name: str | None, control: str | None) -> None:
     Examples:
       prefork suspend echo   before its database goes away for a moment
     """
-    answer, _ = _answer(name, control, "suspend", None)
+    answer, _ = _answer(name, control, "suspend")
     _say(f"suspended: nobody accepts, {answer['busy']} connections go on")
 
 
@@ -349,7 +360,7 @@ def resume(name: str | None, control: str | None) -> None:
     Examples:
       prefork resume echo
     """
-    answer, _ = _answer(name, control, "resume", None)
+    answer, _ = _answer(name, control, "resume")
     _say(f"resumed: {answer['workers']} acceptors for each address")
 
 
@@ -371,11 +382,14 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
         raise click.UsageError("--quick gives connections no time: leave out --timeout, or --quick")
     path = find(name, control)
     process = process_of(path)
-    answer, _ = _answer(None, path, "stop", None, quick=quick, timeout=timeout)
+    answer, _ = _answer(None, path, "stop", quick=quick, timeout=timeout)
+    stopped = f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut"
     if process is not None:  # it has answered and is about to end: gone is when the process is
-        select.select([process], [], [])
+        ended, _, _ = select.select([process], [], [], GONE)
         os.close(process)
-    _say(f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut")
+        if not ended:
+            raise RefusedError(f"{path}: the daemon has said that it stops, and is still there after {GONE:g} s")
+    _say(stopped)
 
 
 @main.command()

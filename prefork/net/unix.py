@@ -1,25 +1,22 @@
 """Unix sockets in the file system: made under another name and renamed, in place of a stale one and never of a live one.
 
 So nobody ever sees one without its mode and owner, and two daemons that start at once do not replace each other's (unix(7),
-rename(2)).
+`prefork.system.replacing`).
 """
 
 import errno
-import fcntl
 import os
 import socket
 import stat
-import time
-from collections.abc import Iterator
-from contextlib import contextmanager
 
-from prefork.errors import AddressError, InUseError
+from prefork.errors import InUseError
 from prefork.net.address import TEMPORARY_NAME
-from prefork.system import process
+from prefork.system import process, replacing
 
 # chown(2): neither user nor group is changed.
 UNCHANGED = (-1, -1)
-_CLAIM_TRIES, _CLAIM_PAUSE = 20, 0.005
+# Another daemon that starts at the same moment can take the path between two looks, but not for ever.
+_TRIES = 10
 
 
 def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHANGED) -> tuple[socket.socket, tuple[int, int]]:
@@ -33,17 +30,22 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHA
     sock = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
     try:
         sock.setblocking(True)  # whatever default time-out the program has that runs prefork.Server
-        with _claimed(folder):
-            _make_way(path)
-            temporary = os.path.join(folder, os.urandom(TEMPORARY_NAME).hex()[: TEMPORARY_NAME - 1] + "." + name)
-            sock.bind(temporary)
-            try:
-                dress(temporary, None, mode, owner)
-                sock.listen(backlog)
-                os.rename(temporary, path)
-            except BaseException:
-                os.unlink(temporary)
-                raise
+        os.stat(os.path.join(folder, ""))  # bind(2) would not say what is missing
+        stale = _stale(path)
+        temporary = os.path.join(folder, os.urandom(TEMPORARY_NAME).hex()[: TEMPORARY_NAME - 1] + "." + name)
+        sock.bind(temporary)
+        try:
+            dress(temporary, None, mode, owner)
+            sock.listen(backlog)
+            tries = 1
+            while not replacing.put(temporary, path, stale):
+                if tries == _TRIES:
+                    raise InUseError(f"unix:{path} is in use: others take it again and again")
+                tries += 1
+                stale = _stale(path)
+        except BaseException:
+            remove(temporary)
+            raise
         inode = inode_of(path)
         if inode is None:
             raise FileNotFoundError(errno.ENOENT, "it was removed as soon as it was made", path)
@@ -53,40 +55,23 @@ def open_unix(path: str, mode: int, backlog: int, owner: tuple[int, int] = UNCHA
     return sock, inode
 
 
-@contextmanager
-def _claimed(folder: str) -> Iterator[None]:
-    """Two daemons that start at once must not both find the stale socket and replace each other's.
+def _stale(path: str) -> tuple[int, int] | None:
+    """Device and inode of a socket where nobody listens any more; None when nothing is there.
 
-    The lock is held for microseconds, but anybody who can read the directory may take it: nobody waits for it for long.
+    Raises InUseError when a live process listens, FileExistsError when it is no socket, PermissionError when it is another user's.
     """
-    fd = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
     try:
-        for tries_left in reversed(range(_CLAIM_TRIES)):
-            try:
-                fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                break
-            except BlockingIOError:
-                if not tries_left:
-                    raise AddressError(f"{folder}: another process holds a lock on this directory; try again") from None
-                time.sleep(_CLAIM_PAUSE)
-        yield
-    finally:
-        os.close(fd)
-
-
-def _make_way(path: str) -> None:
-    try:
-        kind = os.lstat(path).st_mode
+        found = os.lstat(path)
     except FileNotFoundError:
-        return
-    if not stat.S_ISSOCK(kind):
+        return None
+    if not stat.S_ISSOCK(found.st_mode):
         raise FileExistsError(errno.EEXIST, "something that is not a socket is in the way; remove it or name another path", path)
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
         probe.setblocking(False)
         try:
             probe.connect(path)
         except (ConnectionRefusedError, FileNotFoundError):
-            return  # nobody listens there: the rename replaces it
+            return found.st_dev, found.st_ino
         except PermissionError:
             raise PermissionError(errno.EACCES, "the socket that is there is another user's", path) from None
         except BlockingIOError:

@@ -5,17 +5,20 @@ linked there, to be taken for one. Root asks everybody's, by a path that only ro
 """
 
 import difflib
+import itertools
 import json
 import os
 import pwd
 import socket
 import stat
 import struct
+import time
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
+from prefork import values
 from prefork.errors import AddressError, RefusedError
 from prefork.system import process
 from prefork.system.process import Peer
@@ -29,6 +32,15 @@ _WRITABLE_BY_OTHERS = 0o022
 _QUESTIONS = ("status", "outcome")
 # How often a command comes again that was let go unheard.
 _TRIES = 10
+# What answers may be any program of the user whom root asks about: it gets no more of our time and memory. The largest true answers
+# have 64 stacks of 16 KiB and the names of some thousand addresses.
+ANSWER_TIME = 10.0
+ANSWER_LIMIT = 8 << 20
+_READ = 65536
+# Of a folder that another user may fill.
+ENTRIES_LIMIT = 10_000
+# Of instances in a message.
+_LISTED = 20
 
 
 # -- where the sockets are
@@ -67,22 +79,38 @@ def instances() -> dict[str, str]:
     """Control sockets of daemons, by instance name: in our runtime directory, and in those of systemd units and users."""
     found: dict[str, str] = {}
     for place in _places():
-        try:
-            for path in sorted(place.glob("*" + _SUFFIX)):
-                if _is_live(str(path)):
-                    found.setdefault(path.name.removesuffix(_SUFFIX), str(path))
-        except PermissionError:
-            continue  # another user's
+        for file in _entries(place):
+            name = file.removesuffix(_SUFFIX)
+            if name != file and name not in found and _is_name(name) and _is_live(path := str(place / file)):
+                found[name] = path
     return found
 
 
+def _is_name(name: str) -> bool:
+    try:
+        values.name(name)
+    except ValueError:  # no daemon has it: another user's file
+        return False
+    return True
+
+
 def _places() -> list[Path]:
-    places = [Path("/run/prefork"), *Path("/run/prefork").glob("*/"), *Path("/run/user").glob("*/prefork")]
+    units, users = Path("/run/prefork"), Path("/run/user")
+    places = [units, *(units / name for name in _entries(units)), *(users / name / "prefork" for name in _entries(users))]
     places.append(Path(f"/tmp/prefork-{os.geteuid()}"))  # noqa: S108 - only looked at
     for variable in ("RUNTIME_DIRECTORY", "XDG_RUNTIME_DIR"):
         if given := os.environ.get(variable):
             places = [Path(given.split(":")[0]), Path(given) / "prefork", *places]
     return places
+
+
+def _entries(folder: Path) -> list[str]:
+    """What a folder holds, as far as we look; nothing when it is none, or is another user's, or its file system is broken."""
+    try:
+        with os.scandir(folder) as entries:
+            return sorted(entry.name for entry in itertools.islice(entries, ENTRIES_LIMIT))
+    except OSError:
+        return []
 
 
 def refuse_mistakable(path: str) -> None:
@@ -111,21 +139,27 @@ def _is_live(path: str) -> bool:
 # -- asking
 
 
-def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
+def ask(path: str, command: str, patience: float, **arguments: Any) -> tuple[dict[str, Any], list[int]]:
     """Send a command and wait for its outcome, ``patience`` seconds at most: the answer, and the descriptors with it.
 
-    Raises RefusedError when nobody listens there, or somebody whom we don't believe, or the connection ends without an answer.
+    Once it begins, an answer has ANSWER_TIME seconds and ANSWER_LIMIT bytes. Raises RefusedError when nobody listens there, or
+    somebody whom we don't believe, or when the connection ends without an answer.
     """
     line = json.dumps({"command": command, **arguments}).encode() + b"\n"
+    deadline = time.monotonic() + patience
     for tries_left in reversed(range(_TRIES)):
         try:
-            data, descriptors = _converse(path, line, patience)
+            data, descriptors = _converse(path, line, patience, deadline)
         except (BrokenPipeError, ConnectionResetError):
             # Let go before it was heard: in a crowd a daemon takes those for idlers whose words it has not seen yet.
             if not tries_left:
                 raise RefusedError(f"{path}: the daemon is crowded by others; try again") from None
             continue
-        answer: dict[str, Any] | None = json.loads(data) if data.endswith(b"\n") else None
+        try:
+            answer = _parsed(path, data)
+        except RefusedError:
+            _close(descriptors)
+            raise
         if not tries_left or not _is_asked_again(command, data, answer):
             break
         _close(descriptors)
@@ -135,6 +169,19 @@ def ask(path: str, command: str, patience: float | None, **arguments: Any) -> tu
     return answer, descriptors
 
 
+def _parsed(path: str, data: bytes) -> dict[str, Any] | None:
+    """The answer; None when it is not whole. Raises RefusedError when it is no daemon's."""
+    if not data.endswith(b"\n"):
+        return None
+    try:
+        answer = json.loads(data)
+    except (ValueError, RecursionError):
+        answer = None
+    if not isinstance(answer, dict):
+        raise RefusedError(f"{path}: what answers is no daemon: {data[:80]!r}")
+    return answer
+
+
 def process_of(path: str) -> int | None:
     """A pidfd (pidfd_open(2)) of the daemon that listens at ``path``; None when it is not to be seen, as from inside a container.
 
@@ -142,10 +189,10 @@ def process_of(path: str) -> int | None:
     """
     with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
         try:
-            sock.connect(path)
+            _connect(sock, path, ANSWER_TIME)
             pid = process.peer_of(sock).pid
             return os.pidfd_open(pid) if pid else None
-        except OSError:  # whoever asks next is told
+        except (OSError, RefusedError):  # whoever asks next is told
             return None
 
 
@@ -161,35 +208,62 @@ def _close(descriptors: Iterable[int]) -> None:
         os.close(fd)
 
 
-def _converse(path: str, line: bytes, patience: float | None) -> tuple[bytes, list[int]]:
-    data, descriptors = b"", list[int]()
-    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
-        try:
-            # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
-            if patience is not None:
-                sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(patience), int(patience % 1 * 1e6)))
-            sock.connect(path)
-            sock.settimeout(patience)
-            if (reason := _distrust(path, process.peer_of(sock))) is not None:
-                raise RefusedError(reason)
+def _connect(sock: socket.socket, path: str, seconds: float) -> None:
+    """Connect to the daemon at ``path``. Raises RefusedError when it is one that we don't believe, OSError for the rest."""
+    # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6))))
+    sock.connect(path)
+    if (reason := _distrust(path, process.peer_of(sock))) is not None:
+        raise RefusedError(reason)
+
+
+def _converse(path: str, line: bytes, patience: float, deadline: float) -> tuple[bytes, list[int]]:
+    """Say a line, and hear what is said to it; ``deadline`` is for its beginning."""
+    data, descriptors = bytearray(), list[int]()
+    try:
+        with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as sock:
+            _connect(sock, path, _left(deadline))
+            sock.settimeout(_left(deadline))
             sock.sendall(line)
-            data, descriptors, _, _ = socket.recv_fds(sock, 65536, DESCRIPTORS_LIMIT)
-            while more := sock.recv(65536):
+            sock.settimeout(_left(deadline))
+            first, descriptors, _, _ = socket.recv_fds(sock, _READ, DESCRIPTORS_LIMIT)
+            data += first
+            deadline, patience = time.monotonic() + ANSWER_TIME, ANSWER_TIME
+            while more := _more(sock, deadline):
                 data += more
-        except BrokenPipeError:
+                if len(data) > ANSWER_LIMIT:
+                    raise RefusedError(f"{path}: an answer of more than {ANSWER_LIMIT} bytes: what listens there is no daemon")
+    except ConnectionResetError:
+        # The other end closed with something unread (unix(7)): what it says was said without that, and silence says it all.
+        if not data:
             raise
-        except ConnectionResetError:
-            # The other end closed with something unread (unix(7)): what it says was said without that, and silence says it all.
-            if not data:
+    except BaseException as error:
+        _close(descriptors)
+        match error:
+            case BrokenPipeError():
                 raise
-            return data, list(descriptors)
-        except (TimeoutError, BlockingIOError):
-            raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
-        except PermissionError:
-            raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
-        except OSError as error:
-            raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
-    return data, descriptors
+            case TimeoutError() | BlockingIOError():
+                raise RefusedError(f"{path}: no answer within {patience:g} s; is the daemon stopped?") from None
+            case PermissionError():
+                raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
+            case OSError():
+                raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
+            case _:
+                raise
+    return bytes(data), descriptors
+
+
+def _more(sock: socket.socket, deadline: float) -> bytes:
+    sock.settimeout(_left(deadline))
+    return sock.recv(_READ)
+
+
+def _left(deadline: float) -> float:
+    """Seconds until then. Raises TimeoutError when there are none."""
+    seconds = deadline - time.monotonic()
+    if seconds <= 0:
+        raise TimeoutError
+    return seconds
 
 
 def _distrust(path: str, peer: Peer) -> str | None:
@@ -249,4 +323,7 @@ def closest(word: str, known: Iterable[str]) -> list[str]:
 
 
 def _listed(known: dict[str, str]) -> str:
-    return f"running: {', '.join(sorted(known))}" if known else "none is running"
+    if not known:
+        return "none is running"
+    more = f" and {len(known) - _LISTED} more" if len(known) > _LISTED else ""
+    return f"running: {', '.join(sorted(known)[:_LISTED])}{more}"

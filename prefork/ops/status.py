@@ -17,6 +17,8 @@ from prefork.printable import one_line
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
+# As many as a machine can have processes (PID_MAX_LIMIT): no true answer names more.
+_SLOTS_LIMIT = 1 << 22
 # What is on its way somewhere, and what serves a client; idle is as it should be.
 _COLOURS = {
     "running": "green",
@@ -29,12 +31,14 @@ _WORKER_STATES = ("starting", "idle", "busy", "retiring")
 def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool = True) -> dict[str, Any]:
     """The status as documented, from an answer of the master and its descriptors, which are closed.
 
-    ``usage``: read memory and CPU of each worker from /proc.
+    ``usage``: read memory and CPU of each worker from /proc. Raises an error of some kind when it is no daemon's of this version.
     """
-    totals = Counts(**facts["ended"])
-    histogram: list[int] = list(facts["histogram"])
     workers: list[dict[str, Any]] = []
     try:
+        totals = Counts(**facts["ended"])
+        histogram: list[int] = list(facts["histogram"])
+        if sum(abs(top) for board_facts in facts["boards"] for top in board_facts["high"]) > _SLOTS_LIMIT:
+            raise ValueError(f"more than {_SLOTS_LIMIT} slots")
         for place, board_facts in enumerate(facts["boards"]):
             layout = Layout(*board_facts["layout"])
             board = Scoreboard(descriptors[2 * place], descriptors[2 * place + 1], layout, Access.READER)

@@ -1,8 +1,12 @@
 """The pid file: a promise to scripts that a path names the running master, and nobody else.
 
-It appears whole (written beside, then linked or renamed), and its lock (flock(2)) tells a live daemon's file from one that a
-killed daemon left behind, which a pid that the kernel has given to somebody else meanwhile could not. It is removed at the end
-only if it is still the file that was written.
+It appears whole (written beside, then renamed), and a lock tells a live daemon's file from one that a killed daemon left behind,
+which a pid that the kernel has given to somebody else meanwhile could not. It is removed at the end only if it is still the file
+that was written.
+
+The lock is one that no other user can have or be in the way of, though all may read the file: a write lock (fcntl(2), F_OFD_SETLK)
+takes a descriptor that is open for writing, and ours is taken while the file is 0600 still. A starting daemon looks for a write
+lock and takes none; read locks of others do not count (flock(2), which needs no right to write, would).
 """
 
 import errno
@@ -10,13 +14,17 @@ import fcntl
 import os
 import re
 import stat
+import struct
 from dataclasses import dataclass
 
 from prefork.errors import AddressError, ConfigError, NotPermittedError
+from prefork.system import replacing
 
 _MODE = 0o644
 # Another daemon that starts at the same moment can take the path between two looks, but not for ever.
 _TRIES = 10
+# struct flock: type, whence, start, length (0: to the end), pid, which open file descriptions leave 0.
+_FLOCK = struct.Struct("@hhqqi4x")
 
 
 @dataclass(slots=True)
@@ -41,13 +49,13 @@ def write(path: str) -> PidFile:
     """Write our pid to ``path``. Raises AddressError when a running daemon holds it, ConfigError when it can't be written."""
     beside = f"{path}.{os.urandom(4).hex()}"
     try:
-        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, _MODE)
+        fd = os.open(beside, os.O_RDWR | os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600)
         try:
-            os.fchmod(fd, _MODE)  # whatever the umask: scripts of other users read it
-            fcntl.flock(fd, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            fcntl.fcntl(fd, fcntl.F_OFD_SETLK, _FLOCK.pack(fcntl.F_WRLCK, os.SEEK_SET, 0, 0, 0))
             os.write(fd, f"{os.getpid()}\n".encode())
+            os.fchmod(fd, _MODE)  # whatever the umask: scripts of other users read it
             for _ in range(_TRIES):
-                if _put(beside, path):
+                if replacing.put(beside, path, _stale(path)):
                     return PidFile(path, fd)
             raise AddressError(f"pid_file = {path!r}: other daemons take it again and again: name another path")
         except BaseException:
@@ -70,40 +78,40 @@ def write(path: str) -> PidFile:
                 raise ConfigError(f"pid_file = {path!r}: {error.strerror}: name another path") from None
 
 
-def _put(beside: str, path: str) -> bool:
-    """Give our file its name, in place of a stale one. False when somebody else was faster: look again."""
+def _stale(path: str) -> tuple[int, int] | None:
+    """Device and inode of a pid file that a killed daemon has left behind, or an empty one; None when nothing is there.
+
+    Raises AddressError when a running daemon has it, ConfigError when it is something else.
+    """
     try:
-        os.link(beside, path, follow_symlinks=False)
-    except FileExistsError:
-        pass  # a stale one, or a live daemon's
-    else:
-        os.unlink(beside)
-        return True
-    try:
-        stale = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC)
     except FileNotFoundError:
-        return False
+        return None
     except OSError as error:
         if error.errno == errno.ELOOP:
             raise ConfigError(f"pid_file = {path!r}: a symbolic link is in the way; remove it or name another path") from None
         raise
     try:
-        if not stat.S_ISREG(os.fstat(stale).st_mode):
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"pid_file = {path!r}: something that is no file is in the way; remove it or name another path")
-        try:
-            fcntl.flock(stale, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            pid = os.read(stale, 32).split(b"\n")[0].decode("ascii", "replace")
+        if found.st_uid not in (0, os.geteuid()):  # who could lock it
+            whose = f"a file of user {found.st_uid} is in the way"
+            raise ConfigError(f"pid_file = {path!r}: {whose}; remove it or name another path")
+        held = os.read(fd, 32)
+        if _is_written_by_another(fd):
+            pid = held.split(b"\n")[0].decode("ascii", "replace")
             raise AddressError(
                 f"pid_file = {path!r}: the daemon with pid {pid} is running and holds it: stop it, or name another path"
-            ) from None
-        held = os.read(stale, 32)
+            )
         if held and not re.fullmatch(rb"[0-9]{1,10}\n?", held):
             raise ConfigError(f"pid_file = {path!r}: a file that is no pid file is in the way; remove it or name another path")
-        # Whoever replaces a stale file holds its lock meanwhile: of two, one finds another file here, and looks again.
-        if not os.path.samestat(os.fstat(stale), os.lstat(path)):
-            return False
-        os.rename(beside, path)
+        return found.st_dev, found.st_ino
     finally:
-        os.close(stale)
-    return True
+        os.close(fd)
+
+
+def _is_written_by_another(fd: int) -> bool:
+    """Whether a process that may write the file has locked it: what would be in the way of a read lock."""
+    kind, *_ = _FLOCK.unpack(fcntl.fcntl(fd, fcntl.F_OFD_GETLK, _FLOCK.pack(fcntl.F_RDLCK, os.SEEK_SET, 0, 0, 0)))
+    return bool(kind != fcntl.F_UNLCK)

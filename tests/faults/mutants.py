@@ -26,6 +26,27 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a reader's lock on the pid file that is taken for a daemon's",
+        "system/pidfile.py",
+        "_FLOCK.pack(fcntl.F_RDLCK,",
+        "_FLOCK.pack(fcntl.F_WRLCK,",
+        ("tests/unit/test_pidfile.py::test_no_lock_of_a_reader_is_a_daemons",),
+    ),
+    Mutant(
+        "a stale file's name that is taken from whatever has it by now",
+        "system/replacing.py",
+        "    if (found.st_dev, found.st_ino) == stale:\n",
+        "    if True:\n",
+        ("tests/unit/test_unix.py::test_of_two_that_find_the_same_stale_socket_one_has_the_path",),
+    ),
+    Mutant(
+        "an answer that may be of any length",
+        "ops/instances.py",
+        "                if len(data) > ANSWER_LIMIT:\n",
+        "                if False:\n",
+        ("tests/integration/test_control.py::test_an_answer_that_never_ends_is_given_up",),
+    ),
+    Mutant(
         "a peer's name that reaches the terminal as it is",
         "ops/status.py",
         "        return one_line(value)\n",

@@ -10,8 +10,9 @@ import socket
 import subprocess
 import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -286,21 +287,34 @@ def test_an_owner_that_does_not_exist_is_told_at_the_start(tmp_path: Path) -> No
     assert list(tmp_path.iterdir()) == []
 
 
-def test_a_locked_directory_does_not_stop_the_daemon(tmp_path: Path) -> None:
-    fd = os.open(tmp_path, os.O_RDONLY)
+def test_no_lock_that_others_can_take_keeps_a_killed_daemon_from_starting_again(tmp_path: Path) -> None:
+    settings: dict[str, Any] = {"bind": f"unix:{tmp_path}/socket", "control": f"{tmp_path}/control", "pid_file": f"{tmp_path}/pid"}
+    with ExitStack() as stack:
+        with serve("echo:loop", workers=1, **settings) as killed:
+            # What any user may do with a folder and a file that they can read.
+            for name in (".", "pid", "pid"):
+                fd = os.open(tmp_path / name, os.O_RDONLY)
+                stack.callback(os.close, fd)
+                fcntl.flock(fd, fcntl.LOCK_SH)
+            with pytest.raises(OSError, match="temporarily unavailable"):
+                fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)  # not as long as the daemon lives
+            killed.process.kill()
+            killed.process.wait()
+        watch.until("a lock of a reader", lambda: _locks(fd))
+        with serve("echo:loop", workers=1, **settings) as server, server.connect() as sock:
+            sock.sendall(b"hello")
+            assert sock.recv(10) == b"hello"
+            assert (tmp_path / "pid").read_text() == f"{server.pid}\n"
+    assert list(tmp_path.iterdir()) == []
+
+
+def _locks(fd: int) -> bool:
+    """Whether we have a read lock on the file now."""
     try:
-        fcntl.flock(fd, fcntl.LOCK_EX)
-        with (
-            pytest.raises(StartError, match="holds a lock on this directory") as caught,
-            serve("echo:loop", bind=f"unix:{tmp_path}/s"),
-        ):
-            pass
-        assert caught.value.exit_status == 69
-        with pytest.raises(StartError, match="holds a lock") as caught, serve("echo:loop", control=str(tmp_path / "control")):
-            pass
-        assert "--name" not in str(caught.value), "nobody has that name"
-    finally:
-        os.close(fd)
+        fcntl.lockf(fd, fcntl.LOCK_SH | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 OPTIONS_OF_TCP = """

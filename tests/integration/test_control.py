@@ -2,19 +2,22 @@
 
 import json
 import os
+import re
 import select
+import signal
 import socket
 import stat
 import subprocess
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import ExitStack
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from prefork.errors import RefusedError
 from prefork.ops import control, instances
 from prefork.testing import Server, StartError, serve
 from tests import watch
@@ -278,6 +281,90 @@ def test_a_command_that_was_let_go_unheard_is_said_again(tmp_path: Path, unread:
         daemon = pool.submit(crowded)
         assert instances.ask(path, "stop", watch.DEADLINE) == ({"ok": True}, [])
         daemon.result()
+
+
+@contextmanager
+def fake(path: Path, say: Callable[[socket.socket], None]) -> Iterator[str]:
+    """What listens there and is no daemon: ``say`` is called with each client, in a process of its own, until that has gone."""
+    with socket.socket(socket.AF_UNIX) as listener:
+        listener.bind(str(path))
+        listener.listen()
+        pid = os.fork()
+        if pid == 0:
+            try:
+                while True:
+                    client, _ = listener.accept()
+                    with client, suppress(OSError):
+                        client.recv(4096)
+                        say(client)
+            finally:
+                os._exit(0)
+    try:
+        yield str(path)
+    finally:
+        os.kill(pid, signal.SIGKILL)
+        os.waitpid(pid, 0)
+
+
+def talk_for_ever(client: socket.socket) -> None:
+    """As fast as it is heard."""
+    while True:
+        client.sendall(b" " * 65536)
+
+
+def test_an_answer_that_never_ends_is_given_up(tmp_path: Path) -> None:
+    with fake(tmp_path / "fake", talk_for_ever) as path:
+        done = run("status", "--control", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert (
+        done.stderr == f"prefork: {path}: an answer of more than {instances.ANSWER_LIMIT} bytes: what listens there is no daemon\n"
+    )
+
+
+def test_an_answer_that_dribbles_and_one_that_never_begins_are_given_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def dribble(client: socket.socket) -> None:
+        while True:
+            client.sendall(b" ")
+            select.select([client], [], [], 0.01)
+
+    monkeypatch.setattr(instances, "ANSWER_TIME", 0.2)
+    with fake(tmp_path / "fake", dribble) as path, pytest.raises(RefusedError, match=r"no answer within 0\.2 s"):
+        instances.ask(path, "reload", watch.DEADLINE)
+
+    def wait(client: socket.socket) -> None:
+        assert client.recv(1) == b"", "it has gone"
+
+    with fake(tmp_path / "silent", wait) as path, pytest.raises(RefusedError, match=r"no answer within 0\.3 s"):
+        instances.ask(path, "reload", 0.3)
+
+
+def test_one_that_asks_to_be_asked_again_is_asked_for_no_longer(tmp_path: Path) -> None:
+    def again(client: socket.socket) -> None:
+        select.select([], [], [], 0.2)
+        client.sendall(b'{"ok": false, "again": true}\n')
+
+    with fake(tmp_path / "fake", again) as path, pytest.raises(RefusedError, match=r"no answer within 0\.3 s"):
+        instances.ask(path, "status", 0.3)
+
+
+@pytest.mark.parametrize(
+    "answer",
+    [
+        b"\n",
+        b"nothing\n",
+        b"[]\n",
+        b"[" * 100_000 + b"\n",
+        b'{"ok": true}\n',
+        b'{"ok": true, "ended": {}, "histogram": [], "boards": [{"high": [1000000000000, -1000000000000]}]}\n',
+    ],
+    ids=["an empty line", "no JSON", "no object", "too deep", "no status", "too many slots"],
+)
+@pytest.mark.parametrize("command", ["status", "reload", "stop"])
+def test_an_answer_that_is_no_daemons_is_told_in_a_line(tmp_path: Path, answer: bytes, command: str) -> None:
+    with fake(tmp_path / "fake", lambda client: client.sendall(answer)) as path:
+        done = run(command, "--control", path)
+    assert (done.returncode, done.stdout) == (1, "")
+    assert re.fullmatch("prefork: .* (is no daemon|or none).*\n", done.stderr), done.stderr
 
 
 def test_a_client_that_leaves_while_it_waits_is_forgotten(prefork_server: Start, gate: Gate) -> None:

@@ -6,7 +6,9 @@ from pathlib import Path
 
 import pytest
 
+from prefork.errors import InUseError
 from prefork.net import unix
+from prefork.system import replacing
 
 NOBODY = pytest.param((65534, 65534), ["chown"], marks=pytest.mark.skipif(os.geteuid() != 0, reason="only root can give it away"))
 
@@ -17,20 +19,41 @@ def test_a_socket_is_never_seen_without_its_mode_and_owner(
 ) -> None:
     path = tmp_path / "socket"
     steps: list[str] = []
-    for name in ("chown", "chmod", "rename"):
-        real = getattr(os, name)
+    for where, name in ((os, "chown"), (os, "chmod"), (replacing, "put")):
+        real = getattr(where, name)
 
-        def step(*args: object, name: str = name, real: object = real, **more: object) -> None:
+        def step(*args: object, name: str = name, real: object = real, **more: object) -> object:
             steps.append(name)
             assert not path.exists(), f"{name} comes when the socket has its name already"
-            real(*args, **more)  # type: ignore[operator]
+            return real(*args, **more)  # type: ignore[operator]
 
-        monkeypatch.setattr(os, name, step)
+        monkeypatch.setattr(where, name, step)
     sock, inode = unix.open_unix(str(path), 0o640, 1, owner)
     with sock:
-        assert steps == [*owned, "chmod", "rename"]
+        assert steps == [*owned, "chmod", "put"]
         assert (path.stat().st_dev, path.stat().st_ino) == inode
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
+        assert [entry.name for entry in tmp_path.iterdir()] == ["socket"]
+
+
+def test_of_two_that_find_the_same_stale_socket_one_has_the_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = str(tmp_path / "socket")
+    unix.open_unix(path, 0o600, 1)[0].close()
+    real, winners = replacing.put, []
+    begun: list[bool] = []
+
+    def put(beside: str, place: str, stale: tuple[int, int] | None) -> bool:
+        if not begun:  # another daemon, between our look and our step
+            begun.append(True)
+            winners.append(unix.open_unix(path, 0o600, 1))
+        return real(beside, place, stale)
+
+    monkeypatch.setattr(replacing, "put", put)
+    with pytest.raises(InUseError, match="by this daemon itself"):
+        unix.open_unix(path, 0o600, 1)
+    sock, inode = winners[0]
+    with sock:
+        assert unix.inode_of(path) == inode
         assert [entry.name for entry in tmp_path.iterdir()] == ["socket"]
 
 
