@@ -20,6 +20,9 @@ from prefork.ops.instances import DESCRIPTORS_LIMIT
 from prefork.upgrading import START
 from prefork.values import SECONDS_LIMIT
 
+# So many workers that should have gone are named in a status; a mount that is away may have thousands wait.
+OVERDUE = 64
+
 
 def obey(master: Master, client: Client, request: dict[str, Any]) -> None:
     """Carry out one request."""
@@ -143,6 +146,7 @@ def _status(daemon: Daemon, client: Client) -> None:
         "histogram": daemon.tally.histogram,
         "forked": daemon.tally.forked,
         "exited": daemon.tally.exited,
+        "overdue": [asdict(late) for generation in daemon.generations() for late in generation.overdue(daemon.now)][:OVERDUE],
         "deaths": [asdict(death) for death in daemon.tally.deaths],
         "boards": [
             {

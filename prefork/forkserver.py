@@ -24,7 +24,6 @@ from typing import NoReturn
 
 from prefork import handler, log, worker
 from prefork.config import Config
-from prefork.ending import Ending
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net.handshakes import Cookies
 from prefork.net.listener import FAREWELL, Listener
@@ -172,7 +171,6 @@ class ForkServer:
         signals.fresh()
         systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
-        self.ending = Ending(self.board)
         os.dup2(brief.devnull, 0)
         log.begin_fork_server(brief.config, f"gen {brief.generation}", self.board.order_words)
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull, brief.stacks}
@@ -311,9 +309,6 @@ class ForkServer:
             case Order.RETIRE | Order.KILL | Order.DUMP as order:
                 if pid is not None:
                     process.signal_child(pid, SIGNALS[order])
-            case Order.END:
-                if pid is not None:
-                    self.ending.ask(pid, command.slot, command.begun)
             case Order.LEAVE:
                 # Who is still serving a connection becomes the master's child, and costs only itself.
                 self.leaving = True
@@ -367,10 +362,7 @@ class ForkServer:
                 continue  # a process that user code started
             if isinstance(change, process.Changed):
                 self._send(Report(Kind.STOPPED if change.stopped else Kind.CONTINUED, slot, change.pid))
-                if change.stopped:
-                    self.ending.stopped(change.pid)
                 continue
-            self.ending.forget(change.pid)
             del self.children[change.pid]
             del self.by_slot[slot]
             self._send(

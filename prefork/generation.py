@@ -18,6 +18,7 @@ from prefork.carried import CarriedGeneration, CarriedPool
 from prefork.config import Config, plain
 from prefork.errors import PreforkError
 from prefork.hung import Hung
+from prefork.killing import Killing
 from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import lives, policy, scoreboard, wire
@@ -25,7 +26,7 @@ from prefork.pool.lives import WorkerLives
 from prefork.pool.policy import Memory, View
 from prefork.pool.scoreboard import BUSY, FREE, LEAVING, NOTHING, PARKED, STARTING, Counts, Layout, Scoreboard
 from prefork.pool.state import Pool, Worker
-from prefork.pool.tally import Death, Tally, Trouble
+from prefork.pool.tally import Death, Overdue, Tally, Trouble
 from prefork.pool.throttle import Throttle
 from prefork.pool.wire import Kind, Order, Report
 from prefork.retiring import Retiring
@@ -98,8 +99,9 @@ class Generation:
             Acceptors(place, config, slots, target, now)
             for place, target in enumerate(targets or [config.workers] * len(listeners))
         ]
-        self.retiring = Retiring(self.link, self.pool, end_input=config.drain == "eof")
-        self.hung = Hung(self.link, self.pool, config.timeout, time.monotonic() - now)
+        self.killing = Killing(self.link)
+        self.retiring = Retiring(self.link, self.pool, self.killing, end_input=config.drain == "eof")
+        self.hung = Hung(self.link, self.pool, self.killing, self._recycle, config.timeout, time.monotonic() - now)
 
     # -- an upgrade
 
@@ -148,6 +150,8 @@ class Generation:
         self.hung.looked(now)
         for worker in self.pool.workers.values():
             self._note_absence(worker)
+            if worker.killed:
+                self.killing.note(worker, now)
         for place in carried.retired:
             self._acceptors[place].retire()
         if self.link.pid is None:
@@ -232,12 +236,7 @@ class Generation:
                 self.exited(worker.slot, worker.pid, None, 0.0, 0, now)
         self._limbo_at, self._limbo_until = now, now + LIMBO
         self._patience_at = None
-        for worker in self.pool.workers.values():
-            if worker.killed:
-                self.link.signal(worker, Order.KILL)
-            elif worker.hung is not None:
-                process.signal_child(worker.pid, signal.SIGCONT)  # the fork server may have stopped it, and died
-                self.link.end(worker)
+        self.killing.kill_again()
         self.retiring.ask_again(now)
 
     def _may_be_a_worker(self, pid: int) -> bool:
@@ -301,7 +300,7 @@ class Generation:
             log.event("deaths_flood", generation=self.number, most=DEATHS_A_SECOND)
         if not worker.retiring and (not was_ready or (not served and self._fails(worker, status, now))):
             self._failed_early(who, now, stack, ready=was_ready)
-        elif (status != 0 or serving) and not worker.killed:
+        elif (status != 0 or serving) and (not worker.killed or (serving and worker.hung is not None)):
             self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}\n{stack}".rstrip())
             self._untold.append(lambda: log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who))
         else:
@@ -384,7 +383,7 @@ class Generation:
 
     def _forget(self, worker: Worker) -> None:
         self.board.states[worker.slot] = FREE
-        self.link.ending.forget(worker.pid)
+        self.killing.forget(worker.slot)
         self.retiring.forget(worker.slot)
         self.board.tired[worker.slot] = 0
         self._absent.discard(worker.slot)
@@ -450,6 +449,7 @@ class Generation:
         if self.retiring.waiting:
             self.hung.looked(now)  # any of them may still take a connection
         self.hung.tend(now, time.monotonic_ns())
+        self.killing.tend(now)
         self._cut_unready(now)
         if self._fork_server_hangs(now):
             log.event("fork_server_hung", generation=self.number)
@@ -503,9 +503,12 @@ class Generation:
         idle_may, busy_may = policy.released(view, len(busy))
         idle = [slot for slot in tired if slot not in busy]
         for slot in idle[:idle_may] + busy[:busy_may]:
-            worker = self.pool.workers[slot]
-            log.event("recycled", slot=slot, generation=self.number, pid=worker.pid, connections=self._counts(slot).begun)
-            self._ask_to_leave(worker, now, self.drain_deadline(now))
+            self._recycle(self.pool.workers[slot], now)
+
+    def _recycle(self, worker: Worker, now: float) -> None:
+        count = self._counts(worker.slot).begun
+        log.event("recycled", slot=worker.slot, generation=self.number, pid=worker.pid, connections=count)
+        self._ask_to_leave(worker, now, self.drain_deadline(now))
 
     def drain_deadline(self, now: float) -> float | None:
         """Until when workers that are retired now may finish; None is as long as they take."""
@@ -549,7 +552,7 @@ class Generation:
                 return
             del self.pool.unready[slot]
             if not self._was_ready(slot) and not worker.killed:
-                self.retiring.kill(worker, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
+                self.retiring.kill(worker, now, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
 
     def _was_ready(self, slot: int) -> bool:
         return self.board.words[self.board.record(slot) + scoreboard.STARTED] != 0
@@ -567,8 +570,6 @@ class Generation:
         if pid == self.link.pid:
             self.link.stopped = stopped
             self._patience_at = now + PATIENCE if stopped else None
-        elif stopped:
-            self.link.ending.stopped(pid)
 
     # -- retiring
 
@@ -630,7 +631,7 @@ class Generation:
     def abandon(self, now: float) -> None:
         """Give up a generation that was never committed: none of its workers has ever accepted, so all can be killed."""
         self.retire_all(now, None)
-        self.quit()
+        self.quit(now)
 
     def reopen_log(self) -> None:
         """The master has opened the log files again: so do the others, the fork server now and workers before their next line."""
@@ -664,10 +665,11 @@ class Generation:
         self._tired.discard(worker.slot)
         self.retiring.ask(worker, now, deadline)
 
-    def quit(self) -> None:
+    def quit(self, now: float) -> None:
         """Everybody at once, by one order."""
         for worker in self.pool.workers.values():
-            worker.retiring = worker.killed = True
+            worker.retiring = True
+            self.killing.note(worker, now)
             if self.link.pid is None and worker.pid:
                 process.signal_child(worker.pid, signal.SIGKILL)
         if self.link.pid is not None:
@@ -729,6 +731,10 @@ class Generation:
         """Its processes, as far as they are known."""
         return [pid for pid in (self.link.pid, *(worker.pid for worker in self.pool.workers.values())) if pid]
 
+    def overdue(self, now: float) -> list[Overdue]:
+        """Its workers that should have gone."""
+        return [Overdue(worker.pid, worker.slot, self.number, late, "killed") for worker, late in self.killing.overdue(now)]
+
     def live(self) -> int:
         """Worker processes, ordered forks included."""
         return sum(self.pool.live)
@@ -768,7 +774,8 @@ class Generation:
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""
         times = [acceptors.look_at for acceptors in self._acceptors if acceptors.look_at is not None] if self.ready else []
-        times += [at for at in (self.retiring.wake_at(), self.hung.wake_at(), self._limbo_at, self._patience_at) if at is not None]
+        rooms = self.retiring, self.hung, self.killing
+        times += [at for at in (*(room.wake_at() for room in rooms), self._limbo_at, self._patience_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.link.pid is not None and not self.link.killed and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

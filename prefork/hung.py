@@ -5,21 +5,32 @@ after each look, and once a connection is known, the next scan comes when it is 
 age is what the master's own clock has counted since then. That clock leaves out what the master itself was stopped or starved
 for, and before a connection was known as much is taken off its age: nobody is punished for time in which nobody watched.
 
-One worker of a generation at a time, because all write their stacks to one pipe: DUMP, its stack, END (`prefork.ending`).
+One worker of a generation at a time, because all write their stacks to one pipe. Between the look that finds a connection too old
+and the SIGKILL the worker may end it and begin another client's. So it is asked to leave first, by the byte on the orders that a
+worker reads before each accept: from then on it begins no other one. Then it is asked for its stack; and after that wait, if the
+slot still says BUSY (read first) with the same count (read second), the worker is killed. Else it has ended the connection and is
+leaving, or has not seen the byte and waits in accept(): it is retired like any other, and no client is lost.
+
+That a byte is seen is a question of time and not of a fence: a store does not stay in a CPU's buffer for LOOK.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from prefork import log
+from prefork.killing import Killing
 from prefork.link import Link
 from prefork.pool.scoreboard import BEGUN, BUSY, SINCE
 from prefork.pool.state import Pool, Worker
 from prefork.pool.wire import Order
+from prefork.system import stacks
+from prefork.system.standing import standing
 
 # A scan comes so long after a look: `prefork.worker.UNSEEN_NS`, after which a worker rings.
 SCAN = 1.0
-# A stack is complete when nothing more of it has come from one look to the next; it is waited for no longer than this.
-LOOK, ENOUGH = 0.01, 0.5
+# A stack is complete when nothing more of it has come from one look to the next. It is waited for no longer than this: on a busy
+# machine it takes its time until the fork server has passed the signal on, and the worker has taken it.
+LOOK, ENOUGH = 0.01, 2.0
 
 
 @dataclass(slots=True)
@@ -32,14 +43,22 @@ class Case:
     until: float
     look_at: float
     came: bool = False
+    mute: bool = False
 
 
 class Hung:
-    """Watches one generation; without a ``timeout`` it does nothing. ``lost``: what the master's clock is behind the real one."""
+    """Watches one generation; without a ``timeout`` it does nothing. ``lost``: what the master's clock is behind the real one.
 
-    def __init__(self, link: Link, pool: Pool, timeout: float, lost: float) -> None:
+    ``retire`` has a worker leave that was asked to by the byte alone.
+    """
+
+    def __init__(
+        self, link: Link, pool: Pool, killing: Killing, retire: Callable[[Worker, float], None], timeout: float, lost: float
+    ) -> None:
         self._link = link
         self._pool = pool
+        self._killing = killing
+        self._retire = retire
         self._timeout = timeout
         self._lost = lost
         self._known: dict[int, tuple[int, float]] = {}  # connections by slot: the number there, and since when it is served
@@ -79,8 +98,6 @@ class Hung:
                 continue
             record = self._link.board.record(slot)
             begun = words[record + BEGUN]  # before SINCE: the worker writes them the other way round, and seems too young at worst
-            if begun == worker.hung:
-                continue
             known = self._known.get(slot)
             if known is None or known[0] != begun:
                 age = (now_ns - words[record + SINCE]) / 1e9
@@ -97,21 +114,27 @@ class Hung:
         self._scan_at = min(times, default=None)
 
     def _ask(self, worker: Worker, begun: int, since: float, now: float) -> None:
+        self._link.board.retire[worker.slot] = 1
         self._link.stacks.begin_dump()
         self._link.signal(worker, Order.DUMP)
         self._case = Case(worker, begun, since, now + ENOUGH, now + LOOK)
 
     def _wait_for_stack(self, case: Case, now: float) -> None:
         came = self._link.stacks.look()
-        if (came or not case.came) and now < case.until:
+        # A worker that takes no signals at two looks in a row tells no stack. Of a pool that waits for a dead mount each would
+        # else take ENOUGH.
+        was_mute, case.mute = case.mute, not (came or case.came) and _takes_no_signals(case.worker.pid)
+        if (came or not case.came) and not (was_mute and case.mute) and now < case.until:
             case.came, case.look_at = case.came or came, min(case.until, now + LOOK)
             return
         self._case, self._scan_at = None, now
         board, worker = self._link.board, case.worker
         stack = self._link.stacks.take_dump()
-        if self._pool.workers.get(worker.slot) is not worker or worker.killed or board.states[worker.slot] != BUSY:
+        if self._pool.workers.get(worker.slot) is not worker or worker.killed:
             return
-        if board.words[board.record(worker.slot) + BEGUN] != case.begun:
+        if board.states[worker.slot] != BUSY or board.words[board.record(worker.slot) + BEGUN] != case.begun:
+            if not worker.retiring:
+                self._retire(worker, now)
             return
         worker.hung, worker.stack = case.begun, stack
         log.event(
@@ -124,4 +147,9 @@ class Hung:
             duration=now - case.since,
             seconds=self._timeout,
         )
-        self._link.end(worker)
+        self._killing.kill(worker, now)
+
+
+def _takes_no_signals(pid: int) -> bool:
+    how = standing(pid)
+    return how is not None and (how.sleeps_in_the_kernel or how.stands_still or how.is_deaf_to(stacks.DUMP))

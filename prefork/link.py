@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from prefork import forkserver, log
 from prefork.carried import CarriedLink
 from prefork.config import Config
-from prefork.ending import Ending
 from prefork.net.listener import Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
@@ -84,7 +83,6 @@ class Link:
     def _map_boards(self) -> None:
         self.board = Scoreboard(self.board_fd, self.orders_fd, self.layout, Access.MASTER)
         self._resources.callback(self.board.close)
-        self.ending = Ending(self.board)  # for workers that are the master's children
 
     def _read_stacks(self, stacks: Stacks) -> None:
         self.stacks = stacks
@@ -169,9 +167,9 @@ class Link:
             log.event("orders_exposed", generation=self.number)
             return os.dup(self.orders_fd)
 
-    def send(self, order: Order, slot: int = 0, begun: int = 0) -> None:
+    def send(self, order: Order, slot: int = 0) -> None:
         """Give an order, after those that still wait."""
-        self._outbox.append(wire.pack_command(Command(order, slot, begun)))
+        self._outbox.append(wire.pack_command(Command(order, slot)))
         self.flush()
 
     def signal(self, worker: Worker, order: Order) -> None:
@@ -180,15 +178,6 @@ class Link:
             self.send(order, worker.slot)
         elif worker.pid:
             process.signal_child(worker.pid, forkserver.SIGNALS[order])
-
-    def end(self, worker: Worker) -> None:
-        """Kill a worker that is ``hung``, through its parent, if it still serves that connection."""
-        if worker.hung is None:
-            return
-        if self.pid is not None:
-            self.send(Order.END, worker.slot, worker.hung)
-        elif worker.pid:
-            self.ending.ask(worker.pid, worker.slot, worker.hung)
 
     def flush(self) -> None:
         """Send what the channel takes; it holds 278 small messages, the rest waits."""

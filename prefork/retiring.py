@@ -9,6 +9,7 @@ repeated only while the slot says that its worker waits: one that lands just bef
 from collections.abc import Iterable
 
 from prefork import log
+from prefork.killing import Killing
 from prefork.link import Link
 from prefork.pool.scoreboard import BUSY, LEAVING
 from prefork.pool.state import Pool, Worker
@@ -22,10 +23,11 @@ NAG_FIRST, NAG_AGAIN, NAG_SELDOM, NAG_PATIENCE = 0.001, 0.020, 1.0, 50
 class Retiring:
     """``waiting``: slots of those who were asked and may still be in accept(). ``end_input``: who serves is signalled, too."""
 
-    def __init__(self, link: Link, pool: Pool, *, end_input: bool = False) -> None:
+    def __init__(self, link: Link, pool: Pool, killing: Killing, *, end_input: bool = False) -> None:
         self.waiting: set[int] = set()
         self._link = link
         self._pool = pool
+        self._killing = killing
         self._end_input = end_input
         self._nag_at: float | None = None
         self._nags = 0
@@ -93,21 +95,20 @@ class Retiring:
             if worker.deadline is None or worker.killed:
                 continue
             if worker.deadline <= now and self._link.board.states[worker.slot] in (BUSY, LEAVING):
-                self.kill(worker, "its time to finish is over")
+                self.kill(worker, now, "its time to finish is over")
                 continue
             again = worker.deadline if worker.deadline > now else now + NAG_SELDOM
             self._deadline_at = again if self._deadline_at is None else min(self._deadline_at, again)
 
-    def kill(self, worker: Worker, why: str) -> None:
+    def kill(self, worker: Worker, now: float, why: str) -> None:
         """SIGKILL, and say so."""
-        worker.killed = True
         board = self._link.board
         peer = board.peer(worker.slot) if board.states[worker.slot] == BUSY else "nobody"
         log.event("cut", slot=worker.slot, generation=self._link.number, pid=worker.pid, peer=peer, why=why)
-        self._link.signal(worker, Order.KILL)
+        self._killing.kill(worker, now)
 
-    def kill_all(self, why: str) -> None:
+    def kill_all(self, now: float, why: str) -> None:
         """SIGKILL to every worker that is left."""
         for worker in self._pool.workers.values():
             if not worker.killed:
-                self.kill(worker, why)
+                self.kill(worker, now, why)

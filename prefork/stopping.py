@@ -68,7 +68,7 @@ class Stopping:
             generation.announce_stop()
         daemon.listeners.close()
         for generation in daemon.generations():
-            generation.quit()
+            generation.quit(daemon.now)
 
     def tend(self) -> None:
         """Do what is due."""
@@ -88,7 +88,7 @@ class Stopping:
             generation.retire_all(daemon.now, None)  # the stop's own deadline is below
         if not daemon.draining:
             self.finished = True
-        elif stop.deadline <= daemon.now:
+        elif stop.deadline <= daemon.now or (not stop.killed and self._only_the_killed_are_left()):
             self._end(stop)
 
     def wake_at(self) -> float | None:
@@ -96,18 +96,23 @@ class Stopping:
         stop = self.daemon.stopping
         return None if stop is None or self.daemon.listeners.farewells else stop.deadline
 
+    def _only_the_killed_are_left(self) -> bool:
+        """Whether there is no connection any more that might end: a worker that SIGKILL has not ended is not waited for."""
+        workers = [worker for generation in self.daemon.draining for worker in generation.pool.workers.values()]
+        return bool(workers) and all(worker.killed for worker in workers)
+
     def _end(self, stop: Stop) -> None:
         """Its time is over. The listeners are out of use: nobody can be lost any more by killing one who does not leave."""
         daemon = self.daemon
         if not stop.killed:
             stop.killed, stop.deadline = True, daemon.now + QUICK_LIMIT
             for generation in daemon.draining:
-                generation.retiring.kill_all(f"still there at the end of graceful_timeout ({stop.why})")
+                generation.retiring.kill_all(daemon.now, f"still there at the end of graceful_timeout ({stop.why})")
         elif stop.tries < QUICK_TRIES:
             stop.tries += 1
             stop.deadline = daemon.now + QUICK_LIMIT
             for generation in daemon.draining:
-                generation.quit()
+                generation.quit(daemon.now)
                 if stop.tries == QUICK_TRIES:
                     generation.link.kill()  # its workers are ours then, and are killed by us
         else:

@@ -175,9 +175,8 @@ class Upgrading:
 
     @property
     def due(self) -> bool:
-        """Whether `become` can be called: no dead fork server is being replaced, and nobody's SIGCONT is due from us."""
-        daemon = self.daemon
-        return self.ready and daemon.reloading is None and not any(g.link.ending.under_way for g in daemon.generations())
+        """Whether `become` can be called: no dead fork server is being replaced."""
+        return self.ready and self.daemon.reloading is None
 
     def drop(self, reason: str) -> None:
         """It is not to be."""

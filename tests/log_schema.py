@@ -99,6 +99,7 @@ EVENT_FIELDS = {
     "restarting": ["seconds", "reason"],
     "worker_died": ["slot", "generation", "pid", "cause", "peer"],
     "hung": ["slot", "generation", "pid", "peer", "duration", "seconds"],
+    "still_there": ["count", "generation", "who"],
     "worker_ended": ["slot", "generation", "pid", "cause"],
     "recycled": ["slot", "generation", "pid", "connections"],
     "worker_early": ["slot", "generation", "pid", "what", "cause", "failures", "seconds"],

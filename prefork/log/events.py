@@ -84,6 +84,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "worker {slot} of generation {generation} (pid {pid}) has served {peer} for {duration:.1f} s: "
         "it is killed (timeout = {seconds:g} s)",
     ),
+    "still_there": (Level.ERROR, "{count} workers of generation {generation} were killed and have not ended: {who}"),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
     "recycled": (
         Level.DEBUG,

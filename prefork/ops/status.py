@@ -74,6 +74,7 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
         },
         "duration": {f"p{percent}": _percentile(histogram, percent / 100) for percent in (50, 90, 99)},
         "workers": workers,
+        "overdue": facts["overdue"],
         "deaths": facts["deaths"],
     }
 
@@ -178,6 +179,9 @@ def _head(status: dict[str, Any]) -> list[str]:
         lines.append(f"at the ceiling: {_span(status['saturated_seconds'])}")
     if status["backoff"]:
         lines.append(f"{click.style('backing off', fg='red')}: {status['backoff']['reason']}")
+    if status["overdue"]:
+        who = ", ".join(f"{late['pid']} ({late['what']} {_span(late['seconds'])} ago)" for late in status["overdue"])
+        lines.append(f"{click.style('should have gone', fg='red')}: {who}")
     if reload and reload["result"] != "ok":
         when = f"{_span(time.time() - reload['at'])} ago"
         lines.append(f"last reload {click.style(reload['result'], fg='red')} {when}: {reload['reason']}")

@@ -21,7 +21,7 @@ class Worker:
     stopped: bool = False  # SIGSTOPped by somebody
     deadline: float | None = None  # when its connection is cut; only for retiring ones
     killed: bool = False  # SIGKILL was ordered
-    hung: int | None = None  # it was to be killed if it still served its slot's so-many-th connection
+    hung: int | None = None  # because its slot's so-many-th connection has taken too long
     stack: str = ""  # where it was then
 
 

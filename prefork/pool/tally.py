@@ -27,6 +27,17 @@ class Death:
 
 
 @dataclass(frozen=True, slots=True)
+class Overdue:
+    """A worker that should have gone, for longer than a second: what it was, so many ``seconds`` ago."""
+
+    pid: int
+    slot: int
+    generation: int
+    seconds: float
+    what: str  # killed
+
+
+@dataclass(frozen=True, slots=True)
 class LastReload:
     """How the last reload ended, and when (seconds since the epoch)."""
 

@@ -20,7 +20,7 @@ from functools import partial
 VERSION = 1
 
 _DOORBELL = struct.Struct("<HHIII")
-_COMMAND = struct.Struct("<BxxxIQ")
+_COMMAND = struct.Struct("<BxxxI")
 _REPORT = struct.Struct("<BxxxIIiQQQ")
 
 DOORBELL_MAGIC = 0x7066
@@ -64,16 +64,14 @@ class Order(IntEnum):
     QUIT = 5
     REOPEN = 6
     DUMP = 7
-    END = 8
 
 
 @dataclass(frozen=True, slots=True)
 class Command:
-    """One order; ``slot`` is 0 where the order is for the fork server itself. END is for the slot's ``begun``-th connection."""
+    """One order; ``slot`` is 0 where the order is for the fork server itself."""
 
     order: Order
     slot: int = 0
-    begun: int = 0
 
 
 class Kind(IntEnum):
@@ -127,16 +125,16 @@ def read_doorbells(data: bytes) -> tuple[list[Doorbell], int]:
 
 def pack_command(command: Command) -> bytes:
     """One SEQPACKET message."""
-    return _COMMAND.pack(command.order, command.slot, command.begun)
+    return _COMMAND.pack(command.order, command.slot)
 
 
 def read_command(message: bytes) -> Command | None:
     """The order in a message, or None when it is not one."""
     if len(message) != _COMMAND.size:
         return None
-    order, slot, begun = _COMMAND.unpack(message)
+    order, slot = _COMMAND.unpack(message)
     try:
-        return Command(Order(order), slot, begun)
+        return Command(Order(order), slot)
     except ValueError:
         return None
 

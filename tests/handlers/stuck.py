@@ -61,6 +61,12 @@ def waits_for_its_child() -> None:
     os.wait()
 
 
+def waits_in_vfork() -> None:
+    """State D: until the child has executed another program this process sleeps in the kernel. SIGSTOP does not stop it."""
+    opening = (os.POSIX_SPAWN_OPEN, 0, os.environ["FIFO"], os.O_RDONLY, 0)
+    os.posix_spawn("/bin/true", ["true"], {}, file_actions=[opening])
+
+
 def blocks_every_signal() -> None:
     signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())
     time.sleep(FOREVER)
@@ -91,6 +97,7 @@ DEEDS: dict[str, Callable[[], None]] = {
         keeps_the_gil_in_c,
         waits_for_a_thread,
         waits_for_its_child,
+        waits_in_vfork,
         blocks_every_signal,
         reads_at_zero,
         aborts,

@@ -65,9 +65,8 @@ def test_the_status_of_the_readme_is_that_of_a_daemon(prefork_server: Callable[.
         return [name for key, value in entries for name in (key, *keys(value[0] if isinstance(value, list) and value else value))]
 
     # What is null or empty in a daemon at rest.
-    told = re.findall(
-        r'"(\w+)"', re.sub(r': "[^"]*"|(?<="reload": ){.*?}|(?<="backoff": ){.*?}|(?<="deaths": )\[{.*?}\]', "", block[1])
-    )
+    empty = r'(?<="reload": ){.*?}|(?<="backoff": ){.*?}|(?<="overdue": )\[{.*?}\]|(?<="deaths": )\[{.*?}\]'
+    told = re.findall(r'"(\w+)"', re.sub(rf': "[^"]*"|{empty}', "", block[1]))
     assert told == keys(status)
 
 

@@ -1,13 +1,17 @@
-"""Connections that take too long: when they are looked for, whose fault time is, and whom END is for. A clock that we turn."""
+"""Connections that take too long: when they are looked for, whose fault time is, and who is killed. A clock that we turn."""
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from typing import Any
 
 import pytest
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
 
 from prefork.hung import ENOUGH, LOOK, SCAN, Hung
 from prefork.pool import scoreboard
-from prefork.pool.scoreboard import BUSY, IDLE
+from prefork.pool.scoreboard import BUSY, IDLE, LEAVING
+from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Order
 from tests.unit.test_generation import Peer
 
@@ -21,9 +25,14 @@ class Watched:
         self.peer = Peer(2)
         self.peer.boot(2)
         self.link, self.pool = self.peer.generation.link, self.peer.generation.pool
-        self.hung = Hung(self.link, self.pool, TIMEOUT, 0.0)
+        self.retired: list[Worker] = []
         self.lost = 0.0
+        self.hung = self.watch(TIMEOUT)
         self.hung.looked(100.0)
+
+    def watch(self, timeout: float) -> Hung:
+        killing = self.peer.generation.killing
+        return Hung(self.link, self.pool, killing, lambda worker, _: self.retired.append(worker), timeout, self.lost)
 
     def begins(self, slot: int, now: float) -> None:
         board = self.link.board
@@ -66,7 +75,7 @@ def test_with_nobody_busy_there_is_one_scan_after_the_last_look_and_then_none(wa
 
 
 def test_without_a_timeout_nothing_is_scanned(watched: Watched) -> None:
-    watched.hung = Hung(watched.link, watched.pool, 0.0, 0.0)
+    watched.hung = watched.watch(0.0)
     watched.hung.looked(100.0)
     assert watched.hung.wake_at() is None
 
@@ -81,9 +90,9 @@ def test_a_connection_that_is_too_old_is_asked_for_its_stack_and_ended(watched: 
     assert watched.tend(now) == []
     watched.write(b'  File "mine.py", line 7 in loop\n')
     assert watched.tend(now + LOOK) == []
-    assert watched.tend(now + 2 * LOOK) == [Command(Order.END, 1, 1)]
+    assert watched.tend(now + 2 * LOOK) == [Command(Order.KILL, 1)]
     worker = watched.pool.workers[1]
-    assert (worker.hung, worker.killed) == (1, False)
+    assert (worker.hung, worker.killed) == (1, True)
     assert worker.stack == 'Current thread (most recent call first):\n  File "mine.py", line 7 in loop'
     assert watched.run(1000.0) == [], "once is enough"
 
@@ -91,7 +100,7 @@ def test_a_connection_that_is_too_old_is_asked_for_its_stack_and_ended(watched: 
 def test_a_stack_that_does_not_come_is_not_waited_for(watched: Watched) -> None:
     watched.begins(0, 100.5)
     due = 100.5 + TIMEOUT
-    assert watched.run(1000.0) == [(due, Command(Order.DUMP, 0)), (due + ENOUGH, Command(Order.END, 0, 1))]
+    assert watched.run(1000.0) == [(due, Command(Order.DUMP, 0)), (due + ENOUGH, Command(Order.KILL, 0))]
     assert watched.pool.workers[0].stack == ""
 
 
@@ -99,7 +108,7 @@ def test_many_that_hang_are_ended_one_after_the_other_the_oldest_first(watched: 
     watched.begins(1, 100.5)
     watched.begins(0, 100.6)
     asked = [command for _, command in watched.run(1000.0)]
-    assert asked == [Command(Order.DUMP, 1), Command(Order.END, 1, 1), Command(Order.DUMP, 0), Command(Order.END, 0, 1)]
+    assert asked == [Command(Order.DUMP, 1), Command(Order.KILL, 1), Command(Order.DUMP, 0), Command(Order.KILL, 0)]
 
 
 @pytest.mark.parametrize("then", ["idle", "another", "reaped", "killed"])
@@ -116,7 +125,9 @@ def test_one_that_ends_while_its_stack_is_waited_for_is_left_alone(watched: Watc
             watched.pool.exited(0, watched.pool.workers[0].pid)
         case "killed":
             watched.pool.workers[0].killed = True
+    worker = watched.pool.workers.get(0)
     assert watched.run(101.0 + TIMEOUT + ENOUGH) == []
+    assert watched.retired == ([worker] if then in ("idle", "another") else []), "it was asked to leave, and is from now on"
 
 
 def test_a_slot_is_not_judged_by_the_age_of_an_earlier_connection(watched: Watched) -> None:
@@ -165,7 +176,93 @@ def test_what_was_lost_before_a_scan_is_nobodys_gain_after_it(watched: Watched) 
 def test_what_was_lost_to_an_upgrade_counts_against_no_connection_that_it_found(watched: Watched) -> None:
     watched.begins(0, 100.5)
     watched.lost = 3600.0
-    watched.hung = Hung(watched.link, watched.pool, TIMEOUT, watched.lost)
+    watched.hung = watched.watch(TIMEOUT)
     watched.hung.forgive(watched.lost)
     watched.hung.looked(100.6)
     assert watched.run(1000.0)[0][0] == pytest.approx(100.5 + TIMEOUT)
+
+
+# -- whoever is cut has had its time, wherever the worker is while the master looks
+
+
+class Serving:
+    """Slot 0's worker: the loop of `prefork.worker`, a step for each store and each read that the master could see or be late for.
+
+    Its first client leaves after ``patience`` steps; others come at once and stay.
+    """
+
+    def __init__(self, watched: Watched, patience: int) -> None:
+        self.board = watched.link.board
+        self.states, self.words = self.board.states, self.board.words
+        self.patience = patience
+        self.accepted_at: float | None = None  # of the connection that it has
+        self.now = 100.5
+        self._loop = self._serve()
+
+    def steps(self, count: int) -> None:
+        for _ in range(count):
+            next(self._loop, None)
+
+    def _serve(self) -> Iterator[None]:
+        record = self.board.record(0)
+        while True:
+            self.states[0] = IDLE
+            yield
+            if self.board.retire[0]:
+                break
+            yield
+            self.accepted_at = self.now
+            yield
+            self.words[record + scoreboard.SINCE] = int(self.now * 1e9)
+            yield
+            self.words[record + scoreboard.BEGUN] += 1
+            yield
+            self.states[0] = BUSY
+            yield
+            while self.patience:
+                self.patience -= 1
+                yield
+            self.patience = 1_000_000
+            self.accepted_at = None
+            yield
+            self.words[record + scoreboard.OK] += 1
+            yield
+        self.states[0] = LEAVING
+
+
+class Interrupted:
+    """A row of the board: before each reading the worker goes some steps, the next number of ``plan``."""
+
+    def __init__(self, row: Any, worker: Serving, plan: list[int]) -> None:
+        self.row, self.worker, self.plan = row, worker, plan
+
+    def __getitem__(self, index: int) -> Any:
+        if self.plan:
+            self.worker.steps(self.plan.pop(0))
+        return self.row[index]
+
+    def __setitem__(self, index: int, value: Any) -> None:
+        self.row[index] = value
+
+
+@settings(deadline=None, derandomize=True)
+@given(patience=st.integers(0, 60), plan=st.lists(st.integers(0, 12), max_size=16), late=st.integers(0, 40))
+@example(patience=20, plan=[], late=40)  # the connection ends after the master has looked for the last time, before the SIGKILL
+@example(patience=8, plan=[0, 0, 0, 0, 12, 12], late=40)  # it ends while the stack is waited for
+def test_whoever_is_cut_has_had_its_time(patience: int, plan: Sequence[int], late: int) -> None:
+    watched = Watched()
+    worker = Serving(watched, patience)
+    try:
+        worker.steps(6)
+        interrupted = Interrupted(worker.states, worker, list(plan))
+        watched.link.board.states = interrupted  # type: ignore[assignment]
+        watched.link.board.words = Interrupted(worker.words, worker, interrupted.plan)  # type: ignore[assignment]
+        while (at := watched.hung.wake_at()) is not None and at <= 1000.0:
+            worker.now = at
+            if Command(Order.KILL, 0) in watched.tend(at):
+                worker.steps(late)  # the order is on its way
+                assert worker.accepted_at is None or at - worker.accepted_at >= TIMEOUT
+                break
+    finally:
+        watched.link.board.states, watched.link.board.words = worker.states, worker.words
+        watched.peer.close()

@@ -49,6 +49,7 @@ def test_the_table_shows_whatever_a_daemon_answers_as_text() -> None:
         "totals": dict.fromkeys(("accepted", "serving", "ok", "error", "killed", "rejected", "forked", "exited"), EVIL),
         "duration": {"p50": None},
         "workers": [worker | {"listener": EVIL, "state": EVIL, "peer": EVIL}],
+        "overdue": [{"pid": 1, "generation": 1, "slot": 1, "seconds": 2.0, "what": EVIL}],
         "deaths": [{"at": 0.0, "pid": 1, "generation": 1, "slot": 1, "cause": EVIL, "peer": EVIL, "stack": EVIL}],
     }
     shown = click.unstyle(status_page.table(found))
