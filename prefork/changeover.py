@@ -150,6 +150,33 @@ class Changeover:
         except PreforkError as error:
             self._refused("restart of the fork server", str(error), [], policy.fork_backoff)
 
+    # -- a listener is of no use any more
+
+    def may_reopen(self, listener: Listener) -> bool:
+        """Whether `reopen` can begin."""
+        daemon = self.daemon
+        return (
+            daemon.current is not None
+            and listener in daemon.current.listeners
+            and daemon.reloading is None
+            and not daemon.trying
+            and daemon.stopping is None
+        )
+
+    def reopen(self, listener: Listener) -> None:
+        """Open its address anew, for a fork server with the same configuration that takes the place of the current one."""
+        daemon = self.daemon
+        if daemon.current is None:
+            return
+        what, plan = f"reopening of {listener.address}", Plan(())
+        self.restart_at = None
+        try:
+            plan = daemon.listeners.reopened(listener, daemon.current.listeners, daemon.current.config)
+            self._boot(what, daemon.current.config, plan, [], daemon.current.targets)
+        except PreforkError as error:
+            plan.drop()
+            self._refused(what, str(error), [])
+
     # -- what becomes of it
 
     def tend(self) -> None:
@@ -226,11 +253,15 @@ class Changeover:
             new.suspend(daemon.now)
         new.commit(daemon.now)
         removed = daemon.listeners.commit(plan, new.config)
+        useless = [listener for listener in removed if not listener.accepts()]
+        removed = [listener for listener in removed if listener not in useless]
         if old is not None:
             daemon.draining.append(old)
             for place, listener in enumerate(old.listeners):
                 if listener not in removed:
                     old.retire(place, daemon.now, old.drain_deadline(daemon.now))
+        for listener in useless:  # a handler has shut it down: its queue is gone
+            listener.close()
         for listener in removed:
             daemon.listeners.say_farewell(listener, farewell_at, daemon.config.graceful_timeout)
         log.use(new.config)

@@ -13,6 +13,7 @@ from dataclasses import replace
 from typing import Any
 
 from prefork import log
+from prefork.accepting import EXIT_CANT_ACCEPT
 from prefork.acceptors import Acceptors, Slots
 from prefork.carried import CarriedGeneration, CarriedPool
 from prefork.config import Config, plain
@@ -84,6 +85,8 @@ class Generation:
         self._deaths = Throttle(DEATHS_A_SECOND, DEATHS + config.max_workers, policy.BACKOFF_LIMIT)
         self._failed_ns = time.monotonic_ns()  # when a worker did so last, as workers' clocks have it
         self.gossip = 0
+        self.exhausted = 0  # workers that have served clients and then could not accept any more
+        self._why_exhausted = ""  # the latest word of such a worker
         self.saturated_seconds = 0.0
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
@@ -296,10 +299,13 @@ class Generation:
                 Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024, stack or None)
             )
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
-        if not worker.retiring and not worker.killed and self._deaths.spend(now):
+        exhausted = served and not serving and _could_not_accept(status)  # as often as clients come, like recycling
+        if not worker.retiring and not worker.killed and not exhausted and self._deaths.spend(now):
             log.event("deaths_flood", generation=self.number, most=DEATHS_A_SECOND)
         if not worker.retiring and (not was_ready or (not served and self._fails(worker, status, now))):
             self._failed_early(who, now, stack, ready=was_ready)
+        elif exhausted:
+            self._note_exhausted(who)
         elif (status != 0 or serving) and (not worker.killed or (serving and worker.hung is not None)):
             self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}\n{stack}".rstrip())
             self._untold.append(lambda: log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who))
@@ -317,11 +323,14 @@ class Generation:
         ready_ns = self.board.words[self.board.record(worker.slot) + scoreboard.STARTED]
         # Since it was ready, by its own word; it can't be older than the order to fork it.
         lived = min(now - worker.since, max(0, time.monotonic_ns() - ready_ns) / 1e9)
+        acceptors = self._acceptors[worker.listener]
+        if _could_not_accept(status):
+            # The next one can't either, unless this one could for a while, and others do.
+            return lived < lives.SHORT or not acceptors.latest(acceptors.row(), ready_ns)
         if lived >= lives.SHORT or now < self.trouble.until:
             return False
         if self.trouble.until_served and not self.trouble.is_over(now):
             return True  # the next try has failed, too
-        acceptors = self._acceptors[worker.listener]
         others = acceptors.view(0, acceptors.true_row()).idle
         return self._lives.ended(now, self.begun(), others, sum(self.targets))
 
@@ -333,7 +342,22 @@ class Generation:
         if sought and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             late = "" if worker.stack else self.link.stacks.take_dump()
             return f"timeout after {self.config.timeout:g} s (SIGKILL)", worker.stack or late, not late
-        return process.describe(status), self.link.stacks.take_crash(status), False
+        cause = process.describe(status)
+        if _could_not_accept(status):
+            # Several that leave at once write over each other, and say the same.
+            self._why_exhausted = self.board.take_last_words().partition("\n")[0] or self._why_exhausted
+            cause = f"{cause}: {self._why_exhausted}"
+        return cause, self.link.stacks.take_crash(status), False
+
+    def _note_exhausted(self, who: dict[str, Any]) -> None:
+        """A worker has left like one that is recycled, but for a reason that is to be known."""
+        self._note_crash(f"worker {who['slot']} ended: {who['cause']}")
+        self.exhausted += 1
+        if self.exhausted & (self.exhausted - 1) == 0:  # 1, 2, 4, ...: it may happen after each connection
+            count = self.exhausted
+            self._untold.append(lambda: log.event("worker_exhausted", count=count, **who))
+        else:
+            self._untold.append(lambda: log.event("worker_ended", **who))
 
     def _failed_early(self, who: dict[str, Any], now: float, stack: str, *, ready: bool) -> None:
         what = "ended before it served anybody" if ready else "died before it was ready"
@@ -783,3 +807,7 @@ class Generation:
         if oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)
         return min(times, default=None)
+
+
+def _could_not_accept(status: int | None) -> bool:
+    return status is not None and os.WIFEXITED(status) and os.WEXITSTATUS(status) == EXIT_CANT_ACCEPT

@@ -18,6 +18,7 @@ from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
 from prefork.net.handshakes import Cookies
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
+from prefork.net.mending import mend
 from prefork.net.unix import UNCHANGED
 from prefork.ops import instances
 from prefork.system import credentials
@@ -68,6 +69,7 @@ class Listeners:
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
     cookies: Cookies = field(default_factory=Cookies)
+    mended: int = 0  # times
 
     def prepare(self, conf: Config) -> Plan:
         """Open what the configuration adds. Raises PreforkError, and has then changed nothing."""
@@ -79,9 +81,11 @@ class Listeners:
             for address, kept in self._match(conf.bind):
                 # A look-up may ask the network: only for what has changed.
                 owners.append(_owner(address, kept.configured if kept is not None else None))
-                if kept is None:
-                    opened.append(self._open(address, settings, owners[-1]))
-                places.append(kept or opened[-1])
+                if kept is not None and self._listens(kept, conf):
+                    places.append(kept)
+                else:
+                    opened.append(self._open(address, settings, owners[-1]) if kept is None else _anew(kept, conf))
+                    places.append(opened[-1])
                 if conf.drain == "eof" and places[-1].address.family == AF_UNIX:
                     raise ConfigError(f"drain = eof does not work for {address}, a Unix socket: take drain = finish")
         except BaseException:
@@ -101,6 +105,32 @@ class Listeners:
         if address.family == AF_UNIX:
             instances.refuse_mistakable(address.host)
         return open_listener(address, settings, owner)
+
+    def mend(self, listener: Listener, conf: Config) -> None:
+        """Undo what user code has done to a listener's socket. Raises OSError when it can't be undone: only a new one will do."""
+        undone = mend(listener.sock, listener.address, conf.backlog if listener.ours else None)
+        if undone:
+            self.mended += 1
+            if self.mended & (self.mended - 1) == 0:  # 1, 2, 4, ...: a handler may do it for each client
+                log.event("listener_mended", address=listener.address, what=" and ".join(undone), count=self.mended)
+
+    def reopened(self, spoilt: Listener, listeners: Iterable[Listener], conf: Config) -> Plan:
+        """These, but for ``spoilt`` another one at its very address. Raises PreforkError."""
+        fresh = _anew(spoilt, conf)
+        return Plan(tuple(fresh if listener is spoilt else listener for listener in listeners), (fresh,))
+
+    def _listens(self, listener: Listener, conf: Config) -> bool:
+        """Whether one that is to stay does listen, or does again."""
+        try:
+            self.mend(listener, conf)
+        except OSError:
+            return not listener.ours
+        return True
+
+    def accepts_at(self, listener: Listener) -> bool:
+        """Whether it is listened on, and not being closed."""
+        begun = [farewell.listener for farewell in self.farewells if farewell.begun]
+        return listener not in begun and (listener in self.current or any(f.listener is listener for f in self.farewells))
 
     def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:
         """With each address the listener that is open for it already, each listener once: two free ports are two."""
@@ -199,6 +229,14 @@ class Listeners:
         for listener in (*self.current, *(farewell.listener for farewell in self.farewells)):
             listener.close()
         self.farewells.clear()
+
+
+def _anew(spoilt: Listener, conf: Config) -> Listener:
+    """Another listener at the very address of one that is of no use any more. Raises PreforkError."""
+    real = spoilt.configured if spoilt.address.family == AF_UNIX else spoilt.address
+    fresh = open_listener(real, _settings(conf), spoilt.owner())
+    fresh.configured = spoilt.configured
+    return fresh
 
 
 def _owner(address: Address, before: Address | None) -> tuple[int, int]:

@@ -22,6 +22,7 @@ from prefork.config import Sources
 from prefork.daemon import Daemon
 from prefork.errors import InUseError, PreforkError
 from prefork.link import Wiring
+from prefork.mending import Mending
 from prefork.notifying import Notifying
 from prefork.ops import control, instances
 from prefork.ops.control import Client
@@ -65,6 +66,7 @@ class Master:
         self.obey = obey
         self.daemon = Daemon(sources)
         self.changeover = Changeover(self.daemon)
+        self.mending = Mending(self.daemon, self.changeover)
         self.upgrading = Upgrading(self.daemon, self.changeover, how)
         self.stopping = Stopping(self.daemon, self.changeover, self.upgrading)
         self.notifying = Notifying(self.daemon)
@@ -224,8 +226,9 @@ class Master:
         rings, stray = wire.read_doorbells(data)
         generations = {generation.number: generation for generation in self.daemon.generations()}
         for ring in rings:
-            if (generation := generations.get(ring.generation)) is not None:
-                generation.rang(ring, now)
+            generation = generations.get(ring.generation)
+            if generation is not None and generation.rang(ring, now) and ring.why is wire.Ring.LISTENER:
+                self.mending.look(generation.listeners[generation.layout.listener(ring.slot)])
         if stray or len(rings) > FLOOD:
             # Rings may have been lost, or be somebody's noise: look at everything, and then not at the door for a while.
             for generation in generations.values():

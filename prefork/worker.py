@@ -33,24 +33,21 @@ from typing import Any, NoReturn
 from setproctitle import setproctitle
 
 from prefork import log
+from prefork.accepting import EXIT_BROKEN, EXIT_RETIRED, Accepting
 from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.handler import Connection, Handler, Shape
 from prefork.net.address import client_address, parts_text, peer_parts, peer_text
-from prefork.net.listener import ACCEPT_ERRORS, FAREWELL, Listener, Verdict
+from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
-from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
+from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, Scoreboard
 from prefork.request import RequestServer
 from prefork.system import process, signals, stacks
 from prefork.values import RLIMITS
 
-# A want of descriptors is not over in a moment, and a worker that pauses still leaves within 100 ms.
-PAUSE = 0.1
 # The master has not looked for this long: ring, whatever the row of states says; it may be a stray writer's.
 UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
-EXIT_RETIRED = 0
-EXIT_BROKEN = 70
 Steps = tuple[Callable[[], object], ...]
 
 
@@ -124,7 +121,6 @@ class Worker:
         self.retiring = False
         self.farewell_ends: float | None = None  # without master and fork server: until when this process accepts
         self.forked = False
-        self.pauses = 0
         self.sock: socket.socket  # the latest connection
         # What accept() said of the peer, when that was, and the slot's count, while a connection is served. What this process knows
         # of itself it does not look up on the board, where any worker can write.
@@ -132,10 +128,18 @@ class Worker:
         self.parked = False
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
-        self._ready, self._accepted, self._worn = (
-            wire.doorbell_of(why, brief.generation) for why in (wire.Ring.READY, wire.Ring.ACCEPTED, wire.Ring.TIRED)
+        self._ready, self._accepted, self._worn, listener_spoilt = (
+            wire.doorbell_of(why, brief.generation)
+            for why in (wire.Ring.READY, wire.Ring.ACCEPTED, wire.Ring.TIRED, wire.Ring.LISTENER)
         )
         self._ring = self._prepare_to_ring()
+        self._accepting = Accepting(
+            brief.scoreboard,
+            brief.listener.sock,
+            lambda: self._asked_to_leave() or self._is_orphan(),
+            ring_vacant=lambda: self._ring(self._worn),
+            ring_spoilt=lambda: self._ring(listener_spoilt),
+        )
         self._handlers = (
             (signal.SIGTERM, self._on_retire),
             (signal.SIGINT, self._on_retire),
@@ -188,14 +192,19 @@ class Worker:
             if starts and (failed := self._start_hook()) is not None:
                 return failed
             words[started_at + slot * record_words] = now_ns()
-            if not order_words[committed]:
-                self.parked = True
-                states[slot] = PARKED
-                ring(ready)
-                # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
-                read(gate, 1)
+            try:
+                if not order_words[committed]:
+                    self.parked = True
+                    states[slot] = PARKED
+                    ring(ready)
+                    # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
+                    read(gate, 1)
+                    self.parked = False
+                close(gate)
+            except OSError:
+                if not self.retiring:  # else `_put_devnull` has left nothing there
+                    raise
                 self.parked = False
-            close(gate)
             states[slot] = IDLE
             ring(ready)
             try:
@@ -285,8 +294,9 @@ class Worker:
             # Of this slot's counters the board has copies only, which a stray write can't make wrong for longer than a connection.
             counted, mask = account(slot), below_limit
             begun, ended_ok, ended_error, ended_rejected = counted.begun, counted.ok, counted.error, counted.rejected
+            first_begun = begun
             # `me` is for every connection, `self` for what is rare.
-            me, slot_number, unseen_at, paused = self, slot + 1, 0, False
+            me, slot_number, unseen_at, failing = self, slot + 1, 0, False
             last = self._last_connection(begun) if limited else -1
             worn = self._worn_out() if wears else None
             new_socket = socket.socket if starts else socket_class  # the hook may have put another one there
@@ -302,15 +312,15 @@ class Worker:
                 try:
                     fd, address = accept()
                 except OSError as error:
-                    verdict = self._accept_failed(error)
+                    verdict = self._accepting.failed(error, slot, has_served=begun > first_begun)
                     if verdict is None:
-                        paused = True
+                        failing = True
                         continue
                     status = verdict
                     break
-                if paused:
-                    paused = False
-                    self._accepts_again()
+                if failing:
+                    failing = False
+                    self._accepting.succeeded()
                 words[since_at] = since = now()
                 host, port = address if is_ipv4 else peer_parts(family, address)
                 row[peer] = host.encode().ljust(peer_bytes, b"\0")
@@ -416,38 +426,6 @@ class Worker:
 
         return worn
 
-    # -- accepting
-
-    def _accepts_again(self) -> None:
-        """A connection was accepted, for the first time since accept() has failed."""
-        if self.pauses:
-            log.event("accept_again", count=self.pauses)
-            self.pauses = 0
-
-    def _accept_failed(self, error: OSError) -> int | None:
-        """None to accept again, an exit status to leave."""
-        match ACCEPT_ERRORS.get(error.errno):
-            case Verdict.RETRY:
-                return None
-            case Verdict.BLOCK_AGAIN:
-                log.event("accept_unblocked")
-                os.set_blocking(self.brief.listener.fileno(), True)
-                return None
-            case Verdict.PAUSE:
-                self.pauses += 1
-                if self.pauses == 1:
-                    log.event("accept_paused", reason=error.strerror, seconds=PAUSE)
-                self.board.states[self.slot] = PAUSED
-                time.sleep(PAUSE)
-                self.board.states[self.slot] = IDLE
-                self._ring(self._ready)  # an acceptor again, which the master did not count on meanwhile
-                return None
-            case Verdict.OUT_OF_USE if self._asked_to_leave() or self._is_orphan():
-                return EXIT_RETIRED
-            case _:
-                log.event("accept_broken", reason=f"{type(error).__name__}: {error}")
-                return EXIT_BROKEN
-
     def _asked_to_leave(self) -> bool:
         return self.retiring or bool(self.board.retire[self.slot]) or bool(self.board.order_words[scoreboard.STOPPING])
 
@@ -513,6 +491,8 @@ class Worker:
                 self._put_back(signals.keep)
 
     def _handler_raised(self, error: BaseException, peer: str) -> None:
+        if isinstance(error, BlockingIOError):  # of a blocking socket: its time-out is the listener's, where a handler has set one
+            self._accepting.unblock()
         suppressed = self.board.may_log_traceback(int(time.monotonic()), TRACEBACKS_A_SECOND)
         if suppressed is None:
             return
@@ -663,10 +643,20 @@ class Worker:
             if expected is not None and not os.path.samestat(os.fstat(fd), expected):
                 return
             if os.path.samestat(os.fstat(self.brief.devnull), self.brief.devnull_stat):
-                os.dup2(self.brief.devnull, fd, inheritable=False)
+                self._put_devnull(fd)
         except OSError:
             # Closed by user code: then accept() fails by itself, and there is nothing to unplug.
             return
+
+    def _put_devnull(self, fd: int) -> None:
+        try:
+            os.dup2(self.brief.devnull, fd, inheritable=False)
+        except OSError:
+            # User code, or `rlimit`, has set RLIMIT_NOFILE so low that nothing can be put at this number (dup2(2)), which is open
+            # all the same. Closed will do: no thread of user code can open anything there.
+            if fd < resource.getrlimit(resource.RLIMIT_NOFILE)[0]:
+                raise
+            os.close(fd)
 
     def _clean_up(self) -> None:
         """What an interpreter does at its end, without waiting for threads that a handler left behind."""

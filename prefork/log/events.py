@@ -56,6 +56,18 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
+    "listener_mended": (
+        Level.WARNING,
+        "a handler has changed the listening socket of {address}, which all share: {what} undone ({count} so far)",
+    ),
+    "listener_reopened": (
+        Level.ERROR,
+        "a handler has spoilt the listening socket of {address} ({reason}): it is opened anew; not again within {seconds:.1f} s",
+    ),
+    "listener_lost": (
+        Level.ERROR,
+        "a handler has spoilt the listening socket of {address} ({reason}), which is another program's: have that open it anew",
+    ),
     "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
     "bug": (Level.ERROR, "internal error in the {where}, please report it"),
     # reload
@@ -98,6 +110,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
         Level.WARNING,
         "workers of generation {generation} end by themselves again and again: at most {most} a second are replaced",
     ),
+    "worker_exhausted": (
+        Level.ERROR,
+        "worker {slot} of generation {generation} (pid {pid}) could not accept any more and is replaced: {cause}; {count} so far",
+    ),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
     "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),
@@ -111,7 +127,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "accept_paused": (Level.ERROR, "accept failed: {reason}; trying again every {seconds:g} s"),
     "accept_again": (Level.INFO, "accept works again, after {count} failures"),
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
-    "accept_unblocked": (Level.WARNING, "somebody made the listening socket non-blocking: blocking again"),
+    "accept_unblocked": (
+        Level.WARNING,
+        "a handler has set {what} on the listening socket, which all share: undone ({count} so far)",
+    ),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
     "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "child_keeps": (Level.WARNING, "descriptor {descriptor} can't be closed in a handler's child: {reason}"),

@@ -28,6 +28,7 @@ from typing import Any
 from prefork.errors import AddressError, NotPermittedError
 from prefork.net.address import Address
 from prefork.net.handshakes import Handshakes
+from prefork.net.mending import is_open
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
@@ -51,13 +52,16 @@ class Verdict(Enum):
 
     RETRY = "retry"
     PAUSE = "pause"
+    LEAVE = "leave"
     BLOCK_AGAIN = "block again"
+    SHUT_DOWN = "shut down"
     OUT_OF_USE = "out of use"  # for who was asked to leave; loud for anybody else
 
 
-# accept(2): pending network errors of the new connection are retried at once; a want of descriptors or memory is waited out
-# (EMFILE comes back at once, with an empty queue too: a loop that retries spins 181,000 times a second). ENOTSOCK is /dev/null
-# in the listener's place, EINVAL a listener that was shut down. EAGAIN: somebody made the shared description non-blocking.
+# accept(2): pending network errors of the new connection are retried at once. What the machine lacks is waited out; EMFILE is this
+# process' own want, and comes back at once, with an empty queue too (a loop that retries spins 181,000 times a second). ENOTSOCK is
+# /dev/null in the listener's place, EBADF nothing there, EINVAL a listener that was shut down. EAGAIN: user code has made the
+# shared socket non-blocking, or given it a time-out. EPERM is a firewall's word of one connection, or a sandbox's of all.
 # Whatever is not here, an OSError without errno (TimeoutError from a left-over alarm) included, ends the worker loudly.
 ACCEPT_ERRORS: dict[int | None, Verdict] = {
     **dict.fromkeys(
@@ -76,9 +80,11 @@ ACCEPT_ERRORS: dict[int | None, Verdict] = {
         ],
         Verdict.RETRY,
     ),
-    **dict.fromkeys([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),
+    **dict.fromkeys([errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),
+    errno.EMFILE: Verdict.LEAVE,
     errno.EAGAIN: Verdict.BLOCK_AGAIN,
-    **dict.fromkeys([errno.ENOTSOCK, errno.EINVAL], Verdict.OUT_OF_USE),
+    errno.EINVAL: Verdict.SHUT_DOWN,
+    **dict.fromkeys([errno.ENOTSOCK, errno.EBADF], Verdict.OUT_OF_USE),
 }
 
 
@@ -118,6 +124,10 @@ class Listener:
         (unacked,) = struct.unpack_from("=I", info, _TCP_INFO_UNACKED)
         (sacked,) = struct.unpack_from("=I", info, _TCP_INFO_SACKED)
         return unacked, sacked
+
+    def accepts(self) -> bool:
+        """Whether accept() can return a connection, now or later; false of one that was shut down, or closed."""
+        return self.sock.fileno() != -1 and is_open(self.sock)
 
     def turn_away(self, now: float, *, cookies: bool) -> None:
         """Let no new client in; those whom the kernel has connected, or is about to, can still be accepted.
@@ -168,7 +178,7 @@ class Listener:
 
     def drained(self) -> bool:
         """Look once more whether the queue is empty; true when it was so EMPTY_LOOKS times running."""
-        if not self.ours or self.sock.fileno() == -1:
+        if not self.ours or not self.accepts():
             return True
         queue = self.queue()
         if queue is None:

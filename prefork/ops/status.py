@@ -11,6 +11,7 @@ from typing import Any
 
 import click
 
+from prefork.accepting import PAUSE
 from prefork.pool import scoreboard
 from prefork.pool.scoreboard import BUSY, FREE, LEAVING, STATES, Access, Counts, Layout, Scoreboard
 from prefork.printable import one_line
@@ -24,8 +25,9 @@ _COLOURS = {
     "running": "green",
     "busy": "green",
     **dict.fromkeys(("starting", "reloading", "upgrading", "suspended", "stopping", "retiring"), "yellow"),
+    "paused": "red",
 }
-_WORKER_STATES = ("starting", "idle", "busy", "retiring")
+_WORKER_STATES = ("starting", "idle", "busy", "retiring", "paused")
 
 
 def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool = True) -> dict[str, Any]:
@@ -57,7 +59,9 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
             os.close(fd)
     return {
         **{key: facts[key] for key in ("name", "module", "version", "pid", "state", "started_at", "uptime")},
-        **{key: facts[key] for key in ("generation", "reload", "backoff", "max_workers", "saturated_seconds")},
+        **{key: facts[key] for key in ("generation", "reload")},
+        "backoff": facts["backoff"] or _pause_of(workers),
+        **{key: facts[key] for key in ("max_workers", "saturated_seconds")},
         "listeners": [
             {**listener, "workers": _summary(workers, listener["address"], target)}
             for listener, target in zip(facts["listeners"], facts["targets"] or [0] * len(facts["listeners"]), strict=True)
@@ -77,6 +81,15 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
         "overdue": facts["overdue"],
         "deaths": facts["deaths"],
     }
+
+
+def _pause_of(workers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
+    """Workers that wait until accept() works again are backed off from, which is not the master's doing."""
+    paused = sum(worker["state"] == "paused" for worker in workers)
+    if not paused:
+        return None
+    reason = f"accept fails in {paused} workers, which try again every {PAUSE:g} s: the log tells how"
+    return {"until": time.time() + PAUSE, "reason": reason}
 
 
 def _slots(layout: Layout, high: Sequence[int]) -> list[int]:
@@ -189,7 +202,7 @@ def _head(status: dict[str, Any]) -> list[str]:
 
 
 def _listeners(status: dict[str, Any]) -> list[str]:
-    rows = [["LISTENER", "QUEUE", "TARGET", "STARTING", "IDLE", "BUSY", "RETIRING"]]
+    rows = [["LISTENER", "QUEUE", "TARGET", "STARTING", "IDLE", "BUSY", "RETIRING", "PAUSED"]]
     for listener in status["listeners"]:
         queue = "-" if listener["queue"] is None else f"{listener['queue']}/{listener['queue_limit']}"
         counted = listener["workers"]

@@ -41,7 +41,7 @@ STARTING = ord("S")  # forked, or about to be
 PARKED = ord("P")  # ready, waiting at the gate for its generation to be committed
 IDLE = ord("I")  # in accept()
 BUSY = ord("B")  # serving a connection
-PAUSED = ord("E")  # accept() failed for want of descriptors or memory; sleeping before the next try
+PAUSED = ord("E")  # accept() fails; sleeping before the next try. Keeps its place: another worker could not accept either
 LEAVING = ord("L")  # has seen that it was asked to go
 STATES = {
     FREE: "free",
@@ -49,7 +49,7 @@ STATES = {
     PARKED: "starting",
     IDLE: "idle",
     BUSY: "busy",
-    PAUSED: "starting",
+    PAUSED: "paused",
     LEAVING: "retiring",
 }
 

@@ -38,6 +38,7 @@ class Ring(IntEnum):
     ACCEPTED = 1
     READY = 2
     TIRED = 3
+    LISTENER = 4
 
 
 _MAGIC_BYTES = struct.pack("<H", DOORBELL_MAGIC)
@@ -46,7 +47,7 @@ _RINGS = {int(why): why for why in Ring}
 
 @dataclass(frozen=True, slots=True)
 class Doorbell:
-    """A worker's word: this slot of this generation has accepted, is ready, or wants to be recycled."""
+    """A worker's word: this slot of this generation has accepted, is ready, wants to be recycled, or has a listener that fails."""
 
     why: Ring
     generation: int

@@ -2,6 +2,7 @@
 
 import contextlib
 import ctypes
+import errno
 import functools
 import os
 import resource
@@ -308,8 +309,9 @@ def close_all_but(keep: Collection[int]) -> None:
             os.close(fd)
 
 
-# Where we were before user code went elsewhere.
-_home = -1
+# A descriptor of where we were before user code went elsewhere; or that it did not, or that none was left to remember it by.
+_AT_HOME, _NO_WAY_BACK = -1, -2
+_home = _AT_HOME
 
 
 def watch_folder(mark: Callable[[], None]) -> None:
@@ -322,8 +324,11 @@ def _leaving(function: Callable[..., None], mark: Callable[[], None]) -> Callabl
     @functools.wraps(function)
     def call(*args: Any, **kwargs: Any) -> None:
         global _home
-        if _home < 0:
-            _home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+        if _home == _AT_HOME:
+            try:
+                _home = os.open(".", os.O_PATH | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError:  # a call that needs no descriptor must not fail of ours
+                _home = _NO_WAY_BACK
         mark()
         function(*args, **kwargs)
 
@@ -332,7 +337,9 @@ def _leaving(function: Callable[..., None], mark: Callable[[], None]) -> Callabl
 
 def go_home() -> None:
     """Back to the working directory that we had at the last `settle`. Raises OSError when user code has closed the way."""
-    if _home >= 0:
+    if _home == _NO_WAY_BACK:
+        raise OSError(errno.EMFILE, "no descriptor was left to come back by")
+    if _home != _AT_HOME:
         os.fchdir(_home)
     settle()
 
@@ -342,7 +349,7 @@ def settle() -> None:
     global _home
     if _home >= 0:
         os.close(_home)
-        _home = -1
+    _home = _AT_HOME
 
 
 def describe(status: int) -> str:

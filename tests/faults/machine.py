@@ -142,33 +142,26 @@ NO_MORE = 3
 
 
 def no_descriptors_in_workers(rounds: Rounds, workload: str) -> Figures:
-    """Every worker is at its RLIMIT_NOFILE: all pause, clients wait in the queue, and are served at once when it is raised."""
+    """Every worker is at its RLIMIT_NOFILE: each leaves, after one more connection at most, and is replaced; no client is lost."""
     took = []
     with arena(workload, rounds=rounds) as ring:
         for _ in rounds:
-            before: dict[int, tuple[int, int]] = {}
-            watch.until("all pause", lambda before=before: _pausing(ring, before))  # type: ignore[misc]
-            for pid, limits in before.items():
-                with suppress(ProcessLookupError):  # it was surplus
-                    resource.prlimit(pid, resource.RLIMIT_NOFILE, limits)
+            ring.serves(20 * ring.workers)  # one that has served no client would be backed off from
+            struck = [pid for pid in ring.worker_pids() if _gets_no_more(pid)]
+            watch.until("all have left", lambda struck=struck: all(map(watch.is_gone, struck)))  # type: ignore[misc]
             took.append(healed(ring, lambda: _serves(ring)))
-        log = ring.log()
-        assert "accept failed: Too many open files; trying again every 0.1 s" in log
-        assert "accept works again, after" in log
+        assert "could not accept any more and is replaced: exit status 71: accept failed: Too many open files" in ring.log()
     return ring.figures | {"healed_worst": max(took)}
 
 
-def _pausing(ring: Arena, before: dict[int, tuple[int, int]]) -> bool:
-    """Whether nobody accepts; whoever still does gets no more descriptors."""
-    for worker in watch.workers(ring.server):
-        pid = worker["pid"]
-        if pid and pid not in before:  # one that was just ordered has none, and 0 would be us
-            with suppress(ProcessLookupError):
-                soft, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
-                resource.prlimit(pid, resource.RLIMIT_NOFILE, (NO_MORE, hard))
-                before[pid] = soft, hard
-    workers = ring.server.status()["listeners"][0]["workers"]
-    return bool(workers["starting"] >= ring.workers and workers["idle"] == workers["busy"] == 0)
+def _gets_no_more(pid: int) -> bool:
+    """Let a worker have no more descriptors. False of one that has gone."""
+    try:
+        _, hard = resource.prlimit(pid, resource.RLIMIT_NOFILE)
+        resource.prlimit(pid, resource.RLIMIT_NOFILE, (NO_MORE, hard))
+    except ProcessLookupError:
+        return False  # it was surplus
+    return True
 
 
 def _serves(ring: Arena) -> bool:
@@ -214,15 +207,16 @@ def refusing(rounds: Rounds, workload: str) -> Iterator[tuple[Arena, Refusals]]:
 
 
 # What is promised of each (accept(2)), so that nobody can change the table alone.
-RETRIED = "ECONNABORTED EPROTO ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENONET ENOPROTOOPT EOPNOTSUPP ETIMEDOUT EPERM"
-WAITED_OUT = "EMFILE ENFILE ENOBUFS ENOMEM"
-BLOCKED_AGAIN = "EAGAIN"
-ENDED = "ENOTSOCK EINVAL"
+RETRIED = "ECONNABORTED EPROTO ENETDOWN ENETUNREACH EHOSTDOWN EHOSTUNREACH ENONET ENOPROTOOPT EOPNOTSUPP ETIMEDOUT EPERM EAGAIN"
+WAITED_OUT = "ENFILE ENOBUFS ENOMEM"
+LOOKED_AT = "EINVAL"  # by the master, which finds nothing wrong with the listener
+LEFT = "EMFILE"
+ENDED = "ENOTSOCK EBADF"
 
 
 def accept_errors(rounds: Rounds, workload: str) -> Figures:
     """accept() fails in every way there is: each is retried, waited out, or ends a worker, and no client is lost."""
-    names = f"{RETRIED} {WAITED_OUT} {BLOCKED_AGAIN} {ENDED}".split()
+    names = f"{RETRIED} {WAITED_OUT} {LOOKED_AT} {LEFT} {ENDED}".split()
     assert {getattr(errno, name) for name in names} == set(ACCEPT_ERRORS)
     with refusing(rounds, workload) as (ring, orders):
         for _ in rounds:
@@ -232,7 +226,8 @@ def accept_errors(rounds: Rounds, workload: str) -> Figures:
 
 
 def _fail_accepts(ring: Arena, orders: Refusals, name: str) -> None:
-    number, count = getattr(errno, name), 2 if name in ENDED else 20
+    # Few where a worker that met them all would say so.
+    number, count = getattr(errno, name), 20 if name in f"{RETRIED} {WAITED_OUT}" else 2
     before = len(ring.log())
     exited = ring.server.status()["totals"]["exited"]
     orders.accepts(number, count)
@@ -245,8 +240,9 @@ def _fail_accepts(ring: Arena, orders: Refusals, name: str) -> None:
     if name in WAITED_OUT:
         paused = f"accept failed: {os.strerror(number)}; trying again every 0.1 s"
         watch.until(f"all accept again after {name}", lambda: said("accept works again") == said(paused) > 0)
-    elif name in BLOCKED_AGAIN:
-        watch.until("it is told", lambda: said("somebody made the listening socket non-blocking") == count)
+    elif name in LEFT:
+        watch.until("they have left", lambda: ring.server.status()["totals"]["exited"] >= exited + count)
+        assert "exit status 71: accept failed: Too many open files" in ring.log()[before:]
     elif name in ENDED:
         watch.until("it is told", lambda: said(f"accept failed: OSError: [Errno {number}]") == count)
         watch.until("they have ended", lambda: ring.server.status()["totals"]["exited"] >= exited + count)

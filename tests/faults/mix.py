@@ -212,7 +212,7 @@ def _refusals(stack: ExitStack, preparation: Preparation) -> None:
     def accepts_fail(ring: Arena) -> None:
         """For a moment, in a way of the table or in another."""
         number = ring.chance.choice(errors)
-        ends = number in (errno.ENOTSOCK, errno.EINVAL, errno.EIO)
+        ends = number in (errno.ENOTSOCK, errno.EBADF, errno.EMFILE, errno.EIO)
         with accepts:
             orders.accepts(number, ENDING if ends else ring.chance.randint(1, 3 * WORKERS))
             time.sleep(BRIEFLY)

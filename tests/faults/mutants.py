@@ -291,8 +291,8 @@ MUTANTS = [
     Mutant(
         "a want of memory that is retried at once",
         "net/listener.py",
-        "    **dict.fromkeys([errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),\n",
-        "    **dict.fromkeys([errno.EMFILE, errno.ENFILE, errno.ENOBUFS], Verdict.PAUSE), errno.ENOMEM: Verdict.RETRY,\n",
+        "    **dict.fromkeys([errno.ENFILE, errno.ENOBUFS, errno.ENOMEM], Verdict.PAUSE),\n",
+        "    **dict.fromkeys([errno.ENFILE, errno.ENOBUFS], Verdict.PAUSE), errno.ENOMEM: Verdict.RETRY,\n",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[accept_errors]",),
     ),
     Mutant(
@@ -310,11 +310,25 @@ MUTANTS = [
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[garbage_on_the_board]",),
     ),
     Mutant(
-        "a worker that pauses although it has descriptors again",
+        "a worker that waits for descriptors which it will never have",
+        "net/listener.py",
+        "    errno.EMFILE: Verdict.LEAVE,\n",
+        "    errno.EMFILE: Verdict.PAUSE,\n",
+        ("tests/faults/test_accepting.py::test_a_handler_that_leaks_descriptors_costs_a_fork_whenever_its_worker_is_full",),
+    ),
+    Mutant(
+        "a worker that is deaf where nothing can be put in the listener's place",
         "worker.py",
-        "                time.sleep(PAUSE)\n",
-        "                time.sleep(50 * PAUSE)\n",
-        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[no_descriptors_in_workers]",),
+        "            os.close(fd)\n\n    def _clean_up",
+        "\n    def _clean_up",
+        ("tests/faults/test_accepting.py::test_a_worker_in_accept_is_retired_although_nothing_can_be_put_in_the_listeners_place",),
+    ),
+    Mutant(
+        "a listener that was shut down and that nobody opens again",
+        "master.py",
+        " and ring.why is wire.Ring.LISTENER:",
+        " and ring.why is wire.Ring.READY:",
+        ("tests/faults/test_accepting.py::test_a_tcp_listener_that_a_handler_shuts_down_is_opened_again",),
     ),
     Mutant(
         "a report that raises in who reads it",

@@ -62,7 +62,7 @@ def test_status_has_the_documented_keys(prefork_server: Start) -> None:
     }
     assert (status["name"], status["module"], status["pid"], status["state"]) == ("keys", "tiny:who", server.pid, "running")
     assert set(status["listeners"][0]) == {"address", "queue", "queue_limit", "workers"}
-    assert status["listeners"][0]["workers"] == {"target": 2, "starting": 0, "idle": 2, "busy": 1, "retiring": 0}
+    assert status["listeners"][0]["workers"] == {"target": 2, "starting": 0, "idle": 2, "busy": 1, "retiring": 0, "paused": 0}
     assert set(status["totals"]) == {"accepted", "serving", "ok", "error", "killed", "rejected", "forked", "exited"}
     assert set(status["duration"]) == {"p50", "p90", "p99"}
     keys = {"pid", "slot", "listener", "generation", "state", "since", "connections", "peer", "rss", "cpu"}
@@ -118,6 +118,7 @@ def test_scale_waits_until_it_is_so(prefork_server: Start, wanted: str, workers:
         "idle": workers,
         "busy": 0,
         "retiring": 0,
+        "paused": 0,
     }
 
 

@@ -31,7 +31,7 @@ def test_what_can_be_printed_stays_as_it_is(word: str) -> None:
 
 
 def test_the_table_shows_whatever_a_daemon_answers_as_text() -> None:
-    state = {"target": 1, "starting": 0, "idle": 1, "busy": 0, "retiring": 0}
+    state = {"target": 1, "starting": 0, "idle": 1, "busy": 0, "retiring": 0, "paused": 0}
     worker = dict.fromkeys(("pid", "slot", "generation", "connections"), 1) | dict.fromkeys(("since", "rss", "cpu"))
     found: dict[str, Any] = {
         "name": EVIL,

@@ -11,11 +11,12 @@ import pytest
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 
+from prefork.accepting import EXIT_RETIRED
 from prefork.config import Sources
 from prefork.handler import Handler, Shape
 from prefork.pool import scoreboard
 from prefork.pool.scoreboard import NOTHING, Access, Counts, Layout, Scoreboard
-from prefork.worker import EXIT_RETIRED, Brief, Worker
+from prefork.worker import Brief, Worker
 
 LAYOUT = Layout(1, 2)
 SLOT = 1
