@@ -80,7 +80,7 @@ class Config:
         (Address(2, "127.0.0.1", 7000),),
         values.addresses,
         "Where to listen: HOST:PORT, :PORT, [IPV6]:PORT, unix:/path?mode=0660&user=U&group=G, fd:N or systemd:NAME. "
-        "Repeatable; port 0 is a free port.",
+        "Repeatable, up to 1,024 times; port 0 is a free port.",
         "ADDRESS",
         short="-b",
         multiple=True,

@@ -110,7 +110,8 @@ class Daemon:
         """Read the configuration again. Raises ConfigError."""
         conf, origins = self.sources.trace()
         conf = config.with_activated(conf, origins, self.activated)
-        unused = sorted({name for name, fd in self.activated if all(address.port != fd for address in conf.bind)})
+        used = {address.port for address in conf.bind}
+        unused = sorted({name for name, fd in self.activated if fd not in used})
         if unused:
             log.event("activated_unused", names=", ".join(unused))
         return conf

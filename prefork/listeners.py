@@ -7,6 +7,7 @@ manager's) belong to somebody else: they are accepted from, and otherwise left a
 """
 
 import os
+from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from socket import AF_UNIX
@@ -104,7 +105,8 @@ class Listeners:
             return adopt_inherited(address, settings)
         if address.family == AF_UNIX:
             instances.refuse_mistakable(address.host)
-        return open_listener(address, settings, owner)
+        # Once there is anything to serve, the master looks through no other processes.
+        return open_listener(address, settings, owner, find_holder=not self.current)
 
     def mend(self, listener: Listener, conf: Config) -> None:
         """Undo what user code has done to a listener's socket. Raises OSError when it can't be undone: only a new one will do."""
@@ -134,18 +136,15 @@ class Listeners:
 
     def _match(self, wanted: Iterable[Address]) -> list[tuple[Address, Listener | None]]:
         """With each address the listener that is open for it already, each listener once: two free ports are two."""
-        left = list(self.current)
-        found: list[tuple[Address, Listener | None]] = []
-        for address in wanted:
-            kept = next((listener for listener in left if listener.configured.place == address.place), None)
-            if kept is not None:
-                left.remove(kept)
-            found.append((address, kept))
-        return found
+        left = defaultdict[tuple[int, str, int], list[Listener]](list)
+        for listener in reversed(self.current):
+            left[listener.configured.place].append(listener)
+        return [(address, left[address.place].pop() if left[address.place] else None) for address in wanted]
 
     def commit(self, plan: Plan, conf: Config) -> list[Listener]:
         """The plan's listeners are the daemon's from now on. Returns those that are not any more, still open."""
-        removed = [listener for listener in self.current if listener not in plan.listeners]
+        kept = set(plan.listeners)
+        removed = [listener for listener in self.current if listener not in kept]
         first = not self.current
         self.current = list(plan.listeners)
         for place, (listener, address) in enumerate(zip(plan.listeners, conf.bind, strict=True)):

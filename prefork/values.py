@@ -12,6 +12,8 @@ from typing import Any
 from prefork.net import address
 from prefork.net.address import Address
 
+# Each address has workers of its own, and is looked at by the master in turn. As many can be passed by systemd.
+ADDRESSES_LIMIT = 1024
 # Thirty years: everything longer is a mistake, and a float stays exact to the microsecond.
 SECONDS_LIMIT = 1e9
 # An exabyte: more than any kernel counts, and still an exact number of bytes.
@@ -106,16 +108,18 @@ def addresses(value: Any) -> tuple[Address, ...]:
     texts = value.split(",") if isinstance(value, str) else list(value) if isinstance(value, list | tuple) else []
     if not texts or not all(isinstance(text, str) for text in texts):
         raise ValueError("must be an address, or a list of addresses")
+    if len(texts) > ADDRESSES_LIMIT:
+        raise ValueError(f"{len(texts)} addresses: at most {ADDRESSES_LIMIT}, as each has workers of its own")
     found: list[Address] = []
+    claims = address.Claims()
     for written in texts:
         try:
             parsed = address.parse(written)
         except ValueError as error:
             raise ValueError(f"{written!r}: {error}") from None
-        for other in found:
-            if parsed.collides(other):
-                clash = "is named twice" if parsed.place == other.place else f"needs the port of {str(other)!r}"
-                raise ValueError(f"{written!r} {clash}")
+        if (other := claims.add(parsed)) is not None:
+            clash = "is named twice" if parsed.place == other.place else f"needs the port of {str(other)!r}"
+            raise ValueError(f"{written!r} {clash}")
         found.append(parsed)
     return tuple(found)
 

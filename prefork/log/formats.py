@@ -119,11 +119,12 @@ def _plain(value: Any) -> Any:
 
 def cut(text: str, room: int) -> Iterator[str]:
     """Pieces that take at most ``room`` bytes in any format; JSON escapes the most."""
+    at = 0
     while True:
-        size = min(len(text), room)
-        while size > 1 and (needed := len(json.dumps(text[:size]))) > room:
+        size = min(len(text) - at, room)
+        while size > 1 and (needed := len(json.dumps(text[at : at + size]))) > room:
             size = max(1, size * room // needed)
-        yield text[:size]
-        text = text[size:]
-        if not text:
+        yield text[at : at + size]
+        at += size
+        if at >= len(text):
             return

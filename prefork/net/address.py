@@ -48,16 +48,6 @@ class Address:
         """What makes it another address than others."""
         return self.family, self.host, self.port
 
-    def collides(self, other: "Address") -> bool:
-        """Whether both can't be listened on at once; two free ports (0) can. An address of all hosts takes the port of each."""
-        if INHERITED in (self.family, other.family) or socket.AF_UNIX in (self.family, other.family):
-            return self.place == other.place
-        if self.port != other.port or self.port == 0:
-            return False
-        if "" in (self.host, other.host):
-            return True
-        return self.family == other.family and (self.host == other.host or bool({"0.0.0.0", "::"} & {self.host, other.host}))  # noqa: S104
-
     @property
     def text(self) -> str:
         """As a user writes it, parameters included."""
@@ -73,6 +63,40 @@ class Address:
         if self.family == socket.AF_INET6:
             return f"[{self.host}]:{self.port}" if self.host != "" else f":{self.port}"
         return f"{self.host}:{self.port}"
+
+
+class Claims:
+    """What addresses take of a machine, so that one more need not be held against each: that takes a second for 1,000.
+
+    Two free ports (0) do not collide. An address of all hosts takes the port of each.
+    """
+
+    def __init__(self) -> None:
+        self._taken: dict[tuple[int | str, ...], Address] = {}
+
+    def add(self, address: Address) -> Address | None:
+        """One that collides with this address; None when it is the first to take what it takes."""
+        takes, needs = _claims(address)
+        for claim in needs:
+            if claim in self._taken:
+                return self._taken[claim]
+        for claim in takes:
+            self._taken.setdefault(claim, address)
+        return None
+
+
+def _claims(address: Address) -> tuple[list[tuple[int | str, ...]], list[tuple[int | str, ...]]]:
+    """What an address takes, and what nobody may have taken for it to be listened on."""
+    family, host, port = address.place
+    if family in (INHERITED, socket.AF_UNIX):
+        return [address.place], [address.place]
+    if port == 0:
+        return [], []
+    if host == "":  # the port as a whole: of both families
+        return [(port,), (port, "all")], [(port,)]
+    if host in ("0.0.0.0", "::"):  # noqa: S104
+        return [(port,), (port, family), (port, family, "all")], [(port, "all"), (port, family)]
+    return [(port,), (port, family), (port, family, host)], [(port, "all"), (port, family, "all"), (port, family, host)]
 
 
 def parse(text: str) -> Address:

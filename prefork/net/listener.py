@@ -238,9 +238,10 @@ def _set_options(sock: socket.socket, settings: Settings) -> None:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, settings.keepalive)
 
 
-def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> Listener:
+def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED, *, find_holder: bool = True) -> Listener:
     """Bind and listen. ``owner``: uid and gid of a Unix socket's path, -1 to leave it.
 
+    ``find_holder``: look through all processes for the one that has a port which is taken. With 10,000 of them that takes seconds.
     Raises AddressError or NotPermittedError, naming the address and what would help.
     """
     try:
@@ -260,7 +261,7 @@ def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = 
             sock.close()
             raise
     except OSError as error:
-        raise _explain(wanted, error) from None
+        raise _explain(wanted, error, find_holder=find_holder) from None
     real = Address(wanted.family, wanted.host, sock.getsockname()[1])
     return Listener(wanted, real, sock)
 
@@ -300,8 +301,10 @@ def _name_of(sock: socket.socket) -> Address:
     return Address(int(sock.family), name[0], name[1])
 
 
-def _explain(wanted: Address, error: OSError) -> Exception:
+def _explain(wanted: Address, error: OSError, *, find_holder: bool) -> Exception:
     match error.errno:
+        case errno.EADDRINUSE if wanted.family != socket.AF_UNIX and not find_holder:
+            return AddressError(f"{wanted} is in use: `ss -ltnp sport = :{wanted.port}` tells by which process")
         case errno.EADDRINUSE:
             return AddressError(f"{wanted} is in use{_holder(wanted)}")
         case errno.EADDRNOTAVAIL:

@@ -123,10 +123,8 @@ def held_by(pid: int) -> str:
     if pid == os.getpid():
         return " by this daemon itself, for something else"
     try:
-        import psutil  # noqa: PLC0415 - slow to import, and only needed when an address is taken
-    except (ImportError, OSError):  # removed while we run, as a whole environment may be; or no descriptors to read it
-        return f" by pid {pid}"
-    try:
-        return f" by {psutil.Process(pid).name()} (pid {pid})"
-    except (OSError, psutil.Error, ValueError):  # gone, or of another pid namespace
+        with open(f"/proc/{pid}/comm", errors="backslashreplace") as file:
+            name = file.read().removesuffix("\n")
+    except OSError:  # gone, or of another pid namespace; or no descriptors to read it
         return ""
+    return f" by {name} (pid {pid})"

@@ -26,6 +26,20 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a long text that is copied again for each piece",
+        "log/formats.py",
+        "        yield text[at : at + size]\n        at += size\n",
+        "        yield text[at : at + size]\n        text, at = text[at + size :], 0\n",
+        ("tests/unit/test_log.py::test_a_long_text_is_cut_without_copying_what_is_left_of_it",),
+    ),
+    Mutant(
+        "a reload that looks through all processes",
+        "listeners.py",
+        "find_holder=not self.current",
+        "find_holder=True",
+        ("tests/integration/test_reload.py::test_a_reload_looks_through_no_processes_for_who_holds_an_address",),
+    ),
+    Mutant(
         "a reader's lock on the pid file that is taken for a daemon's",
         "system/pidfile.py",
         "_FLOCK.pack(fcntl.F_RDLCK,",

@@ -10,7 +10,7 @@ from pathlib import Path
 import psutil
 import pytest
 
-from prefork.testing import Server, connect
+from prefork.testing import Server, StartError, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS, Gate
 from tests.load import Load
@@ -296,8 +296,8 @@ def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_
     assert reload["result"] == "ok", reload["reason"]
 
 
-def test_who_holds_an_address_is_left_open_when_psutil_was_removed_meanwhile(prefork_server: Start, tmp_path: Path) -> None:
-    (tmp_path / "psutil.py").write_text("raise ImportError\n")
+def test_a_reload_looks_through_no_processes_for_who_holds_an_address(prefork_server: Start, tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     taken, path, file = watch.free_port(), tmp_path / "path", tmp_path / "prefork.toml"
     file.write_text("bind = ['127.0.0.1:0']")
     arguments = ("--config", str(file))
@@ -306,6 +306,19 @@ def test_who_holds_an_address_is_left_open_when_psutil_was_removed_meanwhile(pre
         other.bind(str(path))
         other.listen()
         file.write_text(f"bind = ['127.0.0.1:{taken}']")
-        assert server.command("reload")["reason"] == f"127.0.0.1:{taken} is in use"
+        reason = f"127.0.0.1:{taken} is in use: `ss -ltnp sport = :{taken}` tells by which process"
+        assert server.command("reload")["reason"] == reason
+        us = Path(f"/proc/{os.getpid()}/comm").read_text().rstrip("\n")
         file.write_text(f"bind = ['unix:{path}']")
-        assert server.command("reload")["reason"] == f"unix:{path} is in use by pid {os.getpid()}"
+        assert server.command("reload")["reason"] == f"unix:{path} is in use by {us} (pid {os.getpid()})"
+
+
+def test_a_start_says_that_an_address_is_in_use_when_psutil_was_removed(tmp_path: Path) -> None:
+    (tmp_path / "psutil.py").write_text("raise ImportError\n")
+    with (
+        socket.create_server(("127.0.0.1", 0)) as taken,
+        pytest.raises(StartError, match=r"is in use\n$") as caught,
+        serve("echo:loop", bind=f"127.0.0.1:{taken.getsockname()[1]}", environment={"PYTHONPATH": str(tmp_path)}),
+    ):
+        pass
+    assert caught.value.exit_status == 69

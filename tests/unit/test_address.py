@@ -1,12 +1,15 @@
 """Addresses as users write them, and back."""
 
 import socket
+import sys
 from ipaddress import IPv6Address
+from types import FrameType
 
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from prefork import values
 from prefork.net import address
 from prefork.net.address import TEMPORARY_NAME, UNIX_PATH_LIMIT, Address, parse
 
@@ -14,6 +17,57 @@ ports = st.integers(0, 65535)
 v4 = st.ip_addresses(v=4).map(str)
 v6 = st.ip_addresses(v=6).map(str)
 LONGEST = UNIX_PATH_LIMIT - TEMPORARY_NAME
+
+
+def collides(one: Address, other: Address) -> bool:
+    """Whether both can't be listened on at once (socket(7), ipv6(7) with IPV6_V6ONLY but for all hosts)."""
+    if {address.INHERITED, socket.AF_UNIX} & {one.family, other.family}:
+        return one.place == other.place
+    if one.port != other.port or one.port == 0:
+        return False
+    if "" in (one.host, other.host):
+        return True
+    return one.family == other.family and (one.host == other.host or bool({"0.0.0.0", "::"} & {one.host, other.host}))
+
+
+few = ("127.0.0.1", "127.0.0.2", "0.0.0.0", "[::1]", "[::2]", "[::]", "")
+written = st.builds("{}:{}".format, st.sampled_from(few), st.integers(0, 2)) | st.sampled_from(
+    ["unix:/1", "unix:/2", "fd:3", "fd:4"]
+)
+
+
+@given(st.lists(written, max_size=12))
+def test_an_address_collides_as_if_it_was_held_against_each(texts: list[str]) -> None:
+    claims, found = address.Claims(), list[Address]()
+    for text in texts:
+        parsed = parse(text)
+        colliding = [other for other in found if collides(parsed, other)]
+        other = claims.add(parsed)
+        if other is None:
+            assert colliding == []
+            found.append(parsed)
+        else:
+            assert other in colliding
+
+
+def test_as_many_addresses_as_there_may_be_are_read_in_linear_time() -> None:
+    def calls(count: int) -> int:
+        """Of Python's and C's functions: what time would say on an idle machine."""
+        texts, found = [f"127.0.{n // 250}.{n % 250}:7000" for n in range(count)], [0]
+
+        def count_it(_frame: FrameType, event: str, _argument: object) -> None:
+            found[0] += event in ("call", "c_call")
+
+        sys.setprofile(count_it)
+        try:
+            values.addresses(texts)
+        finally:
+            sys.setprofile(None)
+        return found[0]
+
+    assert calls(values.ADDRESSES_LIMIT) < 2.2 * calls(values.ADDRESSES_LIMIT // 2)
+    with pytest.raises(ValueError, match="8000 addresses: at most 1024"):
+        values.addresses([f":{port}" for port in range(1, 8001)])
 
 
 @given(host=v4, port=ports)

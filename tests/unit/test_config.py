@@ -136,9 +136,9 @@ def test_a_key_of_thousands_of_parts_is_refused_before_it_costs_seconds(before: 
 
 
 def test_dots_in_values_and_comments_are_no_keys(tmp_path: Path) -> None:
-    addresses = [f"127.0.0.1:{port}" for port in range(1000, 3000)]
+    addresses = [f"127.0.0.1:{port}" for port in range(1000, 2000)]
     text = f"# a.b.c.d.e.f.g.h.i.j\n# don't. \nmodule = 'echo:loop'\nmax_workers = 20000\nbind = {addresses}\n"
-    assert len(Sources(file=written(tmp_path, text)).load().bind) == 2000
+    assert len(Sources(file=written(tmp_path, text)).load().bind) == 1000
 
 
 def test_the_tables_of_this_file_know_every_option() -> None:

@@ -1,5 +1,6 @@
 """The log's lines: whole, told apart, and never in the way."""
 
+import array
 import ast
 import json
 import os
@@ -8,6 +9,7 @@ import resource
 import socket
 import string
 import sys
+import tracemalloc
 from collections.abc import Callable, Iterator
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -808,6 +810,47 @@ def test_a_long_print_is_in_pieces_that_a_pipe_takes_whole(log_format: str, char
         shown = "".join(line.partition("stdout: ")[2] for line in lines) if log_format == "text" else ""
         told = "".join(json.loads(line)["message"] for line in lines) if log_format == "json" else ""
         assert shown + told == ((character if character.isprintable() or told else repr(character)[1:-1]) * 5000) + "short"
+
+
+@pytest.mark.parametrize("printed", [b"x", b"x\n"], ids=["one line", "many lines"])
+def test_what_is_printed_at_once_takes_no_memory_of_its_own_length(printed: bytes) -> None:
+    """Nor does it take the square of it in time: whatever is copied again and again would be seen as memory here."""
+    size = [0]
+
+    def say(_stream: str, lines: list[str]) -> None:
+        size[0] += sum(map(len, lines))
+
+    data = printed * ((4 << 20) // len(printed))
+    lines = prints.Lines(1, "stdout", say)
+    tracemalloc.start()
+    try:
+        assert lines.write(data) == len(data)
+        lines.finish()
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert size[0] == data.count(b"x")
+    assert most < 2 << 20, f"{most} bytes at once"
+
+
+def test_a_long_text_is_cut_without_copying_what_is_left_of_it() -> None:
+    text = "x" * (4 << 20)
+    tracemalloc.start()
+    try:
+        assert sum(map(len, formats.cut(text, 4096))) == len(text)
+        _, most = tracemalloc.get_traced_memory()
+    finally:
+        tracemalloc.stop()
+    assert most < 1 << 18, f"{most} bytes at once"
+
+
+def test_all_kinds_of_buffers_can_be_printed() -> None:
+    told: list[str] = []
+    lines = prints.Lines(1, "stdout", lambda _stream, more: told.extend(more))
+    wide = memoryview(array.array("I", [int.from_bytes(b"abc\n", sys.byteorder)] * 2))
+    for buffer, length in ((b"", 0), (memoryview(b"1-2-\n-")[::2], 3), (bytearray(b"\n"), 1), (wide, 8)):
+        assert lines.write(buffer) == length
+    assert told == ["12", "", "abc", "abc"]
 
 
 def test_pieces_are_as_long_as_may_be() -> None:
