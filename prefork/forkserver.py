@@ -406,15 +406,15 @@ class ForkServer:
         self.brief.channel.close()
         cookies = self.cookies.lately(self.orphaned_at)
         for listener in self.brief.listeners:
-            listener.turn_away(self.orphaned_at, cookies=cookies)
+            listener.turn_away(self.orphaned_at, cookies=cookies, hurried=True)
 
     def _say_farewell(self, since: float) -> None:
         """Serve handshakes and queue, then free the addresses and retire everybody; who serves a connection may finish it."""
         if not self.parted:
             now = time.monotonic()
-            # In this order: a handshake that a look does not find any more is in the queue. And all of them: each look counts.
-            served = [(listener.settled(now), listener.drained()) for listener in self.brief.listeners]
-            if not all(map(all, served)) and now - since < FAREWELL:
+            # All of them: each look counts.
+            unserved = [listener for listener in self.brief.listeners if not self._is_served(listener, now)]
+            if unserved and now - since < FAREWELL:
                 return
             for pid in self.children:
                 process.signal_child(pid, signal.SIGTERM)
@@ -425,3 +425,10 @@ class ForkServer:
         for pid, slot in self.children.items():
             if self.board.states[slot] not in (scoreboard.BUSY, scoreboard.LEAVING):
                 process.signal_child(pid, signal.SIGTERM)  # again: the first may have come just before the system call
+
+    @staticmethod
+    def _is_served(listener: Listener, now: float) -> bool:
+        """Whether this is the moment to close it."""
+        over = listener.handshakes is None or listener.handshakes.over(now)
+        # After that, because a handshake that the look has not found any more is in the queue; and in any case: each look counts.
+        return listener.drained() and over

@@ -10,6 +10,8 @@ Facts this rests on (measured on Linux 6.18; sock_diag(7), inet_diag.h, proc(5))
   hardened units exclude. ``/proc/self/net/tcp`` and ``tcp6`` have them, too (``ProcSubset=pid`` leaves them there), at 5 to 24 ms.
 * The request sockets of a dual-stack listener are IPv6 ones, whatever the client speaks.
 * The kernel sends SYN-ACK again after 1, 3 and 7 s. A request with LATE retransmissions is nobody's: a scanner's stays for 64 s.
+* A client is connected when SYN-ACK arrives, which may be the one that was sent again. Of those that a lossy line keeps waiting, at
+  any moment few have been sent one in the last round trip: where there is no time for all, that is the moment to close.
 * A handshake by SYN cookie leaves nothing to be seen before it has ended.
 """
 
@@ -26,6 +28,8 @@ from dataclasses import dataclass, field
 LATE = 3
 # LATE retransmissions have happened 7 s after the SYN, if the kernel could send them; half a second for its timers.
 LONGEST = 7.5
+# Where there is no time for all: a client that SYN-ACK was sent to so long ago has not got it, or is too far away.
+FRESH = 0.3
 # What can't be seen (by SYN cookie; without netlink and /proc) has so long from the last SYN on.
 UNSEEN = 1.0
 # A SYN may be on its way through the kernel while its listener is told to turn such away.
@@ -46,20 +50,33 @@ _TCP_SYN_RECV = 3
 _NLMSGHDR = struct.Struct("=IHHII")  # length, type, flags, sequence, port
 _SOCKID = struct.Struct("!HH16s16s12x")  # ports, addresses; interface and cookie
 _REQ = struct.Struct("=BBBxI")  # inet_diag_req_v2: family, protocol, extensions, states; then a sockid
-_MSG = struct.Struct("=BBBB")  # inet_diag_msg: family, state, timer, retransmissions; then a sockid
+_MSG = struct.Struct("=BBBB")  # inet_diag_msg: family, state, timer, retransmissions; then a sockid, and when the timer expires
+_EXPIRES = struct.Struct("=I")  # milliseconds
+_INITIAL_TIMEOUT = 1.0  # net/tcp.h; doubled with each retransmission
+_TICKS = 100.0  # of /proc a second: USER_HZ
 _RECEIVE = 1 << 16  # the kernel sends 32 KiB at most in one datagram
 _READ = 1 << 16
 # sl, local, remote, state, queues, timer, retransmissions; addresses are words as the machine has them, ports are numbers.
-_LINE = re.compile(rb"^ *\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) \S+ 03 \S+ \S+ ([0-9A-F]+) ", re.MULTILINE)
+_LINE = re.compile(
+    rb"^ *\d+: ([0-9A-F]{8}|[0-9A-F]{32}):([0-9A-F]{4}) \S+ 03 \S+ [0-9A-F]+:([0-9A-F]{1,16}) ([0-9A-F]{1,16}) ", re.MULTILINE
+)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """A request socket: the address that the client wants (4 or 16 bytes, network order), and how often SYN-ACK was sent again."""
+    """A request socket: the address that the client wants (4 or 16 bytes, network order), how often SYN-ACK was sent again, and the
+    seconds until it will be.
+    """
 
     host: bytes
     port: int
     retransmissions: int
+    expires: float
+
+    @property
+    def sent(self) -> float:
+        """So many seconds ago SYN-ACK was sent last."""
+        return _INITIAL_TIMEOUT * (1 << min(self.retransmissions, 7)) - self.expires
 
 
 # -- what the kernel is asked, and what it says
@@ -94,22 +111,23 @@ def answered(data: bytes) -> tuple[list[Request], bool]:
 
 
 def _request(body: bytes) -> list[Request]:
-    if len(body) < _MSG.size + _SOCKID.size:
+    if len(body) < _MSG.size + _SOCKID.size + _EXPIRES.size:
         raise OSError("half a socket")
     family, state, _, retransmissions = _MSG.unpack_from(body)
     port, _, host, _ = _SOCKID.unpack_from(body, _MSG.size)
+    (expires,) = _EXPIRES.unpack_from(body, _MSG.size + _SOCKID.size)
     if state != _TCP_SYN_RECV:
         return []
-    return [Request(host if family == socket.AF_INET6 else host[:4], port, retransmissions)]
+    return [Request(host if family == socket.AF_INET6 else host[:4], port, retransmissions, expires / 1000)]
 
 
 def listed(text: bytes) -> Iterator[Request]:
     """The request sockets in lines of /proc/net/tcp or tcp6."""
-    for host, port, retransmissions in _LINE.findall(text):
+    for host, port, expires, retransmissions in _LINE.findall(text):
         words = bytes.fromhex(host.decode())
         if sys.byteorder == "little":
             words = b"".join(words[at : at + 4][::-1] for at in range(0, len(words), 4))
-        yield Request(words, int(port, 16), int(retransmissions, 16))
+        yield Request(words, int(port, 16), int(retransmissions, 16), int(expires, 16) / _TICKS)
 
 
 def cookies_in(text: bytes) -> int | None:
@@ -146,16 +164,18 @@ def _by_proc(family: int, port: int) -> Iterator[list[Request]]:
 class Handshakes:
     """The handshakes under way at a listening TCP socket that lets no new ones begin since ``since``.
 
-    ``unseen``: there may be some that can't be seen.
+    ``unseen``: there may be some that can't be seen. ``hurried``: there is no time for all of them; it is over whenever no client
+    can have been connected just now, and may not be a moment later.
     """
 
-    def __init__(self, sock: socket.socket, since: float, *, unseen: bool) -> None:
+    def __init__(self, sock: socket.socket, since: float, *, unseen: bool, hurried: bool = False) -> None:
         self._family = sock.family
         host, self._port = sock.getsockname()[:2]
         packed = socket.inet_pton(sock.family, host.partition("%")[0])
         self._host = packed if any(packed) else None  # every one
         self._since = since
         self._until = since + (UNSEEN if unseen else 0.0)  # not over before
+        self._hurried = hurried
         self._ways = [(_by_sock_diag, LOOK_EVERY), (_by_proc, PROC_LOOK_EVERY)]
         self._scan: Iterator[list[Request]] | None = None
         self._cost = 0.0
@@ -170,6 +190,9 @@ class Handshakes:
             self._none_seen = now >= self._since + LONGEST or not self._seen(now)
         if not self._none_seen:
             return False
+        if self._hurried:
+            self._none_seen = False
+            return now >= self._until
         self._scan = None
         self.look_at = self._until  # none can have begun meanwhile
         return now >= self._until
@@ -198,11 +221,14 @@ class Handshakes:
     def _look(self, scan: Iterator[list[Request]], until: float) -> bool | None:
         """True when one is seen, False when none is there, None when the time was over before."""
         for found in scan:
-            if any(request.retransmissions < LATE and self._host in (None, request.host) for request in found):
+            if any(self._host in (None, request.host) and self._counts(request) for request in found):
                 return True
             if time.monotonic() >= until:
                 return None
         return False
+
+    def _counts(self, request: Request) -> bool:
+        return request.sent < FRESH if self._hurried else request.retransmissions < LATE
 
 
 @dataclass(slots=True)

@@ -129,10 +129,10 @@ class Listener:
         """Whether accept() can return a connection, now or later; false of one that was shut down, or closed."""
         return self.sock.fileno() != -1 and is_open(self.sock)
 
-    def turn_away(self, now: float, *, cookies: bool) -> None:
+    def turn_away(self, now: float, *, cookies: bool, hurried: bool = False) -> None:
         """Let no new client in; those whom the kernel has connected, or is about to, can still be accepted.
 
-        ``cookies``: clients may have been answered with SYN cookies just now.
+        ``cookies``: clients may have been answered with SYN cookies just now. ``hurried``: there is no time for lost segments.
         """
         self.empty_looks = 0
         if not self.ours or self.sock.fileno() == -1:
@@ -140,7 +140,7 @@ class Listener:
         if self.address.family == socket.AF_UNIX:
             self._unlink()
             return
-        self.watch_handshakes(now, cookies=cookies)
+        self.watch_handshakes(now, cookies=cookies, hurried=hurried)
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
         address, _ = program.buffer_info()
         try:
@@ -161,10 +161,10 @@ class Listener:
             if not done:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
                 self.sock.listen(0)
 
-    def watch_handshakes(self, since: float, *, cookies: bool) -> None:
+    def watch_handshakes(self, since: float, *, cookies: bool, hurried: bool = False) -> None:
         """New clients are turned away ``since`` then: see to those that had begun."""
         if self.ours and self.address.family != socket.AF_UNIX and self.sock.fileno() != -1:
-            self.handshakes = Handshakes(self.sock, since, unseen=cookies)
+            self.handshakes = Handshakes(self.sock, since, unseen=cookies, hurried=hurried)
 
     def settled(self, now: float) -> bool:
         """Whether no handshake is under way any more, once new clients are turned away."""

@@ -21,8 +21,8 @@ import tempfile
 import threading
 import time
 from collections import Counter
-from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -39,8 +39,10 @@ SIZE = 64
 RATE, COUNT = 300.0, 200_000
 DELAYS, UNIT = (1, 30, 100, 300), " ms"
 LOSS = 0.01
-STRIKES = ("stop", "remove", "reload", "upgrade", "kill")
-# A killed master's address is free within a second, so over a longer line handshakes may be cut.
+STRIKES = ("stop", "remove", "reload", "upgrade", "roll_back", "kill", "kill_both")
+KILLS = ("kill", "kill_both")
+# A killed master's address is free within a second, so over a longer line handshakes may be cut. Where the fork server is dead as
+# well, workers do not choose the moment, and a lost segment may cost a client.
 LONGEST_FOR_KILL = 100
 # A client that is not answered for so long is lost: at 1 % loss segments are sent again after 0.2, 0.6, 1.4, 3, 6.2 s.
 PATIENCE = 30.0
@@ -48,6 +50,8 @@ CONNECT_PATIENCE = 10.0
 # A stop takes no longer, but for what is served: handshakes have 7.5 s. On a machine with other things to do twice as long will do.
 LONGEST_STOP, LONGEST_STOP_BESIDE_OTHERS = 8.0, 16.0
 WORKERS = 4
+# Of a canary's workers take it back.
+CRASHES = 3
 # linux/prctl.h, linux/capability.h, linux/filter.h, linux/seccomp.h
 _PR_CAPBSET_DROP, _CAP_NET_ADMIN, _PR_SET_NO_NEW_PRIVS, _PR_SET_SECCOMP, _SECCOMP_FILTER = 24, 12, 38, 22, 2
 _BPF_LOAD, _BPF_JUMP_EQUAL, _BPF_RETURN, _SECCOMP_ERRNO, _SECCOMP_ALLOW = 0x20, 0x15, 0x06, 0x50000, 0x7FFF0000
@@ -177,9 +181,9 @@ class Distant:
         )
         self.clients.ports = ports
 
-    def _write(self, *ports: int) -> None:
+    def _write(self, *ports: int, options: Sequence[str] = ()) -> None:
         addresses = [f"{line.HERE}:{port}" for port in ports]
-        self.file.write_text(f"bind = {json.dumps(addresses)}\nworkers = {WORKERS}\n")
+        self.file.write_text("\n".join([f"bind = {json.dumps(addresses)}", f"workers = {WORKERS}", *options]))
 
     def _note(self, what: str) -> None:
         self.history.append(f"{time.monotonic():.3f} {what}")
@@ -208,11 +212,23 @@ class Distant:
     def kill(self) -> None:
         """SIGKILL for the master, and another daemon once the address is free."""
         self._note("kill")
+        self._kill()
+
+    def kill_both(self) -> None:
+        """The same with the fork server dead, before there can be another."""
+        self._note("kill_both")
+        fork_server = watch.fork_server(self.server)
+        self.server.process.send_signal(signal.SIGSTOP)
+        os.kill(fork_server, signal.SIGKILL)
+        watch.until("the fork server is dead", lambda: watch.is_gone(fork_server))
+        self._kill()
+
+    def _kill(self) -> None:
         ports = self.clients.ports
         begun = time.monotonic()
         self.server.process.kill()
         self.server.process.wait()
-        watch.until("the addresses are free", lambda: all(map(_is_free, ports)), 5.0)
+        watch.until("the addresses are free", lambda: all(map(_is_free, ports)))
         self.stops.append(time.monotonic() - begun)
         self.stack.close()
         self.start(*ports)
@@ -222,11 +238,19 @@ class Distant:
         self._note("reload")
         assert self.server.command("reload")["ok"]
 
+    def remove(self) -> None:
+        """A reload takes an address away under its clients."""
+        self._add()
+        self._note("remove")
+        with self._gone():
+            self._write(STAYS)
+            assert self.server.command("reload")["ok"]
+
     def upgrade(self) -> None:
-        """SIGUSR2: the same program again."""
+        """An upgrade does."""
+        self._add()
         self._note("upgrade")
         generation = self.server.status()["generation"]
-        self.server.process.send_signal(signal.SIGUSR2)
 
         def ended() -> bool:
             # While it becomes another program nobody answers.
@@ -235,21 +259,42 @@ class Distant:
                 return bool(status["generation"] > generation and status["state"] == "running")
             return False
 
-        watch.until("the upgrade has ended", ended, 60.0)
+        with self._gone():
+            self._write(STAYS)
+            self.server.process.send_signal(signal.SIGUSR2)
+            watch.until("the upgrade has ended", ended, 60.0)
 
-    def remove(self) -> None:
-        """Take an address away under its clients, and give it back."""
+    def roll_back(self) -> None:
+        """A reload that has added it takes itself back, because workers crash."""
+        self._add("canary = 3600")  # whose answer comes at the canary's end
+        self._note("roll_back")
+        with self._gone():
+            for _ in range(CRASHES):
+                self._crash()
+            watch.logged(self.server, "rolled back", self.server.log().count("rolled back"))
+            self._write(STAYS)
+
+    def _crash(self) -> None:
+        with socket.create_connection((line.HERE, STAYS)) as sock:
+            sock.sendall(b"crash".ljust(SIZE))
+            assert not sock.recv(SIZE)
+
+    def _add(self, *options: str) -> None:
         self._note("add")
-        self._write(STAYS, COMES)
-        assert self.server.command("reload")["ok"], self.server.log()
+        generation = self.server.status()["generation"]
+        self._write(STAYS, COMES, options=options)
+        self.server.process.send_signal(signal.SIGHUP)
+        watch.until("the address is added", lambda: self.server.status()["generation"] > generation)
         self.clients.ports = (STAYS, COMES)
         self.serves()
+
+    @contextmanager
+    def _gone(self) -> Iterator[None]:
+        """In the block the address is closed."""
         gone = f"no longer listening on {line.HERE}:{COMES}"
         times = self.server.log().count(gone) + 1
-        self._note("remove")
         begun = time.monotonic()
-        self._write(STAYS)
-        assert self.server.command("reload")["ok"]
+        yield
         watch.logged(self.server, gone, times)
         self.stops.append(time.monotonic() - begun)
         self.clients.ports = (STAYS,)
@@ -332,7 +377,7 @@ def measure(delay: float, *strikes: str, without: str = "", **given: float) -> F
 def over_a_line(rounds: Rounds, workload: str) -> Figures:
     """As many connections as there are rounds, over a line of so many milliseconds there and back that loses 1 % of all packets."""
     delay = int(workload.removesuffix(UNIT))
-    strikes = [what for what in STRIKES if what != "kill" or delay <= LONGEST_FOR_KILL]
+    strikes = [what for what in STRIKES if what not in KILLS or (what == "kill" and delay <= LONGEST_FOR_KILL)]
     seconds = max(0.0, rounds.deadline - time.monotonic())
     figures = measure(delay / 1000, *strikes, loss=LOSS, count=rounds.count, seconds=seconds, seed=rounds.seed)
     figures |= {"workload": workload, "count": figures["connections"], "permitted": 0}

@@ -135,13 +135,20 @@ MUTANTS = [
         "listeners.py",
         "                if not settled:\n",
         "                if False:\n",
-        ("tests/integration/test_line.py::test_a_stop_loses_no_client_that_is_about_to_be_connected",),
+        ("tests/unit/test_listeners.py::test_handshakes_under_way_keep_it_open_whatever_the_deadline_says",),
+    ),
+    Mutant(
+        "a listener that is closed between a handshake's end and the queue",
+        "net/listener.py",
+        "        self.empty_looks = min(self.empty_looks, 1)\n",
+        "",
+        ("tests/unit/test_listeners.py::test_the_queue_is_looked_at_after_the_last_handshake_and_not_once_only",),
     ),
     Mutant(
         "half-open handshakes that are waited for until the kernel gives them up",
         "net/handshakes.py",
-        "request.retransmissions < LATE and ",
-        "",
+        "request.retransmissions < LATE\n",
+        "True\n",
         ("tests/unit/test_handshakes.py::test_late_ones_and_those_of_another_address_are_not_waited_for",),
     ),
     Mutant(

@@ -50,7 +50,15 @@ def message(kind: int, body: bytes) -> bytes:
 def entry(host: str, port: int, retransmissions: int, state: int = 3) -> bytes:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     where = socket.inet_pton(family, host).ljust(16, b"\0")
-    return message(20, struct.pack("=BBBB", family, state, 1, retransmissions) + struct.pack("!HH", port, 9) + where + bytes(48))
+    return message(
+        20,
+        struct.pack("=BBBB", family, state, 1, retransmissions)
+        + struct.pack("!HH", port, 9)
+        + where
+        + bytes(28)
+        + struct.pack("=I", 500)
+        + bytes(16),
+    )
 
 
 DONE = message(3, bytes(4))
@@ -59,13 +67,13 @@ A = socket.inet_aton("10.9.0.1")
 
 @pytest.mark.skipif(sys.byteorder != "little", reason="words are as the machine has them, and these are from a little-endian one")
 def test_request_sockets_in_proc_are_told_by_state_with_address_and_retransmissions() -> None:
-    assert list(listed(PROC)) == [Request(A, 7001, 1)]
-    assert list(listed(PROC6)) == [Request(socket.inet_pton(socket.AF_INET6, "::ffff:127.0.0.1"), 7001, 4)]
+    assert list(listed(PROC)) == [Request(A, 7001, 1, 1.0)]
+    assert list(listed(PROC6)) == [Request(socket.inet_pton(socket.AF_INET6, "::ffff:127.0.0.1"), 7001, 4, 0.19)]
 
 
 def test_an_answer_is_read_to_its_end() -> None:
     data = entry("10.9.0.1", 7001, 2) + entry("fe80::1", 80, 0) + entry("10.9.0.1", 7001, 0, state=1)
-    expected = [Request(A, 7001, 2), Request(socket.inet_pton(socket.AF_INET6, "fe80::1"), 80, 0)]
+    expected = [Request(A, 7001, 2, 0.5), Request(socket.inet_pton(socket.AF_INET6, "fe80::1"), 80, 0, 0.5)]
     assert answered(data) == (expected, False)
     assert answered(data + DONE + b"anything") == (expected, True)
     assert answered(b"") == ([], False)
@@ -167,8 +175,8 @@ def until_over(watched: Handshakes, since: float, latest: float = 100.0) -> floa
     return now - since
 
 
-def request(retransmissions: int = 0, host: str = "127.0.0.1") -> Request:
-    return Request(socket.inet_aton(host), 1, retransmissions)
+def request(retransmissions: int = 0, host: str = "127.0.0.1", expires: float = 0.5) -> Request:
+    return Request(socket.inet_aton(host), 1, retransmissions, expires)
 
 
 def test_where_there_is_none_one_look_is_enough(kernel: Kernel, listening: socket.socket) -> None:
@@ -211,6 +219,17 @@ def test_without_netlink_proc_is_looked_at_ten_times_a_second(kernel: Kernel, li
 def test_where_nothing_can_be_seen_they_have_a_second(kernel: Kernel, listening: socket.socket) -> None:
     kernel.errors = {"_by_sock_diag", "_by_proc"}
     assert until_over(Handshakes(listening, 5.0, unseen=False), 5.0) == pytest.approx(UNSEEN)
+
+
+def test_in_a_hurry_those_count_that_have_just_been_answered(kernel: Kernel, listening: socket.socket) -> None:
+    watched = Handshakes(listening, 0.0, unseen=False, hurried=True)
+    for expires, over in ((0.99, False), (0.71, False), (0.69, True), (0.01, True)):
+        kernel.seen = [[request(expires=expires)]]
+        assert watched.over(watched.look_at) is over
+    kernel.seen = [[request(1, expires=1.99)]]
+    assert not watched.over(watched.look_at), "it has been sent again, and its client may be connected by now"
+    kernel.seen = [[request(1, expires=1.69)]]
+    assert watched.over(watched.look_at)
 
 
 def test_a_look_that_takes_long_goes_on_in_a_later_turn(

@@ -1,0 +1,177 @@
+"""How a listener is closed: when, and what that does to the deadlines of those in its queue and of a stop's connections."""
+
+import socket
+from collections.abc import Iterator
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
+
+import pytest
+
+from prefork.daemon import Stop
+from prefork.listeners import DRAIN_LOOK, Listeners
+from prefork.net import listener as listener_module
+from prefork.net.address import Address
+from prefork.net.listener import EMPTY_LOOKS, Listener
+from prefork.stopping import Stopping
+
+
+class Handshakes:
+    """Those under way, until ``end`` is past."""
+
+    end: ClassVar[float] = 0.0
+    told: ClassVar[list[tuple[bool, bool]]] = []
+
+    def __init__(self, _sock: object, since: float, *, unseen: bool, hurried: bool) -> None:
+        self.look_at = since
+        self.told.append((unseen, hurried))
+
+    def over(self, now: float) -> bool:
+        self.look_at = now + 1.0
+        return now >= self.end
+
+
+class Closing:
+    """A listener that is being closed from 100 on, with a clock of its own."""
+
+    def __init__(self, monkeypatch: pytest.MonkeyPatch, *, seconds: float = 30.0) -> None:
+        monkeypatch.setattr(listener_module, "Handshakes", Handshakes)
+        self.handshakes_end(0.0)
+        Handshakes.told = []
+        sock = socket.create_server(("127.0.0.1", 0))
+        address = Address(socket.AF_INET, *sock.getsockname())
+        self.listener = Listener(address, address, sock)
+        self.listeners = Listeners(current=[self.listener])
+        self.listeners.cookies = cast("Any", SimpleNamespace(note=lambda _: None, lately=lambda _: False, readings=[]))
+        self.listeners.say_farewell(self.listener, 100.0, seconds)
+        self.retired: list[Listener] = []
+
+    def handshakes_end(self, at: float) -> None:
+        Handshakes.end = at
+
+    def tend(self, now: float) -> bool:
+        """Whether it is closed."""
+        self.listeners.tend(now, self.retired.append, lambda _: False)
+        return self.listener.fileno() == -1
+
+    def closed_at(self, now: float) -> float:
+        """When it is, looked at when a look is due."""
+        while not self.tend(now):
+            assert now < 300
+            wake_at = self.listeners.wake_at(now)
+            assert wake_at is not None
+            assert wake_at > now, "it would be looked at for ever"
+            now = wake_at
+        return now
+
+    def connect(self) -> socket.socket:
+        return socket.create_connection(self.listener.sock.getsockname())
+
+
+@pytest.fixture
+def closing(monkeypatch: pytest.MonkeyPatch) -> Iterator[Closing]:
+    made = Closing(monkeypatch)
+    yield made
+    made.listeners.close()
+
+
+def test_a_quiet_listener_is_closed_after_its_looks(closing: Closing) -> None:
+    assert closing.closed_at(100.0) == pytest.approx(100.0 + (EMPTY_LOOKS - 1) * DRAIN_LOOK)
+    assert closing.retired == [closing.listener]
+    assert Handshakes.told == [(False, False)]
+
+
+def test_handshakes_under_way_keep_it_open_whatever_the_deadline_says(closing: Closing) -> None:
+    closing.handshakes_end(105.0)
+    closing.listeners.hurry(100.0, 100.0)
+    assert not closing.tend(100.0)
+    assert closing.listeners.settling
+    assert not closing.tend(104.9)
+    assert 105.0 <= closing.closed_at(104.9) < 107.0
+
+
+def test_the_queue_is_looked_at_after_the_last_handshake_and_not_once_only(closing: Closing) -> None:
+    closing.handshakes_end(100.5)
+    for look in range(10):
+        assert not closing.tend(100.0 + look * DRAIN_LOOK)
+    assert not closing.tend(100.5), "a handshake that has ended may not be in the queue yet"
+    assert closing.tend(100.505)
+
+
+def test_who_waits_in_the_queue_has_all_of_its_time_after_the_handshakes(closing: Closing) -> None:
+    closing.handshakes_end(105.0)
+    with closing.connect():
+        assert not closing.tend(100.0)
+        assert not closing.tend(104.0)
+        assert not closing.tend(105.0)
+        assert not closing.listeners.settling
+        assert not closing.tend(133.9)
+        assert closing.tend(134.1)  # 30 s after the last look that has seen one
+
+
+def test_a_stop_that_hurries_shortens_that(closing: Closing) -> None:
+    closing.handshakes_end(105.0)
+    with closing.connect():
+        assert not closing.tend(100.0)
+        closing.listeners.hurry(101.0, 103.0)
+        assert not closing.tend(104.0)
+        assert not closing.tend(105.0)
+        assert closing.tend(106.1)
+
+
+def test_one_whose_time_has_not_come_is_left_alone(closing: Closing) -> None:
+    assert not closing.tend(99.9)
+    assert not closing.listeners.settling
+    assert closing.listeners.wake_at(99.0) == 100.0
+
+
+def test_another_program_goes_on_where_this_one_was(closing: Closing, monkeypatch: pytest.MonkeyPatch) -> None:
+    closing.handshakes_end(105.0)
+    assert not closing.tend(100.0)
+    closing.listeners.farewells[0].deadline = 123.0
+    carried = closing.listeners.carry({closing.listener: 0})
+    closing.listener.handshakes = None  # it is another process' object now
+    successor = Listeners(current=[closing.listener])
+    successor.cookies = closing.listeners.cookies
+    successor.adopt(carried, [closing.listener])
+    closing.listeners = successor
+    assert successor.settling
+    assert not closing.tend(104.0)
+    assert closing.closed_at(105.0) < 107.0
+
+
+def test_a_unix_socket_has_no_handshakes(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = Closing(monkeypatch)
+    closing.handshakes_end(200.0)
+    closing.listener.address = Address(socket.AF_UNIX, "/nowhere")
+    assert closing.closed_at(100.0) < 100.1
+
+
+def test_one_that_others_have_opened_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
+    closing = Closing(monkeypatch)
+    closing.handshakes_end(200.0)
+    closing.listener.ours = False
+    with closing.connect():
+        assert closing.closed_at(100.0) == 100.0
+    closing.listener.sock.close()
+
+
+class Stopped:
+    """A stop from 100 on, whose connections have ten seconds."""
+
+    def __init__(self, listeners: object) -> None:
+        self.daemon = SimpleNamespace(now=100.0, stopping=Stop("", 100.0, 110.0, [], 10.0), listeners=listeners)
+        self.stopping = Stopping(cast("Any", self.daemon), cast("Any", None), cast("Any", None))
+
+    def deadline(self, now: float) -> float:
+        self.daemon.now = now
+        self.stopping.tend()
+        return cast("float", self.daemon.stopping.deadline)
+
+
+def test_handshakes_do_not_shorten_what_connections_have_at_a_stop() -> None:
+    listeners = SimpleNamespace(farewells=[1], settling=True)
+    stopped = Stopped(listeners)
+    assert stopped.deadline(107.0) == 117.0
+    assert stopped.stopping.wake_at() is None, "the listeners say when"
+    listeners.settling = False  # the queue is served: in that time
+    assert stopped.deadline(112.0) == 117.0
