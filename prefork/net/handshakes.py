@@ -28,8 +28,9 @@ from dataclasses import dataclass, field
 LATE = 3
 # LATE retransmissions have happened 7 s after the SYN, if the kernel could send them; half a second for its timers.
 LONGEST = 7.5
-# Where there is no time for all: a client that SYN-ACK was sent to so long ago has not got it, or is too far away.
-FRESH = 0.3
+# Where there is no time for all: a client that SYN-ACK was sent to so long ago has not got it, or is too far away; and one that it
+# is sent to again so soon may be sent it before the listener is closed.
+FRESH, SOON = 0.3, 0.05
 # What can't be seen (by SYN cookie; without netlink and /proc) has so long from the last SYN on.
 UNSEEN = 1.0
 # A SYN may be on its way through the kernel while its listener is told to turn such away.
@@ -228,7 +229,7 @@ class Handshakes:
         return False
 
     def _counts(self, request: Request) -> bool:
-        return request.sent < FRESH if self._hurried else request.retransmissions < LATE
+        return request.sent < FRESH or request.expires < SOON if self._hurried else request.retransmissions < LATE
 
 
 @dataclass(slots=True)

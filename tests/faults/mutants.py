@@ -147,8 +147,8 @@ MUTANTS = [
     Mutant(
         "half-open handshakes that are waited for until the kernel gives them up",
         "net/handshakes.py",
-        "request.retransmissions < LATE\n",
-        "True\n",
+        " else request.retransmissions < LATE\n",
+        " else True\n",
         ("tests/unit/test_handshakes.py::test_late_ones_and_those_of_another_address_are_not_waited_for",),
     ),
     Mutant(
