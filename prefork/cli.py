@@ -415,14 +415,15 @@ def unit(sources: Sources, *, socket: bool) -> None:
     """Print a systemd service and socket for what serve would do.
 
     Takes what serve takes. Each file comes after a comment line with its name: the service is hardened, watched, reloads and
-    upgrades without losing a connection, and with its socket restarts so, too. It runs as a user that systemd makes for it, unless
-    `user` is configured.
+    upgrades without losing a connection, and with its socket restarts so, too. Without `user` all of it runs as one user, whom
+    systemd makes. With `user` the handler runs as that one and can't reach the master, which is root with four capabilities.
 
     \b
     Examples:
       prefork unit --config /etc/prefork/echo.toml
       prefork unit --config /etc/prefork/echo.toml | awk '/^# .etc/{file = $2} {print > file}'   writes both files
       prefork unit --module mymodule:loop --bind :443 --no-socket
+      prefork unit --module mymodule:loop --user www-data   the handler can't reach the master
     """
     from prefork import unit as units
 

@@ -24,6 +24,11 @@ FIRST_FREE_PORT = 1024
 # What ProtectHome= and PrivateTmp= hide.
 HIDDEN = ("/home/", "/root/", "/run/user/", "/tmp/", "/var/tmp/")  # noqa: S108 - only compared with
 FOLDER = "/etc/systemd/system"
+# With a `user` of its own for the handler the master is root, with no more than it needs: to become that user, to signal what runs
+# as it, and to give it the log files. Files that are others' it can neither read nor write where their modes do not let it.
+MASTERS = ("CAP_SETUID", "CAP_SETGID", "CAP_KILL", "CAP_CHOWN")
+_ROOT = ("root", "0")
+LOW_PORTS = "CAP_NET_BIND_SERVICE"
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,10 +65,9 @@ def service(unit: Unit) -> str:
     start = f"{program} serve {' '.join(map(_quoted, unit.arguments))}"
     control = conf.control or f"/run/prefork/{unit.instance}/{unit.instance}.sock"
     reload = f"{program} reload --control {_quoted(control)}" if control != "off" else "kill -HUP $MAINPID"
-    capability = "" if unit.paired or not any(map(_needs_privilege, conf.bind)) else "CAP_NET_BIND_SERVICE"
+    low_ports = [] if unit.paired or not any(map(_needs_privilege, conf.bind)) else [LOW_PORTS]
     place = f"WorkingDirectory={unit.folder.replace('%', '%%')}\n" if unit.folder else ""
-    who = f"User={conf.user}\n" if conf.user else "DynamicUser=yes\n"
-    who += f"Group={conf.group}\n" if conf.group else ""
+    walls = _two_users(unit, low_ports) if conf.user not in ("", *_ROOT) else _one_user(unit, low_ports)
     # What a socket unit passes is asked for by name; without one its addresses are bound here.
     needs = f"Requires={unit.unit}.socket\nAfter={unit.unit}.socket\n" if unit.paired else ""
     return f"""\
@@ -81,10 +85,10 @@ Type=notify
 NotifyAccess=main
 ExecStart={start}
 ExecReload={reload}
-{place}{who}\
+{place}{walls.who}\
 # Each instance has a directory of its own there: one that stops must not take the others' sockets away.
 RuntimeDirectory=prefork/{unit.instance}
-StateDirectory=prefork/{unit.instance}
+{walls.state}
 LogsDirectory=prefork/{unit.instance}
 
 # What a restart does not mend: usage (2), no permission (77), a configuration or handler that is unusable (78).
@@ -104,9 +108,7 @@ OOMPolicy=continue
 TasksMax=infinity
 LimitNOFILE=65536
 
-# To bind a port below {FIRST_FREE_PORT} without the socket unit both are CAP_NET_BIND_SERVICE.
-CapabilityBoundingSet={capability}
-AmbientCapabilities={capability}
+{walls.capabilities}
 NoNewPrivileges=yes
 ProtectSystem=strict
 ProtectHome=yes
@@ -135,6 +137,7 @@ SystemCallArchitectures=native
 SystemCallFilter=@system-service
 # @resources stays: nice and rlimit need it.
 SystemCallFilter=~@privileged
+{walls.calls}\
 # And not SIGSYS: a handler's library that asks for more is told so, and goes on.
 SystemCallErrorNumber=EPERM
 UMask=0077
@@ -142,6 +145,50 @@ UMask=0077
 [Install]
 WantedBy=multi-user.target
 """
+
+
+@dataclass(frozen=True, slots=True)
+class _Walls:
+    """The lines in which a service of one user and one of two differ."""
+
+    who: str
+    state: str
+    capabilities: str
+    calls: str
+
+
+def _one_user(unit: Unit, capabilities: list[str]) -> _Walls:
+    """Master and handler are the same user, without any privilege."""
+    conf = unit.conf
+    who = f"User={conf.user}\n" if conf.user else "DynamicUser=yes\n"
+    both = " ".join(capabilities)
+    return _Walls(
+        who=f"# To keep the handler from the master: prefork unit --user USER.\n{who}"
+        + (f"Group={conf.group}\n" if conf.group else ""),
+        state=f"StateDirectory=prefork/{unit.instance}",
+        capabilities=f"""\
+# To bind a port below {FIRST_FREE_PORT} without the socket unit both are {LOW_PORTS}.
+CapabilityBoundingSet={both}
+AmbientCapabilities={both}""",
+        calls="",
+    )
+
+
+def _two_users(unit: Unit, capabilities: list[str]) -> _Walls:
+    """The master is root, and the handler the configuration's user, who can't reach it."""
+    return _Walls(
+        who=f"# The master is root, shut in as below; fork servers and workers are {unit.conf.user}, for good.\n",
+        # systemd would give it to root, recursively, at each start.
+        state=f"""\
+# The handler's own, if there is one: install -d -o {unit.conf.user} /var/lib/prefork/{unit.instance}
+ReadWritePaths=-/var/lib/prefork/{unit.instance}""",
+        capabilities=f"""\
+# To become the user, to signal its processes, to give it the log files. To bind a port below {FIRST_FREE_PORT} without the socket
+# unit also {LOW_PORTS}.
+CapabilityBoundingSet={" ".join([*MASTERS, *capabilities])}
+AmbientCapabilities=""",
+        calls="SystemCallFilter=@setuid @chown\n",
+    )
 
 
 def socket_unit(unit: Unit) -> str:

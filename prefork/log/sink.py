@@ -65,7 +65,12 @@ class Sink:
         is refused then: that user may have made it.
         """
         flags = _OPEN | (os.O_CREAT if create else 0) | (os.O_NOFOLLOW if owner is not None else 0)
-        fd = os.open(self.path, flags, 0o600)
+        try:
+            fd = os.open(self.path, flags, 0o600)
+        except PermissionError:
+            if owner is None:
+                raise
+            fd = _open_the_owners(self.path, flags, owner)
         try:
             if owner is not None:
                 give(fd, owner)
@@ -248,7 +253,29 @@ def give(fd: int, owner: int) -> None:
         return  # a device or a FIFO is nobody's to give away
     if found.st_nlink > 1:
         raise OSError(errno.EMLINK, "the file has several names")
+    if found.st_mode & 0o600 != 0o600:  # now: who has given it away may not, without CAP_FOWNER
+        os.fchmod(fd, stat.S_IMODE(found.st_mode) | 0o600)
     if found.st_uid != owner:
         os.fchown(fd, owner, -1)
-    if found.st_mode & 0o600 != 0o600:
-        os.fchmod(fd, stat.S_IMODE(found.st_mode) | 0o600)
+
+
+def _open_the_owners(path: str, flags: int, owner: int) -> int:
+    """Open the owner's file as a root that may not write to it (no CAP_DAC_OVERRIDE), but take it. Raises OSError.
+
+    It has to be given back: `give`.
+    """
+    handle = os.open(path, os.O_PATH | os.O_NOFOLLOW | os.O_CLOEXEC)
+    try:
+        found = os.fstat(handle)
+        if found.st_uid != owner or not stat.S_ISREG(found.st_mode) or found.st_nlink > 1:
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), path)
+        itself = f"/proc/self/fd/{handle}"
+        os.chown(itself, os.geteuid(), -1)
+        try:
+            os.chmod(itself, stat.S_IMODE(found.st_mode) | 0o600)
+            return os.open(itself, flags & ~(os.O_NOFOLLOW | os.O_CREAT))
+        except OSError:
+            os.chown(itself, owner, -1)
+            raise
+    finally:
+        os.close(handle)

@@ -93,9 +93,15 @@ def dress(path: str, inode: tuple[int, int] | None, mode: int, owner: tuple[int,
         ours = fresh if inode is None else (found.st_dev, found.st_ino) == inode
         if not stat.S_ISSOCK(found.st_mode) or not ours:
             raise FileExistsError(errno.EEXIST, "somebody has put something else in its place", path)
-        if owner[0] not in (-1, found.st_uid) or owner[1] not in (-1, found.st_gid):  # a sandbox may forbid chown(2)
-            os.chown(f"/proc/self/fd/{fd}", *owner)
-        os.chmod(f"/proc/self/fd/{fd}", mode)
+        itself, uid = f"/proc/self/fd/{fd}", found.st_uid
+        try:
+            os.chmod(itself, mode)
+        except PermissionError:  # without CAP_FOWNER root may not, but take it
+            os.chown(itself, os.geteuid(), -1)
+            owner, uid = (uid if owner[0] == -1 else owner[0], owner[1]), os.geteuid()
+            os.chmod(itself, mode)
+        if owner[0] not in (-1, uid) or owner[1] not in (-1, found.st_gid):  # a sandbox may forbid chown(2)
+            os.chown(itself, *owner)
     finally:
         os.close(fd)
 

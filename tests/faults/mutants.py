@@ -408,6 +408,13 @@ MUTANTS = [
         ("tests/unit/test_hung.py::test_what_was_lost_to_an_upgrade_counts_against_no_connection_that_it_found",),
     ),
     Mutant(
+        "a root that opens every file",
+        "log/sink.py",
+        "            fd = _open_the_owners(self.path, flags, owner)\n",
+        "            raise\n",
+        ("tests/integration/test_credentials.py::test_a_master_with_four_capabilities_gives_files_away_and_finds_them_again",),
+    ),
+    Mutant(
         "an upgrade that forgets who serves",
         "generation.py",
         "                workers=tuple(self.pool.workers.values()),\n",

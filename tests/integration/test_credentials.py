@@ -145,6 +145,39 @@ def test_log_files_are_theirs_to_open_again(public: Path) -> None:
     old.unlink()
 
 
+# What a master needs that keeps the handler out of its reach: it may neither read nor write what is others'.
+FOUR = ("setpriv", "--bounding-set=-all,+setuid,+setgid,+kill,+chown", "--inh-caps=-all")
+
+
+def test_a_master_with_four_capabilities_gives_files_away_and_finds_them_again(public: Path) -> None:
+    own = public / "own"
+    own.mkdir()
+    os.chown(public / "run", 0, 0)  # the control socket is there
+    log, path, pid_file = own / "log", own / "clients", own / "pid"
+    config = public / "four.toml"
+    options = [f"--config={config}", "--user=nobody", f"--access-log={log}", f"--pid-file={pid_file}"]
+    for _ in range(2):  # the second time the log file is there
+        config.write_text(f'bind = ["127.0.0.1:0", "unix:{path}?mode=0600&user=nobody"]\n')
+        with running(public, *options, prefix=FOUR) as server:
+            [found] = {line.split()[1] for line in Path(f"/proc/{server.pid}/status").read_text().splitlines() if "CapEff" in line}
+            assert int(found, 16) == 1 << 0 | 1 << 5 | 1 << 6 | 1 << 7  # capability(7)
+            assert told(server)["Uid"].split() == [str(NOBODY)] * 4
+            assert (log.stat().st_uid, path.stat().st_uid, path.stat().st_mode & 0o777) == (NOBODY, NOBODY, 0o600)
+            log.rename(own / "log.1")
+            os.kill(server.pid, signal.SIGUSR1)
+            watch.until("the new one is the handler's", lambda: log.exists() and log.stat().st_uid == NOBODY)
+            config.write_text(f'bind = ["127.0.0.1:0", "unix:{path}?mode=0660&user=nobody"]\n')
+            assert server.command("reload")["ok"]
+            assert (path.stat().st_uid, path.stat().st_mode & 0o777) == (NOBODY, 0o660)
+            assert server.command("outcome", upgrade=server.command("upgrade")["upgrade"])["generation"] == 3
+            psutil.Process(watch.fork_server(server)).kill()
+            watch.until("another one serves", lambda: server.status()["generation"] == 4)
+            assert server.command("stop", quick=True)["ok"]
+        assert server.process.wait(watch.DEADLINE) == 0
+        assert not path.exists()
+    os.chown(public / "run", NOBODY, NOBODY)
+
+
 def test_a_dead_master_takes_processes_of_another_user_with_it(public: Path) -> None:
     with running(public, "--bind=127.0.0.1:0", "--user=nobody") as server:
         pids = [child.pid for child in watch.family(server.pid)]

@@ -11,6 +11,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 
+import psutil
 import pytest
 
 from prefork.testing import connect
@@ -23,6 +24,10 @@ from tests.systemd.machine import UNITS, VENV, Machine, Service
 Handler = Callable[[str], None]
 
 EXPOSURE = 1.5
+# With a master that is root.
+EXPOSURE_OF_TWO = 2.5
+WHO = "www-data"
+CAP_CHOWN, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 0, 5, 6, 7, 10  # capability(7)
 LOGROTATE = Path(__file__).parents[2] / "conf" / "logrotate"
 ECHO = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
 # As many megabytes as the client says.
@@ -122,6 +127,33 @@ def test_a_refused_upgrade_can_be_seen(service: Service) -> None:
         package.with_name("away").rename(package)
     assert service.says() == b"hello"
     service.becomes("active")
+
+
+@pytest.mark.parametrize(
+    ("text", "status"),
+    [
+        ("sys.exit(0)", "70"),
+        pytest.param(
+            "signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.raise_signal(signal.SIGALRM)", "14", marks=pytest.mark.slow
+        ),
+    ],
+    ids=["they end with 0", "they hang"],
+)
+def test_an_upgrade_that_neither_program_survives_is_restarted(service: Service, text: str, status: str) -> None:
+    service.systemctl("start")
+    before = service.show("MainPID")
+    entry = next(service.machine.root.glob("opt/prefork/venv/lib/python*/site-packages")) / "prefork/entry.py"
+    good = entry.read_text()
+    entry.write_text(f"import os, signal, sys\nif 'PREFORK_STATE' in os.environ:\n    {text}\n{good}")
+    try:
+        assert service.prefork("upgrade", check=False).returncode == 1
+        watch.until("it was restarted", lambda: service.show("NRestarts", "ActiveState") == ["1", "active"])
+    finally:
+        entry.write_text(good)
+    assert service.show("MainPID") != before
+    assert service.says() == b"hello"
+    told = service.machine.said(f"journalctl --no-pager -u {service.unit}")
+    assert re.search(f"Main process exited, code=(exited|killed|dumped), status={status}/", told), told
 
 
 def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(service: Service) -> None:
@@ -264,8 +296,8 @@ def test_an_address_that_is_taken_is_tried_again(service: Service) -> None:
 
 def test_a_socket_whose_service_can_not_start_gives_up(service: Service) -> None:
     service.configure(wokers=3)
-    # The unit's 10 s are for a machine that starts a Python faster than once a second.
-    service.drop_in("service", "[Unit]\nStartLimitIntervalSec=60\n")
+    # The unit's figures are for a machine that starts a Python faster than once a second.
+    service.drop_in("service", "[Unit]\nStartLimitIntervalSec=600\nStartLimitBurst=3\n")
     service.with_socket()
     with service.connect():
         watch.until(
@@ -421,6 +453,84 @@ def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) ->
     finally:
         machine.run(
             f"systemctl stop prefork@shout.service prefork@shout.socket; rm -f {' '.join(files)}; systemctl daemon-reload",
+            check=False,
+        )
+
+
+# What a client asks for is tried, and told: a signal to that process, or a file.
+TRIES = """
+import os
+def loop(sock):
+    while word := sock.recv(64):
+        try:
+            if word.isdigit():
+                os.kill(int(word), 9)
+            else:
+                os.close(os.open(word, os.O_WRONLY | os.O_CREAT))
+            sock.sendall(b"done")
+        except OSError as error:
+            sock.sendall(type(error).__name__.encode())
+"""
+
+
+@pytest.mark.parametrize("flags", ["", pytest.param("--no-socket", marks=pytest.mark.slow)])
+def test_with_a_user_the_master_is_root_out_of_the_handlers_reach(machine: Machine, flags: str) -> None:
+    port = watch.free_port(range(900, 1000))
+    machine.write("/srv/tries/tries.py", TRIES)
+    state, log = "/var/lib/prefork/tries", "/var/log/prefork/tries/log"
+    machine.run(f"install -d -o {WHO} {state}")
+    options = f"--module tries:loop --user {WHO} --bind 127.0.0.1:{port} --workers 1 --spare-timeout 0.2"
+    options += f" --pid-file /run/prefork/tries/pid --log-file {log}"
+    command = f"cd /srv/tries && {VENV}/bin/prefork unit {flags} {options}"
+    files = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
+    unit = Service(machine, "tries", port)
+    try:
+        assert machine.run(f"systemd-analyze verify {' '.join(files)}").stderr == ""
+        machine.run("systemctl daemon-reload && systemctl start prefork@tries")
+        verdict = machine.said("systemd-analyze security prefork@tries").splitlines()[-1]
+        assert float(re.findall(r"[\d.]+", verdict.partition(": ")[2])[0]) <= EXPOSURE_OF_TWO, verdict
+
+        def has(pid: int) -> tuple[frozenset[str], int, int]:
+            told = dict(line.partition(":")[::2] for line in Path(f"/proc/{pid}/status").read_text().splitlines())
+            return frozenset(told["Uid"].split()), int(told["CapEff"], 16), int(told["CapPrm"], 16)
+
+        may = 1 << CAP_CHOWN | 1 << CAP_KILL | 1 << CAP_SETGID | 1 << CAP_SETUID | (1 << CAP_NET_BIND_SERVICE if flags else 0)
+        master = unit.master
+        assert has(master) == (frozenset({"0"}), may, may)
+        user = str((machine.root / state.lstrip("/")).stat().st_uid)
+        assert {has(process.pid) for process in watch.family(master)} == {(frozenset({user}), 0, 0)}
+
+        def tries(word: str) -> bytes:
+            return unit.says(word.encode())
+
+        assert tries(unit.show("MainPID")[0]) == b"PermissionError"
+        assert tries("/run/prefork/tries/x") == b"PermissionError"
+        assert tries(f"{state}/x") == b"done"
+        # Log files are the user's, a new one as well.
+        machine.run(f"mv {log} {log}.1 && systemctl kill --kill-whom=main --signal=USR1 prefork@tries")
+        made = machine.root / log.lstrip("/")
+        watch.until("there is a new one", made.exists)
+        watch.until("it is the user's", lambda: str(made.stat().st_uid) == user)
+        machine.run("systemctl reload prefork@tries")
+        for generation in (3, 4):
+            assert f"generation {generation} serves" in unit.prefork("upgrade").stdout
+        with unit.connect() as held:
+            held.sendall(b"/dev/null")
+            assert held.recv(64) == b"done"
+            busy = next(worker["pid"] for worker in unit.status()["workers"] if worker["state"] == "busy")
+            # Its workers are the master's, who may signal them.
+            os.kill(psutil.Process(machine.outside(busy)).ppid(), signal.SIGKILL)
+            machine.run("systemctl reload prefork@tries")
+            assert unit.show("MainPID", "NRestarts") == [str(unit.status()["pid"]), "0"]
+            unit.prefork("stop --quick")
+            assert held.recv(64) == b""
+        watch.until("all have gone", lambda: watch.is_gone(master))
+        assert not (machine.root / "run/prefork/tries/pid").exists()
+        machine.run("systemctl restart prefork@tries")
+        assert tries("/dev/null") == b"done"
+    finally:
+        machine.run(
+            f"systemctl stop prefork@tries.service prefork@tries.socket; rm -rf {' '.join(files)} {state}; systemctl daemon-reload",
             check=False,
         )
 

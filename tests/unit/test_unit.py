@@ -73,8 +73,24 @@ def test_time_outs_are_the_configurations() -> None:
 def test_who_runs_it() -> None:
     service, _ = printed(ECHO)
     assert (values(service, "DynamicUser"), values(service, "User")) == (["yes"], [])
-    service, _ = printed(ECHO, "--user=www-data", "--group=adm")
-    assert (values(service, "DynamicUser"), values(service, "User"), values(service, "Group")) == ([], ["www-data"], ["adm"])
+    service, _ = printed(ECHO, "--user=root")
+    assert (values(service, "DynamicUser"), values(service, "User"), values(service, "CapabilityBoundingSet")) == (
+        [],
+        ["root"],
+        [""],
+    )
+
+
+def test_with_a_user_the_master_is_root_and_can_do_four_things() -> None:
+    service, _ = printed(ECHO, "--user=www-data", "--group=adm", "--bind=:443")
+    assert [values(service, key) for key in ("DynamicUser", "User", "Group", "StateDirectory")] == [[], [], [], []]
+    assert values(service, "CapabilityBoundingSet") == ["CAP_SETUID CAP_SETGID CAP_KILL CAP_CHOWN"]
+    assert values(service, "AmbientCapabilities") == [""]
+    assert values(service, "SystemCallFilter")[-1] == "@setuid @chown"
+    assert " --user=www-data --group=adm " in values(service, "ExecStart")[0]
+    alone, _ = printed(ECHO, "--user=www-data", "--bind=:443", "--no-socket")
+    assert values(alone, "CapabilityBoundingSet") == ["CAP_SETUID CAP_SETGID CAP_KILL CAP_CHOWN CAP_NET_BIND_SERVICE"]
+    assert values(alone, "AmbientCapabilities") == [""]
 
 
 def test_without_a_control_socket_a_reload_is_a_signal() -> None:

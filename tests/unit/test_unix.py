@@ -30,7 +30,7 @@ def test_a_socket_is_never_seen_without_its_mode_and_owner(
         monkeypatch.setattr(where, name, step)
     sock, inode = unix.open_unix(str(path), 0o640, 1, owner)
     with sock:
-        assert steps == [*owned, "chmod", "put"]
+        assert steps == ["chmod", *owned, "put"]
         assert (path.stat().st_dev, path.stat().st_ino) == inode
         assert stat.S_IMODE(path.stat().st_mode) == 0o640
         assert [entry.name for entry in tmp_path.iterdir()] == ["socket"]
