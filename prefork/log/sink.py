@@ -1,13 +1,14 @@
 """Where lines go: standard error or a file, and what happens when they can't go there.
 
-A line that can't be written is given up, whole, and counted; nothing here waits and nothing raises out of `Sink.write`. How
-each kind of file is kept from making a writer wait:
+A line that can't be written is given up, whole, and counted; nothing raises out of `Sink.write`. How each kind of file is kept from
+making a writer wait:
 
 * a pipe and a terminal are opened anew with O_NONBLOCK, which belongs to the open file that others share (open(2));
 * a socket, the journal's or a container's, is written with MSG_DONTWAIT (send(2)), because it can't be opened anew; when it is
   the journal's, entries with fields go to that one's other socket, one datagram each
   (https://systemd.io/JOURNAL_NATIVE_PROTOCOL);
-* a disk that is full fails by itself.
+* a disk that is full fails by itself. One that hangs (frozen, NFS without its server) is waited for: write(2) to a file has no
+  O_NONBLOCK, and RWF_NOWAIT (pwritev2(2)) is EOPNOTSUPP on ext4 and tmpfs (tried on 6.18).
 
 Lines of many processes do not mix: a write of at most PIPE_BUF bytes to a pipe is one piece (pipe(7)), one to a file opened
 with O_APPEND is one at any length (write(2)). Where a write came out short, all processes know it from a byte that they share,

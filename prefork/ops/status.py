@@ -4,6 +4,7 @@ The master hands over descriptors of its boards and sums up nothing, so that a l
 and CPU of workers come from /proc, read here. A generation that ends meanwhile changes nothing: its boards stay readable.
 """
 
+import fcntl
 import os
 import time
 from collections.abc import Sequence
@@ -41,6 +42,8 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
         histogram: list[int] = list(facts["histogram"])
         if sum(abs(top) for board_facts in facts["boards"] for top in board_facts["high"]) > _SLOTS_LIMIT:
             raise ValueError(f"more than {_SLOTS_LIMIT} slots")
+        for fd in descriptors:
+            _refuse_strange(fd)
         for place, board_facts in enumerate(facts["boards"]):
             layout = Layout(*board_facts["layout"])
             board = Scoreboard(descriptors[2 * place], descriptors[2 * place + 1], layout, Access.READER)
@@ -90,6 +93,15 @@ def _pause_of(workers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
         return None
     reason = f"accept fails in {paused} workers, which try again every {PAUSE:g} s: the log tells how"
     return {"until": time.time() + PAUSE, "reason": reason}
+
+
+def _refuse_strange(fd: int) -> None:
+    """Raise when it is no board: to read another file may take for ever (a FUSE), or end us (SIGBUS) when it is cut off.
+
+    Only files in memory have seals (F_GET_SEALS, fcntl(2): else EINVAL).
+    """
+    if not fcntl.fcntl(fd, fcntl.F_GET_SEALS) & fcntl.F_SEAL_SHRINK:
+        raise ValueError(scoreboard.NO_SCOREBOARD)
 
 
 def _slots(layout: Layout, high: Sequence[int]) -> list[int]:

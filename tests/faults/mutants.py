@@ -26,6 +26,13 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a scoreboard that may be any file",
+        "ops/status.py",
+        "            _refuse_strange(fd)\n",
+        "            pass\n",
+        ("tests/unit/test_status.py::test_what_is_no_board_is_not_read",),
+    ),
+    Mutant(
         "a long text that is copied again for each piece",
         "log/formats.py",
         "        yield text[at : at + size]\n        at += size\n",
