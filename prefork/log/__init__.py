@@ -1,8 +1,8 @@
 """The log: the one place that turns events into lines. Code says ``log.event("worker_died", slot=3, ...)``.
 
-`events` names what can happen, `formats` makes lines of it, `sink` gets them out (without waiting, but for a file), `prints` turns what
-handlers print into events. Here is what this process logs, how, and where. A line is one write(2); one that can't be written is
-counted, and the count is told with the next one that can: the log stops the daemon no longer than the file system it is on hangs.
+`events` names what can happen, `formats` makes lines of it, `sink` gets them out (without waiting, but for a file), `prints` turns
+what handlers print into events. Here is what this process logs, how, and where. A line is one write(2); one that can't be written
+is counted, and the count is told with the next one that can: the log stops the daemon no longer than its file system hangs.
 
 Files are opened by the master, before anything depends on them; its forks find them open. When the master has opened them again
 it counts up a word in the orders of every generation, and whoever writes next looks at it first.
