@@ -32,6 +32,7 @@ from prefork.pool.throttle import Throttle
 from prefork.pool.wire import Kind, Order, Report
 from prefork.retiring import Retiring
 from prefork.system import process
+from prefork.system.identity import Missing, identify
 
 # After asking to be rung the master looks once more before it sleeps: a store can't stay in a CPU's buffer for a millisecond.
 SETTLE = 0.001
@@ -195,7 +196,7 @@ class Generation:
             case Kind.FAILED if not self.ready:
                 self.failure = report.text
             case Kind.FORKED:
-                if not self._may_be_a_worker(report.pid) or not self._born(report.slot, report.pid):
+                if not self._may_be_a_worker(report.slot, report.pid) or not self._born(report.slot, report.pid):
                     return False
                 if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
                     self.fork_trouble = self._overcome(self.fork_trouble)
@@ -207,6 +208,9 @@ class Generation:
                 self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
                 self.look_soon(worker.listener, now)
             case Kind.EXITED if os.WIFEXITED(report.status) or os.WIFSIGNALED(report.status):
+                worker = self.pool.workers.get(report.slot)
+                if worker is None or worker.pid != report.pid or self.link.still_runs(report.pid):
+                    return False
                 cpu = (report.utime_us + report.stime_us) / 1e6
                 return self.exited(report.slot, report.pid, report.status, cpu, report.max_rss_kib, now)
             case Kind.STOPPED | Kind.CONTINUED:
@@ -234,7 +238,7 @@ class Generation:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
         self.link.ended()
         for worker in list(self.pool.workers.values()):
-            if worker.pid and not process.is_child(worker.pid):
+            if worker.pid and not (process.is_child(worker.pid) and self._may_be_a_worker(worker.slot, worker.pid)):
                 # It was reaped by a fork server that died before it could tell.
                 self.exited(worker.slot, worker.pid, None, 0.0, 0, now)
         self._limbo_at, self._limbo_until = now, now + LIMBO
@@ -242,18 +246,19 @@ class Generation:
         self.killing.kill_again()
         self.retiring.ask_again(now)
 
-    def _may_be_a_worker(self, pid: int) -> bool:
-        """Not a child of ours that no fork server has forked: what is taken for a worker may be signalled."""
-        return 0 < pid <= process.PID_LIMIT and pid not in self.link.wiring.strangers
+    def _may_be_a_worker(self, slot: int, pid: int) -> bool:
+        """Whether the fork server can have forked it: what is taken for a worker may be signalled. It may have gone already."""
+        known = 0 < pid <= process.PID_LIMIT and pid not in self.link.wiring.strangers
+        return known and self.link.has_forked(slot, pid) is not False
 
     def _clear_limbo(self, now: float) -> None:
         """Workers whose fork was ordered and never confirmed: known by the pid they wrote, or given up."""
         for worker in list(self.pool.unborn.values()):
             pid = self.board.words[self.board.record(worker.slot) + scoreboard.PID]
-            if self._may_be_a_worker(pid) and process.is_child(pid) and self._born(worker.slot, pid):
+            if self.link.has_adopted(worker.slot, pid) and self._born(worker.slot, pid):
                 continue
             if now >= self._limbo_until:
-                if self._may_be_a_worker(pid) and self._born(worker.slot, pid):
+                if 0 < pid <= process.PID_LIMIT and identify(pid) is Missing.GONE and self._born(worker.slot, pid):
                     self.exited(worker.slot, pid, None, 0.0, 0, now)  # it has come and gone, perhaps with a connection
                 else:
                     self.pool.fork_failed(worker.slot)
@@ -695,7 +700,7 @@ class Generation:
             worker.retiring = True
             self.killing.note(worker, now)
             if self.link.pid is None and worker.pid:
-                process.signal_child(worker.pid, signal.SIGKILL)
+                self.link.signal_adopted(worker, signal.SIGKILL)
         if self.link.pid is not None:
             if self.ready and not self.link.stopped:
                 self.link.send(Order.QUIT)

@@ -21,6 +21,7 @@ from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Order, Report
 from prefork.system import process, signals
 from prefork.system.credentials import Credentials
+from prefork.system.identity import Missing, identify
 from prefork.system.stacks import Stacks
 
 # Reports taken in one turn: a fork server that floods its channel must not hold the loop.
@@ -58,6 +59,7 @@ class Link:
         self.stopped = False
         self.killed = False
         self._outbox: deque[bytes] = deque()
+        self._ordered: dict[int, float] = {}  # when the latest fork for a slot was ordered
         self._resources = ExitStack()
         self._gate = -1
 
@@ -169,6 +171,8 @@ class Link:
 
     def send(self, order: Order, slot: int = 0) -> None:
         """Give an order, after those that still wait."""
+        if order is Order.FORK:
+            self._ordered[slot] = process.clock_of_starts()
         self._outbox.append(wire.pack_command(Command(order, slot)))
         self.flush()
 
@@ -177,7 +181,52 @@ class Link:
         if self.pid is not None:
             self.send(order, worker.slot)
         elif worker.pid:
-            process.signal_child(worker.pid, forkserver.SIGNALS[order])
+            self.signal_adopted(worker, forkserver.SIGNALS[order])
+
+    # -- whose processes they are
+
+    def has_forked(self, slot: int, pid: int) -> bool | None:
+        """Whether the kernel says that this fork server has forked this process, with the credentials that it was given.
+
+        None when the process has gone, or the kernel does not tell. The children of a fork server that has ended are the master's,
+        and so are orphans of others, which are older than the order, or another user's.
+        """
+        found, who = identify(pid), self.wiring.credentials
+        if isinstance(found, Missing):
+            return None
+        if who is not None and (found.uids != {who.uid} or found.gids != {who.gid}):
+            return False
+        if found.parent == self.pid:
+            return True
+        if found.parent != os.getpid() or not self._has_ended():
+            return False
+        started = process.started_at(pid)
+        return started is None or started > self._ordered.get(slot, 0.0) - 2 * process.TICK
+
+    def has_adopted(self, slot: int, pid: int) -> bool:
+        """Whether this is a worker that is the master's child by now, and may be signalled by it."""
+        if not process.is_child(pid) or pid in self.wiring.strangers:
+            return False
+        forked = self.has_forked(slot, pid)
+        # Where the kernel does not tell, one of our own user is all that it can be: root takes no such chance with another's.
+        return forked if forked is not None else self.wiring.credentials is None
+
+    def still_runs(self, pid: int) -> bool:
+        """Whether a process that the fork server says to have reaped is there nevertheless."""
+        found = identify(pid)
+        if isinstance(found, Missing):
+            return found is Missing.HIDDEN
+        return found.parent == self.pid or (found.parent == os.getpid() and self._has_ended())
+
+    def signal_adopted(self, worker: Worker, signo: int) -> None:
+        """Signal a worker that is the master's child by now. What is not, or not any more, is left alone."""
+        if self.has_adopted(worker.slot, worker.pid):
+            process.signal_child(worker.pid, signo)
+
+    def _has_ended(self) -> bool:
+        return self.pid is None or process.has_ended(self.pid)
+
+    # -- orders and reports
 
     def flush(self) -> None:
         """Send what the channel takes; it holds 278 small messages, the rest waits."""

@@ -9,6 +9,7 @@ import resource
 import signal
 import socket
 import struct
+import time
 from collections.abc import Callable, Collection, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -233,6 +234,25 @@ def is_child(pid: int) -> bool:
     return True
 
 
+def has_ended(pid: int) -> bool:
+    """Whether a child of ours has ended, reaped or not."""
+    try:
+        return os.waitid(os.P_PID, pid, os.WEXITED | os.WNOHANG | os.WNOWAIT) is not None
+    except ChildProcessError:
+        return True
+
+
+def clock_of_starts() -> float:
+    """The time now in seconds, as `started_at` has it."""
+    return time.clock_gettime(time.CLOCK_BOOTTIME)
+
+
+def started_at(pid: int) -> float | None:
+    """When a process was forked, to the next lower tick of `TICK` seconds; None when that can't be read."""
+    stat = _stat(pid).split()
+    return int(stat[_STARTED]) * TICK if len(stat) > _STARTED else None
+
+
 def signal_child(pid: int, signo: int) -> bool:
     """Send a signal to a child of ours that was not reaped yet, and to nobody else: the pid may come from user code's memory.
 
@@ -252,8 +272,9 @@ def state(pid: int) -> bytes:
     return _stat(pid)[:1]
 
 
-# Of what `_stat` gives, the number of the controlling terminal.
-_TERMINAL = 4
+# Of what `_stat` gives, the number of the controlling terminal, and when the process was forked.
+_TERMINAL, _STARTED = 4, 19
+TICK = 1 / os.sysconf("SC_CLK_TCK")
 
 
 def _stat(pid: int | str) -> bytes:

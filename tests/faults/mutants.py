@@ -457,6 +457,27 @@ MUTANTS = [
         ("tests/unit/test_killing.py",),
     ),
     Mutant(
+        "a process of another parent's that is taken for a worker",
+        "link.py",
+        "        if found.parent != os.getpid() or not self._has_ended():\n            return False\n",
+        "",
+        ("tests/unit/test_generation.py::test_a_process_that_another_one_has_forked_is_no_worker",),
+    ),
+    Mutant(
+        "an orphan that is taken for what a dead fork server has forked",
+        "link.py",
+        "        return started is None or started > ",
+        "        return True or started > ",
+        ("tests/unit/test_generation.py::test_an_orphan_that_is_older_than_the_order_is_not_what_a_dead_fork_server_has_forked",),
+    ),
+    Mutant(
+        "a worker that has ended because its fork server says so",
+        "generation.py",
+        " or self.link.still_runs(report.pid):\n",
+        ":\n",
+        ("tests/unit/test_generation.py::test_a_worker_that_lives_has_not_ended_whatever_its_fork_server_says",),
+    ),
+    Mutant(
         "a worker that counts on from what stands on the board",
         "worker.py",
         "                words[bucket_at] = words[bucket_at] + 1 & mask\n",

@@ -7,10 +7,11 @@ import shutil
 import signal
 import subprocess
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 from prefork.system.credentials import WORKER_OOM_SCORE
@@ -49,7 +50,7 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Start:
     def start(*options: str, within: tuple[str, ...] = ()) -> Iterator[Server]:
         control, log = folder / "run" / "control", folder / "log"
         line = [*within, *prefix, public.PYTHON, "-B", "-m", "prefork", "serve", "--module=prying:loop", "--bind=127.0.0.1:0"]
-        line += [f"--control={control}", "--workers=2", *user, *options]
+        line += [f"--control={control}", "--workers=2", "--log-level=debug", *user, *options]
         with log.open("wb") as file:
             process = subprocess.Popen(line, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
         server = Server(("127.0.0.1", 0), process.pid, str(control), log, process)
@@ -138,6 +139,97 @@ def test_master_and_fork_server_keep_memory_and_descriptors_to_themselves(start:
         assert ask(server, f"take {master}") == []
         assert ask(server, "own") == own
         assert us != fork_server
+
+
+# -- what it says
+
+
+@pytest.fixture
+def victim(folder: Path) -> Iterator[Callable[[Server], int]]:
+    """Gives a process that has become the master's child, and that no fork server has forked."""
+    os.mkfifo(folder / "begin")
+    yield lambda server: _adopted(folder, server)
+    (folder / "begin").unlink()
+    with suppress(FileNotFoundError, ProcessLookupError):
+        os.kill(int((folder / "victim").read_text()), signal.SIGKILL)
+    (folder / "victim").unlink(missing_ok=True)
+
+
+# Beside the daemon, as an entrypoint starts something: it becomes a daemon once it is told to.
+WITH_ANOTHER = (
+    "sh",
+    "-c",
+    '(read line < begin; setsid sleep 600 >/dev/null 2>&1 & echo $! > victim.new; mv victim.new victim) & exec "$@"',
+    "sh",
+)
+
+
+def _adopted(folder: Path, server: Server) -> int:
+    (folder / "begin").write_text("now\n")
+    until("there is a process", (folder / "victim").exists)
+    pid = int((folder / "victim").read_text())
+    until("the master has adopted it", lambda: psutil.Process(pid).ppid() == server.pid)
+    return pid
+
+
+@pytest.mark.parametrize(("what", "then"), [("forked", ""), ("forked", "then die"), ("board", "then die")])
+def test_what_a_fork_server_has_not_forked_is_no_worker(
+    start: Start, folder: Path, victim: Callable[[Server], int], what: str, then: str
+) -> None:
+    with start(f"--chdir={folder}", within=WITH_ANOTHER) as server:
+        watch.settled(server, 2)
+        pid = victim(server)
+        (folder / "run" / "forge").write_text(f"{what} {pid} {then}")
+        os.kill(server.pid, signal.SIGTTIN)
+        if what == "forked":
+            logged(server, "reports from processes of generation 1 made no sense")
+        if not then:
+            os.kill(watch.fork_server(server), signal.SIGKILL)
+        logged(server, "generation 2 serves")
+        until("the old ones have left", lambda: "generation 1 has ended" in server.log())
+        assert server.stop() == 0
+        assert not watch.is_gone(pid)
+        assert f"(pid {pid})" not in server.log()
+
+
+def test_workers_that_live_are_not_believed_to_have_ended(start: Start, folder: Path) -> None:
+    with start(f"--chdir={folder}", "--max-workers=8") as server:
+        for more in range(3):
+            watch.settled(server, 2 + more)
+            (folder / "run" / "forge").write_text("exited 0")
+            os.kill(server.pid, signal.SIGTTIN)
+            until("it was told", lambda: not (folder / "run" / "forge").exists())
+        watch.settled(server, 5)
+        until("the master has heard of all", lambda: server.status()["totals"]["forked"] >= 5)
+        totals = server.status()["totals"]
+        assert (totals["forked"], totals["exited"]) == (5, 0)
+        assert len(watch.family(server.pid)) == 1 + 5
+        logged(server, "reports from processes of generation 1 made no sense")
+
+
+# -- what the master sees of others
+
+
+def test_where_proc_hides_processes_workers_are_known_orphans_adopted_and_all_ended(start: Start) -> None:
+    with start("--timeout=60", within=HIDDEN) as server:
+        watch.settled(server, 2)
+        own = ask(server, "own")
+        assert own == {"score": _score(server.pid) + WORKER_OOM_SCORE, "dumpable": 1, "environ": True}
+        os.kill(watch.workers(server)[0]["pid"], signal.SIGKILL)
+        logged(server, "died: signal 9")
+        watch.settled(server, 2)
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        logged(server, "generation 2 serves")
+        logged(server, "generation 1 has ended")
+        os.kill(server.pid, signal.SIGUSR2)
+        logged(server, "generation 3 serves")
+        logged(server, "generation 2 has ended")
+        watch.settled(server, 2)
+        assert server.status()["totals"]["forked"] - server.status()["totals"]["exited"] == 2
+        family = watch.family(server.pid)
+        assert server.stop() == 0
+        assert all(watch.is_gone(process.pid) for process in family)
+        assert "made no sense" not in server.log()
 
 
 def _score(pid: int) -> int:

@@ -1,11 +1,20 @@
-"""What a handler can try on prefork's own processes: each order is a line, each answer a line of JSON."""
+"""What user code can try on prefork's own processes.
+
+The handler carries out orders: each is a line, each answer a line of JSON. In the fork server the file ``forge`` says what is told
+to the master in its name before the next fork, once.
+"""
 
 import ctypes
 import errno
 import json
 import os
+import signal
 import socket
 from collections.abc import Callable
+
+from prefork.pool import scoreboard
+from prefork.pool.scoreboard import Layout
+from prefork.pool.wire import Kind, Report, pack_report
 
 LIBC = ctypes.CDLL(None, use_errno=True)
 LIBC.mprotect.argtypes = (ctypes.c_void_p, ctypes.c_size_t, ctypes.c_int)
@@ -104,6 +113,55 @@ def own() -> dict[str, object]:
         told["environ"] = False
     return told
 
+
+# -- in the fork server
+
+SLOTS = 16
+LAYOUT = Layout(1, 512)  # of one address and the default max_workers
+
+
+def forge() -> None:
+    """WHAT PID: this process is a worker, by a report (``forked``) or on the ``board``, or all have ended; ``then die``."""
+    try:
+        with open("run/forge") as file:
+            what, pid, *then = file.read().split()
+        os.unlink("run/forge")
+    except FileNotFoundError:
+        return
+    channel = _channel()
+    low, _ = _maps("board")
+    for slot in range(SLOTS):
+        if what == "board":
+            at = LAYOUT.records_at + (slot * scoreboard.RECORD_WORDS + scoreboard.PID) * 8
+            ctypes.memmove(low + at, int(pid).to_bytes(8, "little"), 8)
+        elif what == "forked":
+            channel.send(pack_report(Report(Kind.FORKED, slot, int(pid))))
+        else:
+            for child in _children():
+                channel.send(pack_report(Report(Kind.EXITED, slot, child)))
+    channel.detach()
+    if then:
+        os.kill(os.getpid(), signal.SIGKILL)
+
+
+def _children() -> list[int]:
+    with open(f"/proc/self/task/{os.getpid()}/children") as file:
+        return [int(pid) for pid in file.read().split()]
+
+
+def _channel() -> socket.socket:
+    for name in os.listdir("/proc/self/fd"):
+        try:
+            sock = socket.socket(fileno=int(name))
+        except OSError:
+            continue
+        if sock.family == socket.AF_UNIX and sock.type == socket.SOCK_SEQPACKET:
+            return sock
+        sock.detach()
+    raise AssertionError("no channel")
+
+
+os.register_at_fork(before=forge)
 
 ORDERS: dict[str, Callable[..., object]] = {
     "hello": hello,

@@ -3,10 +3,15 @@ clock that we turn.
 """
 
 import os
+import signal
 import socket
+import subprocess
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import replace
 
+import psutil
 import pytest
 
 from prefork.config import Sources
@@ -15,10 +20,15 @@ from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
 from prefork.pool import policy, scoreboard, wire
+from prefork.pool.scoreboard import Counts
 from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
 from prefork.retiring import NAG_AGAIN, NAG_FIRST
+from prefork.system import process
+from prefork.system.credentials import Credentials
+from tests.watch import until
 
+NOBODY = 65534
 PID = 4_000_000  # more than this kernel gives
 STRANGER = 3_000_000
 
@@ -26,10 +36,10 @@ STRANGER = 3_000_000
 class Peer:
     """A generation, and the fork server's end of its channel in our hands."""
 
-    def __init__(self, workers: int, **options: object) -> None:
+    def __init__(self, workers: int, who: Credentials | None = None, **options: object) -> None:
         config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5, **options}).load()
         self.listener = open_listener(address.parse("127.0.0.1:0"), Settings(backlog=8))
-        self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2, {STRANGER}), Tally(), 0.0)
+        self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2, {STRANGER}, who), Tally(), 0.0)
         self.end, self.gate = self.generation.link.prepare()
         self.generation.link.pid = os.getpid()
         self.end.setblocking(False)
@@ -187,6 +197,119 @@ def test_a_child_that_no_fork_server_has_forked_is_no_worker(peer: Peer) -> None
     generation.link.wiring.strangers.discard(STRANGER)  # it has ended, and the number is given again
     peer.say(Report(Kind.FORKED, 0, STRANGER), 1.0)
     assert generation.pool.by_pid(STRANGER) is not None
+
+
+@contextmanager
+def living(uid: int | None = None) -> Iterator[int]:
+    """A child of the fork server, which is this process in these tests."""
+    with subprocess.Popen(["sleep", "60"], user=uid, group=uid, extra_groups=None if uid is None else []) as child:
+        yield child.pid
+        child.kill()
+
+
+def test_a_worker_that_lives_has_not_ended_whatever_its_fork_server_says(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    with living() as pid:
+        peer.say(Report(Kind.FORKED, 0, pid), 1.0)
+        peer.say(Report(Kind.EXITED, 0, pid), 1.0)
+        assert generation.gossip == 1
+        assert generation.pool.by_pid(pid) is not None
+    peer.say(Report(Kind.EXITED, 0, pid), 1.0)
+    assert generation.gossip == 1
+    assert generation.pool.by_pid(pid) is None
+
+
+def test_a_process_that_another_one_has_forked_is_no_worker(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    with subprocess.Popen(["sh", "-c", "sleep 60 & echo $!; wait"], stdout=subprocess.PIPE) as shell:
+        assert shell.stdout is not None
+        pid = int(shell.stdout.readline())
+        peer.say(Report(Kind.FORKED, 0, pid), 1.0)
+        os.kill(pid, signal.SIGKILL)
+    assert generation.gossip == 1
+    assert generation.pool.by_pid(pid) is None
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can give its children another user")
+def test_a_worker_has_the_credentials_that_its_fork_server_was_given() -> None:
+    peer = Peer(2, Credentials(NOBODY, NOBODY, (NOBODY,)))
+    generation = peer.generation
+    generation.tend(0.0, 0)
+    with living() as ours, living(NOBODY) as theirs:
+        until("it is another user", lambda: psutil.Process(theirs).uids() == (NOBODY,) * 3)
+        peer.say(Report(Kind.FORKED, 0, ours), 1.0)
+        peer.say(Report(Kind.FORKED, 1, theirs), 1.0)
+        assert generation.gossip == 1
+        assert [generation.pool.by_pid(pid) is not None for pid in (ours, theirs)] == [False, True]
+    peer.close()
+
+
+def test_an_orphan_that_is_older_than_the_order_is_not_what_a_dead_fork_server_has_forked(peer: Peer) -> None:
+    generation = peer.generation
+    with living() as older:
+        time.sleep(3 * process.TICK)  # starts are known to a tick
+        for slot in (0, 1):
+            peer.say(Report(Kind.EXITED, slot, PID + slot), 1.0)
+        generation.tend(1.0, 0)
+        with living() as younger:
+            generation.link.pid = None
+            for slot, pid in enumerate((older, younger)):
+                generation.board.words[generation.board.record(slot) + scoreboard.PID] = pid
+            generation.fork_server_ended(1.0)
+            generation.tend(1.0, 0)
+            assert [generation.pool.by_pid(pid) is not None for pid in (older, younger)] == [False, True]
+            generation.quit(1.0)
+            generation.tend(1.0 + LIMBO, 0)
+            assert os.waitid(os.P_PID, younger, os.WEXITED | os.WNOWAIT) is not None
+            assert os.waitid(os.P_PID, older, os.WEXITED | os.WNOWAIT | os.WNOHANG) is None
+            generation.exited(1, younger, 9, 0.0, 0, 1.0)
+
+
+def test_no_byte_of_boards_and_orders_ends_the_master_or_keeps_it_from_going_on(peer: Peer) -> None:
+    generation, link = peer.generation, peer.generation.link
+    generation.tally.counts = Counts(4, 4, 0, 0, 0)
+    listener = {peer.listener: 0}
+
+    def spoil() -> None:
+        for fd, size in ((link.board_fd, generation.layout.board_bytes), (link.orders_fd, generation.layout.orders_bytes)):
+            os.pwrite(fd, b"\xff" * size, 0)
+
+    spoil()
+    generation.reopen_log()
+    generation.announce_stop()
+    peer.say(Report(Kind.EXITED, 0, PID, status=9), 1.0)
+    generation.tend(1.0, 0)
+    generation.rang(wire.Doorbell(wire.Ring.ACCEPTED, 1, 1, PID + 1), 1.0)
+    spoil()
+    for now in (1.1, 2.0, 4.0):
+        generation.tend(now, 0)
+    assert generation.accepted() == generation._counted[0] == Counts(0, 0, 0, 0, 0)
+    # What another program of this process does with the same descriptors.
+    carried = generation.carry(listener, 5.0)
+    carried = replace(
+        carried,
+        link=replace(
+            carried.link,
+            channel=os.dup(carried.link.channel),
+            board=os.dup(carried.link.board),
+            orders=os.dup(carried.link.orders),
+            stacks=os.dup(carried.link.stacks),
+            gate=-1,
+        ),
+    )
+    again = Generation.adopted(carried, generation.config, [peer.listener], link.wiring, Tally(), 5.0)
+    again.tend(5.0, 0)
+    again.retire_all(5.0, None)
+    again.link.pid = None
+    for worker in list(again.pool.workers.values()):
+        again.pool.fork_failed(worker.slot)
+        again.pool.exited(worker.slot, worker.pid)
+    again.close()
+    assert again.tally.counts == Counts(0, 0, 0, 0, 0)
 
 
 def test_garbage_on_the_channel_is_counted(peer: Peer) -> None:
