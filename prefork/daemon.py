@@ -168,31 +168,39 @@ class Daemon:
         self.next_number += 1
         try:
             generation.link.start(conf, listeners)
-            self.hear(generation)
+            self.listen_to(generation)
         except OSError as error:
             generation.link.kill()
             generation.close()
             raise RefusedError(f"can't start a fork server: {error.strerror}: {_what_is_short(error)}") from None
         return generation
 
-    def hear(self, generation: Generation) -> None:
-        """From now on hear what a generation's fork server says."""
-        self.selector.register(generation.link.channel, selectors.EVENT_READ, self._postman(generation))
-
     def listen_to(self, generation: Generation) -> None:
-        """Hear of room for what waits to be sent to a fork server, while something does."""
-        if generation.link.pid is None:
+        """Hear what a fork server says, unless that is too much, and of room for what waits to be sent to it."""
+        link = generation.link
+        if link.pid is None:
             return
-        wanted = selectors.EVENT_READ | (selectors.EVENT_WRITE if generation.link.has_mail else 0)
-        if self.selector.get_key(generation.link.channel).events != wanted:
-            self.selector.modify(generation.link.channel, wanted, self._postman(generation))
+        reading = selectors.EVENT_READ if generation.is_heard else 0
+        wanted = reading | (selectors.EVENT_WRITE if link.has_mail else 0)
+        known = self.selector.get_map().get(link.channel)
+        if not wanted:
+            self.hear_no_more(generation)
+        elif known is None:
+            self.selector.register(link.channel, wanted, self._postman(generation))
+        elif known.events != wanted:
+            self.selector.modify(link.channel, wanted, self._postman(generation))
+
+    def hear_no_more(self, generation: Generation) -> None:
+        """Hear nothing of a fork server, not even that it has closed its end."""
+        if self.selector.get_map().get(generation.link.channel) is not None:
+            self.selector.unregister(generation.link.channel)
 
     def _postman(self, generation: Generation) -> Callable[[float], None]:
         def deliver(now: float) -> None:
             generation.link.flush()
-            if not generation.receive(now):
+            if generation.is_heard and not generation.receive(now):
                 # It has closed its end: it is dead, or as good as dead, and can't be told anything.
-                generation.link.kill()
+                generation.hang_up(now)
 
         return deliver
 

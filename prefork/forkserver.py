@@ -253,6 +253,7 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
+            reopen=(process.reopening(brief.doorbell), process.reopening(brief.stacks)),
             offer=self.offer,
             part=self.part,
             schedule=self.schedule,

@@ -45,6 +45,10 @@ CRASHES_KEPT = 8
 # Workers that end by themselves are replaced at once: all that there can be and so many more, then so many a second on average. A
 # death and a fork cost the master 0.5 to 0.9 ms: 3.6 % of a core at most.
 DEATHS, DEATHS_A_SECOND = 64, 40
+# Reports that it was not asked for (nonsense, and that workers were stopped and continued): so many at once and so many a second.
+TALK, TALK_A_SECOND, TALK_PAUSE = 200, 50, 0.25
+# A fork server that has closed its end and is not reaped is looked at after so long, then ever more seldom.
+ZOMBIE_LOOK, ZOMBIE_LOOK_SELDOM = 0.02, 1.0
 # So much nonsense is not a misunderstanding: that fork server is replaced.
 GOSSIP_LIMIT = 10_000
 
@@ -83,6 +87,10 @@ class Generation:
         self.fork_trouble = Trouble()
         self.committed_at = float("-inf")  # of one that was committed by another program: long ago
         self._lives = WorkerLives()
+        self._talk = Throttle(TALK_A_SECOND, TALK, TALK_PAUSE)
+        self._deaf_until: float | None = None  # to the fork server
+        self._zombie_look_at: float | None = None
+        self._zombie_wait = ZOMBIE_LOOK
         self._deaths = Throttle(DEATHS_A_SECOND, DEATHS + config.max_workers, policy.BACKOFF_LIMIT)
         self._failed_ns = time.monotonic_ns()  # when a worker did so last, as workers' clocks have it
         self.gossip = 0
@@ -179,11 +187,19 @@ class Generation:
     def receive(self, now: float) -> bool:
         """Take in what the fork server reports. False once it has closed its end, or talks nothing but nonsense."""
         reports, open_ = self.link.receive()
+        unasked = 0
         for report in reports:
+            unasked += report is not None and report.kind in (Kind.STOPPED, Kind.CONTINUED)
             if report is None or not self._fold(report, now):
+                unasked += 1
                 self.gossip += 1
                 if self.gossip & (self.gossip - 1) == 0:  # 1, 2, 4, 8, ...: a liar must not fill the log
                     log.event("gossip", count=self.gossip, generation=self.number)
+        if unasked and self._talk.spend(now, unasked):
+            what = f"reports of stopped and continued workers, and nonsense, from generation {self.number}"
+            log.event("flood", what=what, rate=TALK_A_SECOND)
+        if self._talk.is_paused(now):
+            self._deaf_until = self._talk.until
         return open_ and self.gossip < GOSSIP_LIMIT
 
     def _fold(self, report: Report, now: float) -> bool:
@@ -234,9 +250,28 @@ class Generation:
             log.event("fork_again", failures=trouble.failures)
         return Trouble()
 
+    @property
+    def is_heard(self) -> bool:
+        """Whether the fork server's reports are read now."""
+        return self._deaf_until is None and not self.link.hung_up
+
+    def hang_up(self, now: float) -> None:
+        """The fork server has closed its end of the channel, or talks nothing but nonsense: it is killed."""
+        self.link.hang_up()
+        self._zombie_look_at = now + self._zombie_wait
+
+    def fork_server_is_a_zombie(self, now: float) -> bool:
+        """Whether the fork server has ended, as it seems for good, without being there to be reaped."""
+        if self._zombie_look_at is None or self._zombie_look_at > now or self.link.pid is None:
+            return False
+        self._zombie_wait = min(2 * self._zombie_wait, ZOMBIE_LOOK_SELDOM)
+        self._zombie_look_at = now + self._zombie_wait
+        return process.state(self.link.pid) == b"Z"
+
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
         self.link.ended()
+        self._zombie_look_at = self._deaf_until = None
         for worker in list(self.pool.workers.values()):
             if worker.pid and not (process.is_child(worker.pid) and self._may_be_a_worker(worker.slot, worker.pid)):
                 # It was reaped by a fork server that died before it could tell.
@@ -455,6 +490,13 @@ class Generation:
         for acceptors in self._acceptors:
             acceptors.wake(now)
 
+    def look_at_everything(self, now: float) -> None:
+        """Rings were lost: find out what they would have said."""
+        for slot in list(self.pool.unready):
+            if self._was_ready(slot):
+                self._came(slot)
+        self.look_soon_all(now)
+
     def retarget(self, workers: int, now: float) -> None:
         """Want this many acceptors for each listener from now on; surplus ones go at once."""
         for acceptors in self._acceptors:
@@ -469,6 +511,8 @@ class Generation:
         """Do everything that is due."""
         if self._limbo_at is not None and self._limbo_at <= now:
             self._clear_limbo(now)
+        if self._deaf_until is not None and self._deaf_until <= now:
+            self._deaf_until = None
         for acceptors in self._acceptors:
             if acceptors.look_at is not None and acceptors.look_at <= now:
                 acceptors.look_at = None
@@ -804,7 +848,8 @@ class Generation:
         """When to `tend` even without an event."""
         times = [acceptors.look_at for acceptors in self._acceptors if acceptors.look_at is not None] if self.ready else []
         rooms = self.retiring, self.hung, self.killing
-        times += [at for at in (*(room.wake_at() for room in rooms), self._limbo_at, self._patience_at) if at is not None]
+        times += [at for room in rooms if (at := room.wake_at()) is not None]
+        times += [at for at in (self._limbo_at, self._patience_at, self._deaf_until, self._zombie_look_at) if at is not None]
         oldest = next(iter(self.pool.unborn.values()), None)
         if self.link.pid is not None and not self.link.killed and oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

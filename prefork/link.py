@@ -49,7 +49,9 @@ class Wiring:
 
 
 class Link:
-    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by somebody's signal; ``killed``: by us."""
+    """One fork server. ``pid`` is None before `start` and after `ended`; ``stopped``: by somebody's signal; ``killed``: by us;
+    ``hung_up``: nothing is sent to it or heard of it any more.
+    """
 
     def __init__(self, number: int, layout: Layout, wiring: Wiring) -> None:
         self.number = number
@@ -58,6 +60,7 @@ class Link:
         self.pid: int | None = None
         self.stopped = False
         self.killed = False
+        self.hung_up = False
         self._outbox: deque[bytes] = deque()
         self._ordered: dict[int, float] = {}  # when the latest fork for a slot was ordered
         self._resources = ExitStack()
@@ -173,8 +176,9 @@ class Link:
         """Give an order, after those that still wait."""
         if order is Order.FORK:
             self._ordered[slot] = process.clock_of_starts()
-        self._outbox.append(wire.pack_command(Command(order, slot)))
-        self.flush()
+        if not self.hung_up:
+            self._outbox.append(wire.pack_command(Command(order, slot)))
+            self.flush()
 
     def signal(self, worker: Worker, order: Order) -> None:
         """RETIRE, KILL or DUMP a worker through whoever is its parent: only that may signal it, a pid may be a stranger's."""
@@ -264,6 +268,12 @@ class Link:
         if self._gate >= 0:
             os.close(self._gate)
             self._gate = -1
+
+    def hang_up(self) -> None:
+        """It has closed its end, or talks nonsense: send nothing more, and kill it."""
+        self.hung_up = True
+        self._outbox.clear()
+        self.kill()
 
     def kill(self) -> None:
         """SIGKILL to the fork server; its workers become the master's."""

@@ -21,12 +21,13 @@ from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
 from prefork.errors import InUseError, PreforkError
+from prefork.floods import ChildSignals, Doorbell
+from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.mending import Mending
 from prefork.notifying import Notifying
 from prefork.ops import control, instances
 from prefork.ops.control import Client
-from prefork.pool import wire
 from prefork.stopping import Stopping
 from prefork.system import credentials, pidfile, process, program, signals
 from prefork.system.program import Program
@@ -45,8 +46,6 @@ HANDLED = (
     signal.SIGCHLD,
 )
 LONGEST_SLEEP = 86400.0
-# A flood of doorbells (no worker of ours rings that often) is not listened to for this long.
-FLOOD, FLOOD_REST = 16, 0.003
 # Slept for this much longer than planned, this process was stopped or starved: nobody is punished for that time.
 OVERSLEPT = 0.05
 # A wrapper that forwards Ctrl-C makes two SIGINT of one: they are a millisecond apart.
@@ -70,7 +69,7 @@ class Master:
         self.upgrading = Upgrading(self.daemon, self.changeover, how)
         self.stopping = Stopping(self.daemon, self.changeover, self.upgrading)
         self.notifying = Notifying(self.daemon)
-        self.deaf_until: float | None = None  # to the doorbell
+        self.child_signals = ChildSignals()
         self.seen_exited = 0
         self.handed: tuple[int, str] | None = None  # by another program: the descriptor of its state, and why it is us again
 
@@ -88,6 +87,8 @@ class Master:
                     arrived = self.inbox.take()
                     self._reap()
                     self._obey_signals(arrived)
+                    if signal.SIGCHLD in arrived:
+                        self.child_signals.came(self.daemon.now)
                 self._tend()
                 if self.upgrading.due:
                     self._hand_over()
@@ -128,7 +129,7 @@ class Master:
         process.become_subreaper()
         for name, remedy in config.unknown_variables(daemon.sources.environment):
             log.event("unknown_variable", name=name, remedy=remedy)
-        doorbell_read, doorbell_write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+        doorbell_read, doorbell_write = process.pipe_to_share()
         for fd in (doorbell_read, doorbell_write):
             daemon.resources.callback(os.close, fd)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
@@ -152,7 +153,7 @@ class Master:
         daemon.selector = daemon.resources.enter_context(selectors.DefaultSelector())
         self.inbox = daemon.resources.enter_context(closing(signals.Inbox(HANDLED)))
         daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
-        daemon.selector.register(daemon.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
+        self.doorbell = Doorbell(daemon, self.mending.look)
 
     def _go_on(self, fd: int, reason: str) -> None:
         """Be the successor of the program that left its state at ``fd``. All signals are blocked until we can hear them."""
@@ -172,9 +173,6 @@ class Master:
         process.set_title(f"prefork: master {daemon.name}")
         process.become_subreaper()
         self._prick_up()
-        for generation in daemon.generations():
-            if generation.link.pid is not None:
-                daemon.hear(generation)
         if state.control is not None and state.control.inode is not None:
             sock = socket.socket(fileno=state.control.fd)
             daemon.control = control.adopt(sock, state.control.path, state.control.inode, daemon.selector, partial(self.obey, self))
@@ -218,24 +216,6 @@ class Master:
             key.data(daemon.now)
         return any(key.fileobj is self.inbox for key, _ in events)
 
-    def _answer_the_door(self, now: float) -> None:
-        try:
-            data = os.read(self.daemon.wiring.doorbell_read, wire.PIPE_READ)
-        except BlockingIOError:
-            return
-        rings, stray = wire.read_doorbells(data)
-        generations = {generation.number: generation for generation in self.daemon.generations()}
-        for ring in rings:
-            generation = generations.get(ring.generation)
-            if generation is not None and generation.rang(ring, now) and ring.why is wire.Ring.LISTENER:
-                self.mending.look(generation.listeners[generation.layout.listener(ring.slot)])
-        if stray or len(rings) > FLOOD:
-            # Rings may have been lost, or be somebody's noise: look at everything, and then not at the door for a while.
-            for generation in generations.values():
-                generation.look_soon_all(now)
-            self.daemon.selector.unregister(self.daemon.wiring.doorbell_read)
-            self.deaf_until = now + FLOOD_REST
-
     def _reap(self) -> None:
         daemon = self.daemon
         changes = process.reap(stops=True)
@@ -262,11 +242,14 @@ class Master:
         for change in ended:
             for generation in generations:
                 if generation.link.pid == change.pid:
-                    daemon.selector.unregister(generation.link.channel)
-                    generation.fork_server_ended(daemon.now)
-                    self.changeover.fork_server_ended(generation, process.describe(change.status))
+                    self._fork_server_ended(generation, process.describe(change.status))
             self.upgrading.ended(change.pid, change.status)
             daemon.wiring.strangers.discard(change.pid)
+
+    def _fork_server_ended(self, generation: Generation, cause: str) -> None:
+        self.daemon.hear_no_more(generation)
+        generation.fork_server_ended(self.daemon.now)
+        self.changeover.fork_server_ended(generation, cause)
 
     def _obey_signals(self, arrived: set[int]) -> None:
         daemon = self.daemon
@@ -303,6 +286,9 @@ class Master:
             for generation in generations:
                 generation.room_was_made(daemon.now)
         for generation in generations:
+            if generation.fork_server_is_a_zombie(daemon.now):
+                # Traced by user code, it ends for us when its tracer lets it go; its children are ours already.
+                self._fork_server_ended(generation, "it has ended and can't be reaped: is it traced?")
             generation.tend(daemon.now, live - generation.live())
         for generation in [g for g in daemon.draining if g.gone]:
             daemon.draining.remove(generation)
@@ -312,9 +298,8 @@ class Master:
         self.stopping.tend()
         for generation in daemon.draining:
             generation.let_go(daemon.now)
-        if self.deaf_until is not None and self.deaf_until <= daemon.now:
-            self.deaf_until = None
-            daemon.selector.register(daemon.wiring.doorbell_read, selectors.EVENT_READ, self._answer_the_door)
+        self.doorbell.tend(daemon.now)
+        self.child_signals.tend(daemon.now)
         if daemon.control is not None:
             daemon.control.tend(daemon.now)
         self.notifying.tend()
@@ -322,7 +307,8 @@ class Master:
     def _wake_at(self) -> float | None:
         daemon = self.daemon
         times = [generation.wake_at() for generation in daemon.generations()]
-        times += [self.deaf_until, self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
+        times += [self.doorbell.paused_until, self.child_signals.paused_until]
+        times += [self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
         times += [self.stopping.wake_at(), self.notifying.wake_at()]
         if daemon.control is not None:
             times.append(daemon.control.wake_at())

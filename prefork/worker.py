@@ -69,6 +69,7 @@ class Brief:
     devnull: int
     devnull_stat: os.stat_result
     stacks: int
+    reopen: Steps  # makes doorbell and stacks this process' own: no other worker can have it wait there
     offer: Callable[[], object] | None  # see `prefork.system.credentials.offering_to_the_oom_killer`
     part: Callable[[], object]  # see `prefork.system.process.parting`
     schedule: Callable[[], object] | None  # see `prefork.system.process.batch_scheduling`
@@ -169,7 +170,8 @@ class Worker:
         )
         then: Steps = (
             *(partial(close, fd) for fd in brief.private),
-            process.becoming_public(),  # nothing of the fork server's is left in it; the next step needs it
+            process.becoming_public(),  # nothing of the fork server's is left in it; the next steps need it
+            *brief.reopen,
             *(step for step in (brief.offer, brief.schedule) if step is not None),
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),

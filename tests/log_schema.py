@@ -108,6 +108,7 @@ EVENT_FIELDS = {
     "worker_exhausted": ["slot", "generation", "pid", "cause", "count"],
     "worker_early": ["slot", "generation", "pid", "what", "cause", "failures", "seconds"],
     "deaths_flood": ["generation", "most"],
+    "flood": ["what", "rate"],
     "fork_failed": ["reason", "failures", "seconds"],
     "fork_again": ["failures"],
     "saturated": ["max_workers", "address"],

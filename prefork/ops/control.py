@@ -18,6 +18,7 @@ from typing import Any
 
 from prefork import log
 from prefork.net.unix import inode_of, open_unix, remove
+from prefork.pool.throttle import Throttle
 from prefork.system import process
 
 REQUEST_LIMIT = 4096
@@ -29,6 +30,10 @@ NEVER_REFUSED = ("status", "stop")
 # A request is a line from a command on this machine: whoever needs longer for it, or for taking the answer, is not one.
 PATIENCE = 10.0
 ACCEPT_PAUSE = 0.1
+# What clients may have the master do: so many turns at once and so many a second. A status takes two, 0.3 ms together.
+TURNS, TURNS_A_SECOND = 400, 150
+# A command sends its line in one piece.
+PIECES = 16
 
 
 @dataclass(eq=False, slots=True)
@@ -39,6 +44,7 @@ class Client:
     deadline: float | None
     request: bytes = b""
     answer: bytes | None = None
+    pieces: int = 0  # of the request, so far
     descriptors: Sequence[int] = ()
 
 
@@ -59,6 +65,7 @@ class ControlServer:
     resume_at: float | None = None
     crowded: int = 0  # clients that were let go, or not let in, because there were too many
     waiting: list[tuple[Client, float, Outcome]] = field(default_factory=list)
+    turns: Throttle = field(default_factory=lambda: Throttle(TURNS_A_SECOND, TURNS))
 
     def accept(self, now: float) -> None:
         """Take a client in, or turn it away."""
@@ -69,9 +76,11 @@ class ControlServer:
         except OSError as error:
             # Out of descriptors or memory: the client waits in the queue, and asking again at once would spin.
             log.event("control_refused", reason=error.strerror)
-            self.selector.unregister(self.sock)
-            self.resume_at = now + ACCEPT_PAUSE
+            self._pause(now + ACCEPT_PAUSE)
             return
+        self._took_a_turn(now)
+        if self.turns.is_paused(now):
+            self._pause(self.turns.until)  # those that are connected are answered
         sock.setblocking(False)
         uid = process.peer_of(sock).uid
         reason = None
@@ -92,6 +101,15 @@ class ControlServer:
             return
         self.clients.add(client)
 
+    def _pause(self, until: float) -> None:
+        """Take nobody in for a while: clients wait in the queue."""
+        self.selector.unregister(self.sock)
+        self.resume_at = until
+
+    def _took_a_turn(self, now: float) -> None:
+        if self.turns.spend(now):
+            log.event("flood", what="control clients", rate=TURNS_A_SECOND)
+
     def _make_room(self) -> bool:
         """Let go of who has been silent for longest: a command says at once what it wants, and must not be kept out by a crowd."""
         silent = [(client.deadline, id(client), client) for client in self.clients if client.deadline and client.answer is None]
@@ -104,6 +122,7 @@ class ControlServer:
         return True
 
     def _ready(self, client: Client, now: float) -> None:
+        self._took_a_turn(now)
         request = None
         try:
             if client.answer is not None:
@@ -128,8 +147,11 @@ class ControlServer:
             return None
         client.request += data
         line, newline, _ = client.request.partition(b"\n")
+        client.pieces += 1
         if not newline:
-            if len(client.request) > REQUEST_LIMIT:
+            if client.pieces >= PIECES:
+                self.answer(client, {"ok": False, "reason": f"a request comes in fewer than {PIECES} pieces"}, now)
+            elif len(client.request) > REQUEST_LIMIT:
                 self.answer(client, {"ok": False, "reason": f"a request has at most {REQUEST_LIMIT} bytes"}, now)
             return None
         try:

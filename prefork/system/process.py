@@ -8,6 +8,7 @@ import os
 import resource
 import signal
 import socket
+import stat
 import struct
 import time
 from collections.abc import Callable, Collection, Iterator
@@ -20,6 +21,8 @@ from prefork.errors import ConfigError
 
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
+# Reaped in one go: an end takes 3 us, and so does a stop, but one child can be stopped and continued without end.
+ENDS_AT_ONCE, CHANGES_AT_ONCE = 1024, 32
 _PR_SET_PDEATHSIG = 1
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
 _PR_SET_CHILD_SUBREAPER = 36
@@ -184,10 +187,14 @@ def set_title(title: str) -> None:
 
 
 def reap(*, stops: bool = False) -> list[Ended | Changed]:
-    """Everything that wait4(2) has to tell, without waiting."""
+    """Everything that wait4(2) has to tell, without waiting, and of a flood as much as is worth a turn.
+
+    Then a SIGCHLD to ourselves says that there is more. A child can be stopped and continued as fast as we ask.
+    """
     found: list[Ended | Changed] = []
     options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if stops else 0)
-    while True:
+    ends, changes = ENDS_AT_ONCE, CHANGES_AT_ONCE
+    while ends and changes:
         try:
             pid, status, usage = os.wait4(-1, options)
         except ChildProcessError:
@@ -196,8 +203,12 @@ def reap(*, stops: bool = False) -> list[Ended | Changed]:
             return found
         if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
             found.append(Changed(pid, os.WIFSTOPPED(status)))
+            changes -= 1
         else:
             found.append(Ended(pid, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
+            ends -= 1
+    signal.raise_signal(signal.SIGCHLD)
+    return found
 
 
 def children() -> set[int]:
@@ -304,6 +315,39 @@ def resident_memory() -> int:
     """Bytes of memory that this process has in RAM, what it shares included: what ps(1) calls RSS (proc_pid_statm(5))."""
     with open("/proc/self/statm", "rb", buffering=0) as statm:
         return int(statm.read(128).split()[1]) * _PAGE
+
+
+def pipe_to_share() -> tuple[int, int]:
+    """A pipe that neither end waits for, whose writing end each of those who get it can open anew (`reopening`)."""
+    read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+    os.fchmod(write_end, 0o222)  # they may be another user
+    return read_end, write_end
+
+
+def reopening(fd: int) -> Callable[[], object]:
+    """What makes the writing end of a pipe at ``fd`` this process' own one.
+
+    O_NONBLOCK belongs to the open file that all share who have inherited it (open(2)): any of them can have the others wait for
+    ever in write(2). Nothing is to be done where it is no pipe (any more), and nothing can be without /proc.
+    """
+    if not stat.S_ISFIFO(os.fstat(fd).st_mode):
+        return _nothing
+    path, flags = f"/proc/self/fd/{fd}", os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC
+    open_file, dup2, close = os.open, os.dup2, os.close
+
+    def reopen() -> None:
+        try:
+            own = open_file(path, flags)
+        except OSError:  # no /proc, or no descriptor to be had: it is shared
+            return
+        dup2(own, fd, False)
+        close(own)
+
+    return reopen
+
+
+def _nothing() -> None:
+    """Nothing."""
 
 
 def descriptors() -> list[int]:

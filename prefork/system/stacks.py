@@ -9,6 +9,8 @@ import faulthandler
 import os
 import signal
 
+from prefork.system import process
+
 # Ours, like `prefork.system.signals.PARENT_DIED`. Not SIGABRT: faulthandler keeps that for crashes.
 DUMP = signal.SIGRTMIN + 3
 # How faulthandler begins the stack of a crash, and what it then calls the signal.
@@ -38,7 +40,7 @@ class Stacks:
     def __init__(self, read_end: int | None = None) -> None:
         self.write_end = -1
         if read_end is None:
-            read_end, self.write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
+            read_end, self.write_end = process.pipe_to_share()
         self.read_end = read_end
         self._crashes = b""  # of workers whose end was not told yet; one of them may still be writing
         self._dump: bytes | None = None  # what has come since a dump was asked for

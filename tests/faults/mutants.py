@@ -206,8 +206,8 @@ MUTANTS = [
     Mutant(
         "workers that leave with their fork server",
         "worker.py",
-        "        if self._is_orphan():  # else somebody has sent it\n",
-        "        if True:\n",
+        "        if not self._is_orphan():\n            return  # somebody has sent it\n",
+        "",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_fork_server]",),
     ),
     Mutant(
@@ -296,6 +296,20 @@ MUTANTS = [
         ("tests/unit/test_generation.py::test_workers_that_end_when_they_were_ready_are_one_failure",),
     ),
     Mutant(
+        "a doorbell that is answered as often as it rings",
+        "pool/throttle.py",
+        "        self.until = now + (self._spent - self.burst) / self.rate\n",
+        "",
+        ("tests/unit/test_floods.py::test_a_doorbell_that_rings_without_end_is_heard_so_often_and_told_once[one]",),
+    ),
+    Mutant(
+        "a channel at its end that is heard again and again",
+        "generation.py",
+        "        return self._deaf_until is None and not self.link.hung_up\n",
+        "        return self._deaf_until is None\n",
+        ("tests/unit/test_floods.py::test_a_channel_at_its_end_is_not_heard_again",),
+    ),
+    Mutant(
         "a look at surplus acceptors as often as a microsecond is over",
         "pool/policy.py",
         "    window = max(spare_timeout, SHORTEST_WINDOW)\n",
@@ -353,7 +367,7 @@ MUTANTS = [
     ),
     Mutant(
         "a listener that was shut down and that nobody opens again",
-        "master.py",
+        "floods.py",
         " and ring.why is wire.Ring.LISTENER:",
         " and ring.why is wire.Ring.READY:",
         ("tests/faults/test_accepting.py::test_a_tcp_listener_that_a_handler_shuts_down_is_opened_again",),

@@ -5,6 +5,9 @@ import signal
 import threading
 import time
 
+from prefork import worker
+from prefork.pool import scoreboard
+
 HOW = os.environ["HOW"]
 
 
@@ -14,7 +17,11 @@ def start() -> None:
 
 
 def end(fork_server: int) -> None:
-    """Whether it is an acceptor by then does not matter."""
+    """Once it waits in accept(): a generation whose workers end before it is committed is refused."""
+    here = worker._here
+    assert here is not None
+    while here.board.states[here.slot] != scoreboard.IDLE:
+        time.sleep(0.001)
     time.sleep(0.01)
     match HOW:
         case "signal":

@@ -67,6 +67,7 @@ def served(count: int, account: Counts, call: Any, **options: Any) -> Iterator[t
         devnull=-1,
         devnull_stat=os.stat("/"),
         stacks=-1,
+        reopen=(),
         offer=None,
         part=lambda: None,
         schedule=None,
