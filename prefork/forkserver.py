@@ -25,7 +25,7 @@ from typing import NoReturn
 from prefork import handler, log, worker
 from prefork.config import Config
 from prefork.errors import ConfigError, HandlerError, PreforkError
-from prefork.net.handshakes import Cookies
+from prefork.net.handshakes import Cookies, Looks
 from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
@@ -405,9 +405,9 @@ class ForkServer:
         poll.unregister(self.brief.channel)
         self.outbox.clear()
         self.brief.channel.close()
-        cookies = self.cookies.lately(self.orphaned_at)
+        cookies, looks = self.cookies.lately(self.orphaned_at), Looks()
         for listener in self.brief.listeners:
-            listener.turn_away(self.orphaned_at, cookies=cookies, hurried=True)
+            listener.turn_away(self.orphaned_at, looks, cookies=cookies, hurried=True)
 
     def _say_farewell(self, since: float) -> None:
         """Serve handshakes and queue, then free the addresses and retire everybody; who serves a connection may finish it."""

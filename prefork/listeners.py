@@ -17,7 +17,7 @@ from prefork.carried import CarriedFarewell
 from prefork.config import Config
 from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
-from prefork.net.handshakes import Cookies
+from prefork.net.handshakes import Cookies, Looks
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
 from prefork.net.mending import mend
 from prefork.net.unix import UNCHANGED
@@ -70,6 +70,7 @@ class Listeners:
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
     cookies: Cookies = field(default_factory=Cookies)
+    looks: Looks = field(default_factory=Looks)
     mended: int = 0  # times
 
     def prepare(self, conf: Config) -> Plan:
@@ -186,7 +187,7 @@ class Listeners:
         for farewell in [due for due in self.farewells if due.begins <= now]:
             if not farewell.begun:
                 farewell.begun, farewell.begins = True, now
-                farewell.listener.turn_away(now, cookies=self.cookies.lately(now))
+                farewell.listener.turn_away(now, self.looks, cookies=self.cookies.lately(now))
             if not farewell.parted:
                 # In this order: a handshake that a look does not find any more is in the queue.
                 settled, served = farewell.listener.settled(now), farewell.listener.drained()
@@ -221,7 +222,7 @@ class Listeners:
             listener = listeners[f.listener]
             self.farewells.append(Farewell(listener, f.seconds, f.deadline, f.begins, begun=f.begun, parted=f.parted))
             if f.begun and not f.parted:
-                listener.watch_handshakes(f.begins, cookies=self.cookies.lately(f.begins))
+                listener.watch_handshakes(f.begins, self.looks, cookies=self.cookies.lately(f.begins))
 
     def close(self) -> None:
         """Close everything now."""

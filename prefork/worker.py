@@ -38,6 +38,7 @@ from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.handler import Connection, Handler, Shape
 from prefork.net.address import client_address, parts_text, peer_parts, peer_text
+from prefork.net.handshakes import Looks
 from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, Scoreboard
@@ -606,7 +607,7 @@ class Worker:
         if self.farewell_ends is None and self._has_listener():
             self.farewell_ends = time.monotonic() + FAREWELL
             try:
-                self.brief.listener.turn_away(time.monotonic(), cookies=False)
+                self.brief.listener.turn_away(time.monotonic(), Looks(), cookies=False)
             except OSError:
                 pass  # a path that another user has to remove
             try:

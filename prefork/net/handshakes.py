@@ -21,6 +21,7 @@ import socket
 import struct
 import sys
 import time
+import weakref
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -55,6 +56,7 @@ _MSG = struct.Struct("=BBBB")  # inet_diag_msg: family, state, timer, retransmis
 _EXPIRES = struct.Struct("=I")  # milliseconds
 _INITIAL_TIMEOUT = 1.0  # net/tcp.h; doubled with each retransmission
 _TICKS = 100.0  # of /proc a second: USER_HZ
+EVERY_PORT = 0
 _RECEIVE = 1 << 16  # the kernel sends 32 KiB at most in one datagram
 _READ = 1 << 16
 # sl, local, remote, state, queues, timer, retransmissions; addresses are words as the machine has them, ports are numbers.
@@ -84,7 +86,7 @@ class Request:
 
 
 def question(family: int, port: int) -> bytes:
-    """For sock_diag: the request sockets of this port."""
+    """For sock_diag: the request sockets of this port, or of EVERY_PORT."""
     body = _REQ.pack(family, socket.IPPROTO_TCP, 0, 1 << _TCP_SYN_RECV) + _SOCKID.pack(port, 0, b"", b"")
     return _NLMSGHDR.pack(_NLMSGHDR.size + len(body), _SOCK_DIAG_BY_FAMILY, _NLM_F_REQUEST | _NLM_F_DUMP, 0, 0) + body
 
@@ -159,7 +161,82 @@ def _by_proc(family: int, port: int) -> Iterator[list[Request]]:
         rest = b""
         while more := file.read(_READ):
             text, newline, rest = (rest + more).rpartition(b"\n")
-            yield [request for request in listed(text + newline) if request.port == port]
+            yield [request for request in listed(text + newline) if port in (EVERY_PORT, request.port)]
+
+
+@dataclass(frozen=True, slots=True)
+class Seen:
+    """What a look has found: the request sockets by their port."""
+
+    begun: float
+    requests: dict[int, list[Request]]
+
+
+class Looks:
+    """The looks of a process: one serves all of its listeners that are being closed, of one family; there may be thousands."""
+
+    def __init__(self) -> None:
+        self._ways = [(_by_sock_diag, LOOK_EVERY), (_by_proc, PROC_LOOK_EVERY)]
+        self._families: dict[int, _Look] = {}
+
+    def watch(self, handshakes: "Handshakes") -> None:
+        """Have looks see its port, for as long as it is referred to."""
+        self._families.setdefault(handshakes.family, _Look()).watching.add(handshakes)
+
+    def due(self, family: int) -> float:
+        """When the next look can be."""
+        return self._families[family].due
+
+    def seen(self, family: int, since: float, now: float) -> Seen | None:
+        """What a look has found that has begun at ``since`` or later; looks if it is time. None when no such look has ended.
+
+        Raises OSError when nothing can be seen.
+        """
+        look = self._families[family]
+        if (look.seen is None or look.seen.begun < since) and now >= look.due:
+            self._look(look, family, now)
+        return look.seen if look.seen is not None and look.seen.begun >= since else None
+
+    def _look(self, look: "_Look", family: int, now: float) -> None:
+        while self._ways:
+            way, every = self._ways[0]
+            begun = time.monotonic()
+            if look.scan is None:
+                ports = {handshakes.port for handshakes in look.watching}
+                look.scan = way(family, ports.pop() if len(ports) == 1 else EVERY_PORT)
+                look.found, look.cost = Seen(now, {}), 0.0
+            try:
+                ended = look.go_on(begun + MOST_AT_ONCE)
+            except OSError:  # a sandbox, a kernel without it, no descriptors
+                look.scan = None
+                del self._ways[0]
+                continue
+            look.cost += time.monotonic() - begun
+            look.due = now + max(every if ended else LOOK_EVERY, PAUSE_RATIO * look.cost)
+            return
+        raise OSError("request sockets can't be seen")
+
+
+class _Look:
+    """One that is under way, or will be, and the latest one."""
+
+    def __init__(self) -> None:
+        self.watching: weakref.WeakSet[Handshakes] = weakref.WeakSet()
+        self.scan: Iterator[list[Request]] | None = None
+        self.found = Seen(0.0, {})
+        self.seen: Seen | None = None
+        self.cost = 0.0
+        self.due = float("-inf")
+
+    def go_on(self, until: float) -> bool:
+        """Whether it has come to its end before ``until``."""
+        for found in self.scan or ():
+            for request in found:
+                self.found.requests.setdefault(request.port, []).append(request)
+            if time.monotonic() >= until:
+                return False
+        self.scan, self.seen = None, self.found
+        return True
 
 
 class Handshakes:
@@ -169,19 +246,19 @@ class Handshakes:
     can have been connected just now, and may not be a moment later.
     """
 
-    def __init__(self, sock: socket.socket, since: float, *, unseen: bool, hurried: bool = False) -> None:
-        self._family = sock.family
-        host, self._port = sock.getsockname()[:2]
+    def __init__(self, sock: socket.socket, looks: Looks, since: float, *, unseen: bool, hurried: bool = False) -> None:
+        self.family = int(sock.family)
+        host, self.port = sock.getsockname()[:2]
         packed = socket.inet_pton(sock.family, host.partition("%")[0])
         self._host = packed if any(packed) else None  # every one
+        self._looks = looks
         self._since = since
         self._until = since + (UNSEEN if unseen else 0.0)  # not over before
         self._hurried = hurried
-        self._ways = [(_by_sock_diag, LOOK_EVERY), (_by_proc, PROC_LOOK_EVERY)]
-        self._scan: Iterator[list[Request]] | None = None
-        self._cost = 0.0
         self._none_seen = False
-        self.look_at = since + FIRST_LOOK
+        self._looked = since + FIRST_LOOK  # only looks from then on count
+        self.look_at = self._looked
+        looks.watch(self)
 
     def over(self, now: float) -> bool:
         """Whether none is left. Looks when a look is due, at `look_at`."""
@@ -194,39 +271,22 @@ class Handshakes:
         if self._hurried:
             self._none_seen = False
             return now >= self._until
-        self._scan = None
         self.look_at = self._until  # none can have begun meanwhile
         return now >= self._until
 
     def _seen(self, now: float) -> bool:
-        """Whether one is seen, or the look is not at its end."""
-        while self._ways:
-            way, every = self._ways[0]
-            begun = time.monotonic()
-            if self._scan is None:
-                self._scan, self._cost = way(self._family, self._port), 0.0
-            try:
-                seen = self._look(self._scan, begun + MOST_AT_ONCE)
-            except OSError:  # a sandbox, a kernel without it, no descriptors
-                self._scan = None
-                del self._ways[0]
-                continue
-            self._cost += time.monotonic() - begun
-            if seen is not None:
-                self._scan = None
-            self.look_at = now + max(every if seen is not None else LOOK_EVERY, PAUSE_RATIO * self._cost)
-            return seen is not False
-        self._until = max(self._until, self._since + UNSEEN)
-        return False
-
-    def _look(self, scan: Iterator[list[Request]], until: float) -> bool | None:
-        """True when one is seen, False when none is there, None when the time was over before."""
-        for found in scan:
-            if any(self._host in (None, request.host) and self._counts(request) for request in found):
-                return True
-            if time.monotonic() >= until:
-                return None
-        return False
+        """Whether one is seen, or there was no look yet."""
+        try:
+            seen = self._looks.seen(self.family, self._looked, now)
+        except OSError:
+            self._until = max(self._until, self._since + UNSEEN)
+            return False
+        self.look_at = min(max(self._looks.due(self.family), now + FIRST_LOOK), max(self._since + LONGEST, now + FIRST_LOOK))
+        if seen is None:
+            return True
+        self._looked = seen.begun + FIRST_LOOK
+        found = seen.requests.get(self.port, ())
+        return any(self._host in (None, request.host) and self._counts(request) for request in found)
 
     def _counts(self, request: Request) -> bool:
         return request.sent < FRESH or request.expires < SOON if self._hurried else request.retransmissions < LATE

@@ -27,7 +27,7 @@ from typing import Any
 
 from prefork.errors import AddressError, NotPermittedError
 from prefork.net.address import Address
-from prefork.net.handshakes import Handshakes
+from prefork.net.handshakes import Handshakes, Looks
 from prefork.net.mending import is_open
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
 
@@ -129,7 +129,7 @@ class Listener:
         """Whether accept() can return a connection, now or later; false of one that was shut down, or closed."""
         return self.sock.fileno() != -1 and is_open(self.sock)
 
-    def turn_away(self, now: float, *, cookies: bool, hurried: bool = False) -> None:
+    def turn_away(self, now: float, looks: Looks, *, cookies: bool, hurried: bool = False) -> None:
         """Let no new client in; those whom the kernel has connected, or is about to, can still be accepted.
 
         ``cookies``: clients may have been answered with SYN cookies just now. ``hurried``: there is no time for lost segments.
@@ -140,7 +140,7 @@ class Listener:
         if self.address.family == socket.AF_UNIX:
             self._unlink()
             return
-        self.watch_handshakes(now, cookies=cookies, hurried=hurried)
+        self.watch_handshakes(now, looks, cookies=cookies, hurried=hurried)
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
         address, _ = program.buffer_info()
         try:
@@ -161,10 +161,10 @@ class Listener:
             if not done:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
                 self.sock.listen(0)
 
-    def watch_handshakes(self, since: float, *, cookies: bool, hurried: bool = False) -> None:
+    def watch_handshakes(self, since: float, looks: Looks, *, cookies: bool, hurried: bool = False) -> None:
         """New clients are turned away ``since`` then: see to those that had begun."""
         if self.ours and self.address.family != socket.AF_UNIX and self.sock.fileno() != -1:
-            self.handshakes = Handshakes(self.sock, since, unseen=cookies, hurried=hurried)
+            self.handshakes = Handshakes(self.sock, looks, since, unseen=cookies, hurried=hurried)
 
     def settled(self, now: float) -> bool:
         """Whether no handshake is under way any more, once new clients are turned away."""

@@ -304,8 +304,7 @@ def _is_free(port: int) -> bool:
     with socket.socket() as sock:
         sock.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         try:
-            sock.bind((line.HERE, port))
-            sock.listen()
+            sock.bind((line.HERE, port))  # and not listen: a client that came now would be lost by us
         except OSError:
             return False
         return True

@@ -235,7 +235,7 @@ MUTANTS = [
         "an address that is closed before the reload that drops it is committed",
         "listeners.py",
         "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
-        "        [listener.turn_away(0.0, cookies=False) for listener in self.current if listener not in places]\n"
+        "        [listener.turn_away(0.0, self.looks, cookies=False) for listener in self.current if listener not in places]\n"
         "        return Plan(tuple(places), tuple(opened), tuple(owners))\n",
         ("tests/integration/test_reload.py::test_a_refused_reload_that_drops_an_address_has_not_touched_it",),
     ),

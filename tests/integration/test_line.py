@@ -44,6 +44,6 @@ def test_nor_do_all_of_them_where_one_packet_of_a_hundred_is_lost(delay: int) ->
 
 @pytest.mark.slow
 def test_a_stop_under_a_flood_of_syns_ends_and_loses_nobody_whom_a_cookie_has_answered() -> None:
-    figures = measure(0.1, "stop", flood=10_000)
+    figures = measure(0.1, "stop", flood=2000)  # in a second more than fit the backlog
     assert figures["worst"] < LONGEST_STOP_BESIDE_OTHERS, figures
     assert not figures["failures"], figures

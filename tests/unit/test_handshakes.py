@@ -6,6 +6,7 @@ import socket
 import struct
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 
 import pytest
 from hypothesis import given
@@ -23,6 +24,7 @@ from prefork.net.handshakes import (
     UNSEEN,
     Cookies,
     Handshakes,
+    Looks,
     Request,
     answered,
     cookies_in,
@@ -141,15 +143,18 @@ class Kernel:
         self.seen: list[list[Request]] = [[]]
         self.errors: set[str] = set()
         self.looks: list[str] = []
+        self.ports: set[int] = set()
         for name in ("_by_sock_diag", "_by_proc"):
             monkeypatch.setattr(handshakes, name, self.way(name))
 
     def way(self, name: str) -> object:
-        def ask(_family: int, _port: int) -> Iterator[list[Request]]:
+        def ask(_family: int, port: int) -> Iterator[list[Request]]:
+            self.ports.add(port)
             if name in self.errors:
                 raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
             self.looks.append(name)
-            yield from self.seen
+            for found in self.seen:
+                yield [replace(one, port=port) if one.port == ANY_PORT else one for one in found]
 
         return ask
 
@@ -175,54 +180,58 @@ def until_over(watched: Handshakes, since: float, latest: float = 100.0) -> floa
     return now - since
 
 
+# Of the listener that is asked for, whichever that is.
+ANY_PORT = 1
+
+
 def request(retransmissions: int = 0, host: str = "127.0.0.1", expires: float = 0.5) -> Request:
-    return Request(socket.inet_aton(host), 1, retransmissions, expires)
+    return Request(socket.inet_aton(host), ANY_PORT, retransmissions, expires)
 
 
 def test_where_there_is_none_one_look_is_enough(kernel: Kernel, listening: socket.socket) -> None:
-    assert until_over(Handshakes(listening, 5.0, unseen=False), 5.0) == pytest.approx(FIRST_LOOK)
+    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0) == pytest.approx(FIRST_LOOK)
     assert kernel.looks == ["_by_sock_diag"]
 
 
 def test_one_that_stays_is_waited_for_but_not_for_ever(kernel: Kernel, listening: socket.socket) -> None:
     kernel.seen = [[request(LATE)], [request(LATE - 1)]]
-    took = until_over(Handshakes(listening, 5.0, unseen=False), 5.0)
+    took = until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0)
     assert LONGEST <= took < LONGEST + 1
     assert len(kernel.looks) <= LONGEST / LOOK_EVERY
 
 
 def test_late_ones_and_those_of_another_address_are_not_waited_for(kernel: Kernel, listening: socket.socket) -> None:
     kernel.seen = [[request(LATE), request(LATE + 2), request(0, "127.0.0.2")]]
-    assert until_over(Handshakes(listening, 5.0, unseen=False), 5.0) == pytest.approx(FIRST_LOOK)
+    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0) == pytest.approx(FIRST_LOOK)
 
 
 def test_a_listener_of_every_address_waits_for_all(kernel: Kernel) -> None:
     kernel.seen = [[request(0, "127.0.0.2")]]
     with socket.create_server(("0.0.0.0", 0)) as sock:
-        assert not Handshakes(sock, 0.0, unseen=False).over(FIRST_LOOK)
+        assert not Handshakes(sock, Looks(), 0.0, unseen=False).over(FIRST_LOOK)
     with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as sock:
-        assert not Handshakes(sock, 0.0, unseen=False).over(FIRST_LOOK)
+        assert not Handshakes(sock, Looks(), 0.0, unseen=False).over(FIRST_LOOK)
 
 
 def test_cookies_have_a_second_and_no_look_more(kernel: Kernel, listening: socket.socket) -> None:
-    assert until_over(Handshakes(listening, 5.0, unseen=True), 5.0) == pytest.approx(UNSEEN)
+    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=True), 5.0) == pytest.approx(UNSEEN)
     assert len(kernel.looks) == 1
 
 
 def test_without_netlink_proc_is_looked_at_ten_times_a_second(kernel: Kernel, listening: socket.socket) -> None:
     kernel.errors, kernel.seen = {"_by_sock_diag"}, [[request()]]
-    until_over(Handshakes(listening, 0.0, unseen=False), 0.0)
+    until_over(Handshakes(listening, Looks(), 0.0, unseen=False), 0.0)
     assert set(kernel.looks) == {"_by_proc"}
     assert 10 < len(kernel.looks) <= LONGEST / PROC_LOOK_EVERY
 
 
 def test_where_nothing_can_be_seen_they_have_a_second(kernel: Kernel, listening: socket.socket) -> None:
     kernel.errors = {"_by_sock_diag", "_by_proc"}
-    assert until_over(Handshakes(listening, 5.0, unseen=False), 5.0) == pytest.approx(UNSEEN)
+    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0) == pytest.approx(UNSEEN)
 
 
 def test_in_a_hurry_those_count_that_have_just_been_answered(kernel: Kernel, listening: socket.socket) -> None:
-    watched = Handshakes(listening, 0.0, unseen=False, hurried=True)
+    watched = Handshakes(listening, Looks(), 0.0, unseen=False, hurried=True)
     for expires, over in ((0.99, False), (0.71, False), (0.69, True), (0.06, True), (0.04, False)):
         kernel.seen = [[request(expires=expires)]]
         assert watched.over(watched.look_at) is over
@@ -232,12 +241,25 @@ def test_in_a_hurry_those_count_that_have_just_been_answered(kernel: Kernel, lis
     assert watched.over(watched.look_at)
 
 
+def test_one_look_serves_all_listeners(kernel: Kernel) -> None:
+    looks = Looks()
+    with socket.create_server(("127.0.0.1", 0)) as first, socket.create_server(("127.0.0.1", 0)) as other:
+        watched = [Handshakes(sock, looks, 0.0, unseen=False) for sock in (first, other, first, other)]
+        kernel.seen = [[Request(socket.inet_aton("127.0.0.1"), other.getsockname()[1], 0, 0.5)]]
+        assert [one.over(0.01) for one in watched] == [True, False, True, False]
+        assert len(kernel.looks) == 1
+        assert kernel.ports == {handshakes.EVERY_PORT}
+        kernel.seen = [[]]
+        assert [one.over(0.01 + LOOK_EVERY) for one in watched] == [True] * 4
+        assert len(kernel.looks) == 2
+
+
 def test_a_look_that_takes_long_goes_on_in_a_later_turn(
     kernel: Kernel, listening: socket.socket, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(handshakes, "MOST_AT_ONCE", 0.0)
     kernel.seen = [[], [], [request()]]
-    watched = Handshakes(listening, 0.0, unseen=False)
+    watched = Handshakes(listening, Looks(), 0.0, unseen=False)
     for _ in range(3):
         assert not watched.over(watched.look_at)
     assert len(kernel.looks) == 1

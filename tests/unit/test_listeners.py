@@ -21,7 +21,7 @@ class Handshakes:
     end: ClassVar[float] = 0.0
     told: ClassVar[list[tuple[bool, bool]]] = []
 
-    def __init__(self, _sock: object, since: float, *, unseen: bool, hurried: bool) -> None:
+    def __init__(self, _sock: object, _looks: object, since: float, *, unseen: bool, hurried: bool) -> None:
         self.look_at = since
         self.told.append((unseen, hurried))
 
