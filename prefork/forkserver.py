@@ -30,7 +30,7 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Kind, Order, Report
-from prefork.system import credentials, forks, process, signals, stacks, systemd
+from prefork.system import capabilities, credentials, forks, process, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -98,6 +98,11 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
             credentials.become(who)
         except OSError as error:
             raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
+    if os.geteuid() != 0:
+        try:
+            capabilities.give_up()
+        except OSError as error:
+            log.event("capabilities_kept", reason=error.strerror)
     folder = conf.chdir or folder
     try:
         os.chdir(folder)
@@ -180,6 +185,7 @@ class ForkServer:
         brief.channel.setblocking(False)
         signals.watch()
         process.watch_folder(signals.mark)
+        credentials.watch(signals.mark)
         signals.unblock()
 
     def _tie_to_master(self) -> None:
@@ -210,6 +216,8 @@ class ForkServer:
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
+        self._tie_to_master()  # once more: user code may have changed credentials
+        process.become_private()
         stacks.tell(self.brief.stacks, dumps=self.brief.config.timeout > 0)
         process.settle()
         # What the import registered belongs to this process' life: run at each worker's end it would remove, say, a temporary

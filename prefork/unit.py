@@ -167,10 +167,13 @@ def _one_user(unit: Unit, capabilities: list[str]) -> _Walls:
         + (f"Group={conf.group}\n" if conf.group else ""),
         state=f"StateDirectory=prefork/{unit.instance}",
         capabilities=f"""\
-# To bind a port below {FIRST_FREE_PORT} without the socket unit both are {LOW_PORTS}.
+# To bind a port below {FIRST_FREE_PORT} without the socket unit both are {LOW_PORTS}; with SystemCallFilter=capset after
+# the others handlers do not have it, and the master alone keeps it.
 CapabilityBoundingSet={both}
 AmbientCapabilities={both}""",
-        calls="",
+        calls="# By which fork servers lose the capability before they import the handler.\nSystemCallFilter=capset\n"
+        if both
+        else "",
     )
 
 

@@ -147,6 +147,7 @@ class Worker:
             (signal.SIGINT, self._on_retire),
             (signals.PARENT_DIED, self._on_parent_died),
         )
+        self._tie_to_parent = process.signalling_when_orphaned(signals.PARENT_DIED)
         self.live = self._prepare_to_live(self._prepare_to_serve())
 
     # -- its life
@@ -167,7 +168,7 @@ class Worker:
         first: Steps = (
             *signals.freshening(),
             brief.part,
-            process.signalling_when_orphaned(signals.PARENT_DIED),
+            self._tie_to_parent,
         )
         then: Steps = (
             *(partial(close, fd) for fd in brief.private),
@@ -519,7 +520,7 @@ class Worker:
         )
 
     def _put_back(self, handlers: Callable[[], None] = signals.put_back) -> None:
-        """The handler changed signals or the working directory: put back what retiring and the next connection depend on."""
+        """User code changed signals, the working directory or credentials: put back what retiring and the next client depend on."""
         while True:
             try:
                 signals.block()
@@ -540,6 +541,10 @@ class Worker:
         except OSError as error:  # it has closed the way back: the next connection is for another worker
             log.event("not_at_home", reason=error.strerror)
             self.retiring = True
+        if not self.forked:
+            # The kernel forgets it when credentials change, and of a parent that has died meanwhile it has not told.
+            self._tie_to_parent()
+            self._on_parent_died(signals.PARENT_DIED, None)
 
     def be_a_child(self) -> None:
         """Of a handler's fork: no worker any more."""

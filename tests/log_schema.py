@@ -69,6 +69,7 @@ EVENT_FIELDS = {
     "control_refused": ["reason"],
     "handlers_are_root": [],
     "orders_exposed": ["generation"],
+    "capabilities_kept": ["reason"],
     "activated_unused": ["names"],
     "address_kept": ["address", "reason"],
     "suspended": ["busy"],

@@ -49,6 +49,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
         Level.WARNING,
         "there is no /proc: C code of generation {generation}'s handlers can make writable what only the master should write",
     ),
+    "capabilities_kept": (
+        Level.WARNING,
+        "handlers keep the capabilities that the daemon was given: giving them up is forbidden here ({reason}); allow capset(2)",
+    ),
     "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),
     "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
     "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),

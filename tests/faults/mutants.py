@@ -213,7 +213,7 @@ MUTANTS = [
     Mutant(
         "workers that stay when the master is dead",
         "worker.py",
-        "            process.signalling_when_orphaned(signals.PARENT_DIED),\n",
+        "            self._tie_to_parent,\n",
         "",
         ("tests/faults/test_faults.py::test_a_worker_outlives_neither_its_master_nor_its_fork_server",),
     ),

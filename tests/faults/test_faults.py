@@ -9,6 +9,7 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import Any
 
 import psutil
 import pytest
@@ -370,10 +371,45 @@ def test_the_orders_of_the_master_can_not_be_overwritten_by_a_worker(prefork_ser
 def test_a_worker_outlives_neither_its_master_nor_its_fork_server() -> None:
     # Both die at once: nobody is left to signal the workers but the kernel.
     with serve("echo:loop", workers=2) as server:
-        pids = [worker["pid"] for worker in watch.settled(server, 2)["workers"]]
-        fork_server = watch.fork_server(server)
-        os.kill(server.pid, signal.SIGSTOP)
-        os.kill(fork_server, signal.SIGKILL)
-        os.kill(server.pid, signal.SIGKILL)
-        server.process.wait()
-        watch.until("the workers have gone", lambda: all(map(watch.is_gone, pids)), 5.0)
+        status = watch.settled(server, 2)
+        kill_at_once(server, status)
+        they_leave(status)
+
+
+def kill_at_once(server: Server, status: dict[str, Any]) -> None:
+    """Kill the master and its fork server: no process is left to signal the workers but the kernel."""
+    fork_server = watch.fork_server(server, status["generation"])
+    os.kill(server.pid, signal.SIGSTOP)
+    os.kill(fork_server, signal.SIGKILL)
+    os.kill(server.pid, signal.SIGKILL)
+    server.process.wait()
+
+
+def they_leave(status: dict[str, Any]) -> None:
+    """Wait until the workers of that status have gone."""
+    watch.until("the workers have gone", lambda: all(watch.is_gone(worker["pid"]) for worker in status["workers"]), 5.0)
+
+
+ANOTHER_FOR_A_MOMENT = """
+import os
+def loop(sock):
+    os.setegid(65534), os.seteuid(65534), os.seteuid(0), os.setegid(0)
+    sock.sendall(b"done")
+    sock.recv(64)
+"""
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can be another user for a moment")
+@pytest.mark.parametrize("meanwhile", [False, True], ids=["after", "meanwhile"])
+def test_nor_does_one_whose_handler_was_another_user_for_a_moment(module: Callable[[str], Path], *, meanwhile: bool) -> None:
+    """The kernel has forgotten by then that it is to signal the worker; ``meanwhile``: its parents die before it is told again."""
+    with serve("mine:loop", folder=module(ANOTHER_FOR_A_MOMENT), workers=1, max_workers=1) as server:
+        status = watch.settled(server, 1)
+        with server.connect() as sock:
+            assert sock.recv(64) == b"done"
+            if meanwhile:
+                kill_at_once(server, status)
+        if not meanwhile:
+            watch.settled(server, 1)
+            kill_at_once(server, status)
+        they_leave(status)

@@ -201,6 +201,25 @@ def test_a_low_port_is_bound_by_the_master_and_served_by_nobody(public: Path) ->
         assert told(server)["Uid"].split() == [str(NOBODY)] * 4
 
 
+@pytest.mark.parametrize("given", ["+net_bind_service", "+net_bind_service,+setpcap"])
+def test_what_binds_a_low_port_without_root_is_the_masters_alone(public: Path, given: str) -> None:
+    first, second = [port for port in range(1023, 900, -1) if watch.is_free(port)][:2]
+    prefix = (*AS_NOBODY, f"--inh-caps={given}", f"--ambient-caps={given}")
+    conf = public / "prefork.toml"
+    conf.write_text(f'bind = ["127.0.0.1:{first}"]\n')
+    with running(public, f"--config={conf}", prefix=prefix) as server:
+        for _ in range(2):
+            found = told(server)
+            assert {found[key] for key in ("CapInh", "CapPrm", "CapEff", "CapAmb")} == {"0" * 16}
+            assert (found["CapBnd"] == "0" * 16) == ("setpcap" in given)
+            # The master has kept it.
+            conf.write_text(f'bind = ["127.0.0.1:{first}", "127.0.0.1:{second}"]\n')
+            assert server.command("reload")["ok"], server.log()
+            with connect(("127.0.0.1", second)) as sock:
+                sock.sendall(b"?")
+                assert sock.recv(64)
+
+
 def test_root_that_is_not_given_up_is_warned_of(public: Path) -> None:
     with running(public, "--bind=127.0.0.1:0") as server:
         watch.logged(server, "WARNING master")

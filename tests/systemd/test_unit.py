@@ -28,6 +28,8 @@ EXPOSURE = 1.5
 EXPOSURE_OF_TWO = 2.5
 WHO = "www-data"
 CAP_CHOWN, CAP_KILL, CAP_SETGID, CAP_SETUID, CAP_NET_BIND_SERVICE = 0, 5, 6, 7, 10  # capability(7)
+# Of a unit that binds a low port: it may give the capability up again, by a system call that systemd counts among the privileged.
+EXPOSURE_OF_BINDING = 1.6
 LOGROTATE = Path(__file__).parents[2] / "conf" / "logrotate"
 ECHO = "def loop(sock):\n    while data := sock.recv(64):\n        sock.sendall(data)\n"
 # As many megabytes as the client says.
@@ -429,10 +431,18 @@ def test_the_service_without_an_instance(machine: Machine) -> None:
 # -- prefork unit
 
 
+SHOUTS = """
+def loop(sock):
+    with open("/proc/self/status") as status:
+        effective = next(line.split()[1] for line in status if line.startswith("CapEff:"))
+    sock.sendall(sock.recv(64).upper() + effective.encode())
+"""
+
+
 @pytest.mark.parametrize("flags", ["", "--no-socket"])
 def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) -> None:
     port = watch.free_port(range(900, 1000))
-    machine.write("/srv/mine/shout.py", "def loop(sock):\n    sock.sendall(sock.recv(64).upper())\n")
+    machine.write("/srv/mine/shout.py", SHOUTS)
     machine.write("/srv/mine/conf.toml", f'module = "shout:loop"\nbind = ["127.0.0.1:{port}"]\nworkers = 1\ngraceful_timeout = 7\n')
     command = f"cd /srv/mine && {VENV}/bin/prefork unit --config conf.toml {flags}"
     files = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
@@ -442,14 +452,14 @@ def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) ->
         machine.run("systemctl daemon-reload && systemctl start prefork@shout")
         with connect(("127.0.0.1", port)) as sock:
             sock.sendall(b"hello")
-            assert sock.recv(64) == b"HELLO"
+            assert sock.recv(64) == b"HELLO" + b"0" * 16, "a handler has no capability"
         machine.run("systemctl reload prefork@shout && systemctl restart prefork@shout")
         shown = machine.show("prefork@shout", "TimeoutStopUSec", "AmbientCapabilities", "CapabilityBoundingSet", "NRestarts")
         assert shown["TimeoutStopUSec"] == "17s"
         # Only who binds it needs the right to.
         assert shown["AmbientCapabilities"] == shown["CapabilityBoundingSet"] == ("cap_net_bind_service" if flags else "")
         verdict = machine.said("systemd-analyze security prefork@shout").splitlines()[-1]
-        assert float(re.findall(r"[\d.]+", verdict.partition(": ")[2])[0]) <= EXPOSURE, verdict
+        assert float(re.findall(r"[\d.]+", verdict.partition(": ")[2])[0]) <= (EXPOSURE_OF_BINDING if flags else EXPOSURE), verdict
     finally:
         machine.run(
             f"systemctl stop prefork@shout.service prefork@shout.socket; rm -f {' '.join(files)}; systemctl daemon-reload",

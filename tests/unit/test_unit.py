@@ -144,6 +144,7 @@ def test_addresses_that_a_socket_unit_can_not_have(bind: list[str], reason: str)
 def test_who_binds_a_low_port_may_and_nobody_else(address: str, needed: str) -> None:
     service, _ = printed(ECHO, "--no-socket", f"--bind={address}")
     assert values(service, "AmbientCapabilities") == values(service, "CapabilityBoundingSet") == [needed]
+    assert ("capset" in values(service, "SystemCallFilter")) == bool(needed), "fork servers give it up"
     assert values(service, "Requires") == []
 
 
