@@ -233,7 +233,8 @@ class Generation:
                 worker = self.pool.workers.get(report.slot)
                 if worker is None or worker.pid != report.pid:
                     return False
-                worker.stopped = report.kind is Kind.STOPPED
+                # It may go on by now; and where the kernel hides its state, the report is all there is.
+                worker.stopped = report.kind is Kind.STOPPED and process.state(worker.pid) in (b"T", b"t", b"")
                 self._note_absence(worker)
                 self.look_soon(worker.listener, now)
             case _:

@@ -24,7 +24,7 @@ from tests.load import SIZE, Load, name_of
 
 # Slots of each listener are twice as many (prefork.generation).
 MAX_WORKERS = 64
-PARTS = ("forged", "own", "others", "states", "tired", "header")
+PARTS = ("forged", "own", "others", "states", "tired", "header", "whole", "ones")
 # So many slots have been in use, more than there are workers.
 EARLIER = 20
 

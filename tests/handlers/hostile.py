@@ -43,11 +43,15 @@ def clock() -> str:
 
 
 def spoil(what: str, capacity: str) -> str:
-    """Random bytes over a part of the board, through the mapping that /proc/self/maps tells of; ``forged``: all say IDLE."""
+    """Random bytes over a part of the board, through the mapping that /proc/self/maps tells of.
+
+    ``forged``: all say IDLE; ``ones``: a stray memset(-1).
+    """
     with open("/proc/self/maps") as maps:
         start = next(int(line.split("-")[0], 16) for line in maps if "prefork-board" in line)
     for at, length in _places(what, Layout(1, int(capacity))):
-        ctypes.memmove(start + at, bytes([IDLE]) * length if what == "forged" else secrets.token_bytes(length), length)
+        byte = {"forged": bytes([IDLE]), "ones": b"\xff"}.get(what)
+        ctypes.memmove(start + at, byte * length if byte else secrets.token_bytes(length), length)
     return "spoilt"
 
 
@@ -65,6 +69,8 @@ def _places(what: str, layout: Layout) -> Iterator[tuple[int, int]]:
         yield layout.tired_at, layout.slots
     elif what == "header":
         yield 0, 4096
+    elif what in ("whole", "ones"):
+        yield 0, layout.board_bytes
 
 
 def ring(count: str) -> str:

@@ -221,6 +221,23 @@ def test_a_worker_that_lives_has_not_ended_whatever_its_fork_server_says(peer: P
     assert generation.pool.by_pid(pid) is None
 
 
+def test_a_worker_that_runs_is_not_stopped_whatever_its_fork_server_says(peer: Peer) -> None:
+    generation = peer.generation
+    peer.say(Report(Kind.EXITED, 0, PID), 1.0)
+    generation.tend(1.0, 0)
+    found = []
+    with living() as pid:
+        peer.say(Report(Kind.FORKED, 0, pid), 1.0)
+        peer.say(Report(Kind.STOPPED, 0, pid), 1.0)
+        found.append(generation.pool.workers[0].stopped)
+        os.kill(pid, signal.SIGSTOP)
+        os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        peer.say(Report(Kind.STOPPED, 0, pid), 1.0)
+        found.append(generation.pool.workers[0].stopped)
+    assert found == [False, True]
+    peer.say(Report(Kind.EXITED, 0, pid), 1.0)
+
+
 def test_a_process_that_another_one_has_forked_is_no_worker(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID), 1.0)

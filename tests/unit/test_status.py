@@ -1,83 +1,68 @@
-"""What is put together of a daemon's answer: the daemon may be another user's, or none."""
+"""The status of a daemon whose handlers have written over their boards: whatever stands there, it can be read and shown."""
 
-import os
-from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
-import pytest
+import click
+from hypothesis import example, given
+from hypothesis import strategies as st
 
 from prefork.ops import status
 from prefork.pool import scoreboard
-from prefork.pool.scoreboard import Layout
+from prefork.pool.scoreboard import NOTHING, Access, Counts, Layout, Scoreboard
 
-LAYOUT = Layout(1, 2)
-FACTS: dict[str, Any] = {
-    **dict.fromkeys(("name", "module", "version", "pid", "state", "started_at", "uptime", "overdue"), "x"),
-    **dict.fromkeys(("generation", "reload", "backoff", "max_workers", "saturated_seconds"), 1),
-    "listeners": [],
-    "targets": [],
-    "ended": {"begun": 0, "ok": 0, "error": 0, "rejected": 0, "killed": 0},
-    "histogram": [0] * scoreboard.BUCKETS,
-    "forked": 0,
-    "exited": 0,
-    "deaths": [],
-    "boards": [{"generation": 1, "layout": [1, 2], "high": [2], "listeners": ["x"]}],
-}
+LAYOUT, HIGH = Layout(1, 8), 6
+_NAMES = ("starting", "idle", "busy", "retiring", "paused")
 
 
-def true_one(_folder: Path) -> int:
-    return scoreboard.create("board", max(LAYOUT.board_bytes, LAYOUT.orders_bytes))
+def facts(ended: Counts) -> dict[str, Any]:
+    """What a master answers."""
+    return {
+        "name": "echo",
+        "module": "echo:loop",
+        "version": "1",
+        "pid": 1,
+        "state": "running",
+        "started_at": 0.0,
+        "uptime": 1.0,
+        "generation": 1,
+        "reload": None,
+        "backoff": None,
+        "max_workers": 4,
+        "saturated_seconds": 0.0,
+        "listeners": [{"address": "127.0.0.1:7000", "queue": 0, "queue_limit": 1}],
+        "targets": [2],
+        "ended": {key: getattr(ended, key) for key in ("begun", "ok", "error", "rejected", "killed")},
+        "histogram": [0] * scoreboard.BUCKETS,
+        "forked": 2,
+        "exited": 0,
+        "overdue": [],
+        "deaths": [],
+        "boards": [{"generation": 1, "layout": [1, 8], "high": [HIGH], "listeners": ["127.0.0.1:7000"]}],
+    }
 
 
-def unsealed(_folder: Path) -> int:
-    """It could be cut off while it is read."""
-    fd = os.memfd_create("board", os.MFD_ALLOW_SEALING)
-    true = true_one(_folder)
-    os.pwrite(fd, os.pread(true, 1 << 20, 0), 0)
-    os.close(true)
-    return fd
+def shown(pattern: bytes, accounts: list[Counts]) -> dict[str, Any]:
+    """The status where the board is full of this pattern."""
+    board_fd, orders_fd = scoreboard.create("board", LAYOUT.board_bytes), scoreboard.create("orders", LAYOUT.orders_bytes)
+    board = Scoreboard(board_fd, orders_fd, LAYOUT, Access.MASTER)
+    for slot, account in enumerate(accounts):
+        board.keep_account(slot, account)
+    board.board[:] = (pattern * LAYOUT.board_bytes)[: LAYOUT.board_bytes]
+    board.close()
+    return status.assemble(facts(NOTHING), [board_fd, orders_fd])
 
 
-def on_a_disk(folder: Path) -> int:
-    """It could be on a file system that never answers."""
-    fd, true = os.open(folder / "board", os.O_RDWR | os.O_CREAT), true_one(folder)
-    os.pwrite(fd, os.pread(true, 1 << 20, 0), 0)
-    os.close(true)
-    return fd
+account = st.builds(lambda ok, error: Counts(ok + error, ok, error, 0, 0), *[st.integers(0, 10**9)] * 2)
 
 
-def end_of_a_pipe(_folder: Path) -> int:
-    reading, writing = os.pipe()
-    os.close(writing)
-    return reading
-
-
-def is_open(fd: int) -> bool:
-    try:
-        os.fstat(fd)
-    except OSError:
-        return False
-    return True
-
-
-def test_a_true_board_is_read(tmp_path: Path) -> None:
-    descriptors = [true_one(tmp_path), true_one(tmp_path)]
-    assert status.assemble(FACTS, descriptors)["totals"]["accepted"] == 0
-    assert not any(map(is_open, descriptors))
-
-
-@pytest.mark.parametrize("strange", [unsealed, on_a_disk, end_of_a_pipe])
-def test_what_is_no_board_is_not_read(tmp_path: Path, strange: Callable[[Path], int]) -> None:
-    for descriptors in ([strange(tmp_path), true_one(tmp_path)], [true_one(tmp_path), strange(tmp_path)]):
-        with pytest.raises((ValueError, OSError), match=r"not a prefork scoreboard|Invalid argument"):
-            status.assemble(FACTS, descriptors)
-        assert not any(map(is_open, descriptors))
-
-
-@pytest.mark.parametrize("high", [[1 << 40], [1 << 40, -(1 << 40)], ["2"], None])
-def test_numbers_of_slots_that_no_daemon_has_are_not_gone_through(tmp_path: Path, high: Any) -> None:
-    descriptors = [true_one(tmp_path), true_one(tmp_path)]
-    with pytest.raises((ValueError, TypeError)):
-        status.assemble({**FACTS, "boards": [{**FACTS["boards"][0], "high": high}]}, descriptors)
-    assert not any(map(is_open, descriptors))
+@example(pattern=b"\xff", accounts=[Counts(5, 4, 1, 0, 0)] * HIGH)
+@example(pattern=b"B", accounts=[NOTHING] * HIGH)
+@given(st.binary(min_size=1, max_size=24), st.lists(account, min_size=HIGH, max_size=HIGH))
+def test_no_content_of_a_board_keeps_its_status_from_being_told(pattern: bytes, accounts: list[Counts]) -> None:
+    told = shown(pattern, accounts)
+    totals = told["totals"]
+    assert totals["ok"] + totals["error"] + totals["killed"] + totals["rejected"] + totals["serving"] == totals["accepted"]
+    assert totals["accepted"] >= sum(one.begun for one in accounts), "nothing goes back"
+    assert 0 <= totals["serving"] <= HIGH
+    assert sum(told["listeners"][0]["workers"][name] for name in _NAMES) == len(told["workers"])
+    assert all(line.isprintable() for line in click.unstyle(status.table(told)).split("\n"))
