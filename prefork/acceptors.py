@@ -83,10 +83,8 @@ class Acceptors:
 
     def note_tired(self) -> bool:
         """Take in who wants to be recycled: no acceptor from now on. True while somebody does."""
-        if not self._recycles:
-            return False
         slots = self._slots
-        for slot in self._board.tired_slots(self.place, slots.pool.high[self.place]):
+        for slot in self._board.tired_slots(self.place, slots.pool.high[self.place]) if self._recycles else ():
             worker = slots.pool.workers.get(slot)
             if worker is not None and not worker.retiring and slot not in slots.tired:
                 slots.tired.add(slot)
@@ -112,7 +110,7 @@ class Acceptors:
                 busy -= state == BUSY
                 starting -= state in (STARTING, PARKED, PAUSED)
         leaving = 0
-        if self._recycles:
+        if self._recycles or slots.tired:
             absent = (slots.pool.workers[slot] for slot in slots.absent if 0 <= slot - first < len(row))
             leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
         missing = self.target - idle - starting

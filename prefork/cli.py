@@ -332,7 +332,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
         raise click.UsageError("give a number of workers: N, +K or -K")
     answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
-    _say(f"scaled: {answer['workers']} acceptors for each address{later}")
+    _say(f"scaled: {answer['workers']} acceptors for each address{later}{_overdue(answer)}")
 
 
 @main.command()
@@ -348,7 +348,12 @@ def suspend(name: str | None, control: str | None) -> None:
       prefork suspend echo   before its database goes away for a moment
     """
     answer, _ = _answer(name, control, "suspend")
-    _say(f"suspended: nobody accepts, {answer['busy']} connections go on")
+    _say(f"suspended: nobody accepts, {answer['busy']} connections go on{_overdue(answer)}")
+
+
+def _overdue(answer: dict[str, Any]) -> str:
+    """What a command did not wait for."""
+    return f"; {answer['overdue']} workers should have gone and have not, see prefork status" if answer["overdue"] else ""
 
 
 @main.command()

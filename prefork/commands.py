@@ -70,14 +70,14 @@ def _scale(master: Master, client: Client, wanted: object) -> None:
         daemon.tell([client], {"ok": False, "reason": reason})
         return
 
-    def outcome(_: float) -> dict[str, Any] | None:
+    def outcome(now: float) -> dict[str, Any] | None:
         # A fork server that is replaced meanwhile takes it over; a reload does not.
         current = daemon.current
         if current is None or current.targets[0] != workers:
             return {"ok": False, "reason": "a reload came between"}
         if not current.settled():
             return None
-        return {"ok": True, "workers": workers, "saturated": current.saturated}
+        return {"ok": True, "workers": workers, "saturated": current.saturated, "overdue": len(current.overdue(now))}
 
     daemon.tell_when(client, daemon.now + daemon.config.boot_timeout, outcome)
 
@@ -91,12 +91,13 @@ def _suspend(daemon: Daemon, client: Client, wanted: str) -> None:
     else:
         daemon.resume()
 
-    def outcome(_: float) -> dict[str, Any] | None:
+    def outcome(now: float) -> dict[str, Any] | None:
         current, generations = daemon.current, daemon.generations()
         if current is None or daemon.suspended != (wanted == "suspend"):
             return {"ok": False, "reason": "another command came between"}
         done = not any(generation.accepts for generation in generations) if daemon.suspended else current.settled()
-        return {"ok": True, "workers": current.targets[0], "busy": daemon.busy()} if done else None
+        overdue = sum(len(generation.overdue(now)) for generation in generations)
+        return {"ok": True, "workers": current.targets[0], "busy": daemon.busy(), "overdue": overdue} if done else None
 
     daemon.tell_when(client, daemon.now + daemon.config.boot_timeout, outcome)
 

@@ -16,6 +16,7 @@ from prefork import log
 from prefork.accepting import EXIT_CANT_ACCEPT
 from prefork.acceptors import Acceptors, Slots
 from prefork.carried import CarriedGeneration, CarriedPool
+from prefork.computing import Computing
 from prefork.config import Config, plain
 from prefork.errors import PreforkError
 from prefork.hung import Hung
@@ -30,7 +31,7 @@ from prefork.pool.state import Pool, Worker
 from prefork.pool.tally import Death, Overdue, Tally, Trouble
 from prefork.pool.throttle import Throttle
 from prefork.pool.wire import Kind, Order, Report
-from prefork.retiring import Retiring
+from prefork.retiring import Retiring, Unserved
 from prefork.system import process
 from prefork.system.identity import Missing, identify
 
@@ -112,8 +113,12 @@ class Generation:
             for place, target in enumerate(targets or [config.workers] * len(listeners))
         ]
         self.killing = Killing(self.link)
-        self.retiring = Retiring(self.link, self.pool, self.killing, end_input=config.drain == "eof")
-        self.hung = Hung(self.link, self.pool, self.killing, self._recycle, config.timeout, time.monotonic() - now)
+        its = self.listeners
+        self.retiring = Retiring(self.link, self.pool, self.killing, its, config.timeout, end_input=config.drain == "eof")
+        addresses = [listener.address for listener in its]
+        self.computing = Computing(self.link, addresses, config.timeout, self._tire)
+        lost = time.monotonic() - now
+        self.hung = Hung(self.link, self.pool, self.killing, self._recycle, self.computing.look, config.timeout, lost)
 
     # -- an upgrade
 
@@ -328,7 +333,7 @@ class Generation:
         self.tally.exited += 1
         was_ready = self._was_ready(slot)
         before = self._counted.get(slot, NOTHING).begun
-        serving = self._settle(slot)
+        serving = self._settle(slot, self.retiring.unserved.get(slot))
         served = self._counted[slot].begun != before
         peer = self.board.peer(slot) if serving else None
         cause, stack, told = self._post_mortem(worker, status, serving=serving)
@@ -416,8 +421,11 @@ class Generation:
         if len(self.crashes) < CRASHES_KEPT:
             self.crashes.append(said)
 
-    def _settle(self, slot: int) -> bool:
-        """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed."""
+    def _settle(self, slot: int, unserved: Unserved | None = None) -> bool:
+        """Close the books of a slot whose worker has gone. True when it was serving a connection: that one was killed.
+
+        ``unserved``: a client that it was seen to hold before it was killed, and that it has perhaps not counted.
+        """
         before = self._counted.get(slot, NOTHING)
         durations = sum(self.board.histogram(slot))
         counts = self.board.written(slot, before)
@@ -427,6 +435,10 @@ class Generation:
             counts = before
         if durations > counts.orderly:
             self.board.clear_histogram(slot)
+        if unserved is not None and (counts.begun, counts.serving) == (unserved.begun, 0):
+            counts = replace(counts, begun=counts.begun + 1)
+            self.board.restore(slot, counts)
+            self.board.put_peer(slot, *unserved.peer)
         serving = counts.serving == 1
         if serving:
             counts = replace(counts, killed=counts.killed + 1)
@@ -450,6 +462,7 @@ class Generation:
         self.board.states[worker.slot] = FREE
         self.killing.forget(worker.slot)
         self.retiring.forget(worker.slot)
+        self.computing.forget(worker.slot)
         self.board.tired[worker.slot] = 0
         self._absent.discard(worker.slot)
         self._tired.discard(worker.slot)
@@ -583,6 +596,17 @@ class Generation:
         count = self._counts(worker.slot).begun
         log.event("recycled", slot=worker.slot, generation=self.number, pid=worker.pid, connections=count)
         self._ask_to_leave(worker, now, self.drain_deadline(now))
+
+    def _tire(self, worker: Worker, since: float, now: float) -> None:
+        """Have a worker leave, once another is there in its place, that may hold a client since then and does not serve it."""
+        if worker.slot in self._tired:
+            return
+        log.event("computing", slot=worker.slot, generation=self.number, pid=worker.pid)
+        self.retiring.holds_since[worker.slot] = since
+        self._tired.add(worker.slot)
+        self._absent.add(worker.slot)
+        self._acceptors[worker.listener].vacated += 1
+        self.look_soon(worker.listener, now)
 
     def drain_deadline(self, now: float) -> float | None:
         """Until when workers that are retired now may finish; None is as long as they take."""
@@ -758,15 +782,15 @@ class Generation:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
         if self.link.pid is None or self._left or not self.ready or self.kept:
             return
-        if all(acceptors.retired for acceptors in self._acceptors) and not self.retiring.waiting and not self.pool.unborn:
+        if all(acceptors.retired for acceptors in self._acceptors) and not self.retiring.prompt and not self.pool.unborn:
             self._left = True
             self.link.send(Order.LEAVE)
             self._patience_at = now + PATIENCE
 
     @property
     def accepts(self) -> bool:
-        """Whether somebody who was asked to leave may still be in accept()."""
-        return bool(self.retiring.waiting)
+        """Whether one that was asked to leave a moment ago may still be in accept(); who is late is not waited for."""
+        return self.retiring.prompt
 
     def accepts_at(self, listener: Listener) -> bool:
         """The same for one listener."""
@@ -807,7 +831,9 @@ class Generation:
 
     def overdue(self, now: float) -> list[Overdue]:
         """Its workers that should have gone."""
-        return [Overdue(worker.pid, worker.slot, self.number, late, "killed") for worker, late in self.killing.overdue(now)]
+        found = [("killed", late) for late in self.killing.overdue(now)]
+        found += [("asked to leave", late) for late in self.retiring.overdue(now)]
+        return [Overdue(worker.pid, worker.slot, self.number, seconds, what) for what, (worker, seconds) in found]
 
     def live(self) -> int:
         """Worker processes, ordered forks included."""
@@ -820,8 +846,8 @@ class Generation:
     def settled(self) -> bool:
         """Whether every listener has as many acceptors as it can have, and nobody surplus by order is left."""
         if self.suspended:
-            return not self.retiring.waiting
-        return not self.retiring.waiting and all(
+            return not self.retiring.prompt
+        return not self.retiring.prompt and all(
             acceptors.memory.saturated
             or ((view := acceptors.view(0, acceptors.row())).idle + view.returning >= acceptors.target and not view.starting)
             for acceptors in self._acceptors

@@ -14,13 +14,13 @@ leaving, or has not seen the byte and waits in accept(): it is retired like any 
 That a byte is seen is a question of time and not of a fence: a store does not stay in a CPU's buffer for LOOK.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from prefork import log
 from prefork.killing import Killing
 from prefork.link import Link
-from prefork.pool.scoreboard import BEGUN, BUSY, SINCE
+from prefork.pool.scoreboard import BEGUN, BUSY, IDLE, SINCE
 from prefork.pool.state import Pool, Worker
 from prefork.pool.wire import Order
 from prefork.system import stacks
@@ -49,16 +49,25 @@ class Case:
 class Hung:
     """Watches one generation; without a ``timeout`` it does nothing. ``lost``: what the master's clock is behind the real one.
 
-    ``retire`` has a worker leave that was asked to by the byte alone.
+    ``retire`` has a worker leave that was asked to by the byte alone. ``look_at_idle`` is shown, at each scan, the workers that say
+    that they wait, and tells whether it wants to see them again in a second (`prefork.computing`).
     """
 
     def __init__(
-        self, link: Link, pool: Pool, killing: Killing, retire: Callable[[Worker, float], None], timeout: float, lost: float
+        self,
+        link: Link,
+        pool: Pool,
+        killing: Killing,
+        retire: Callable[[Worker, float], None],
+        look_at_idle: Callable[[Sequence[Worker], float], bool],
+        timeout: float,
+        lost: float,
     ) -> None:
         self._link = link
         self._pool = pool
         self._killing = killing
         self._retire = retire
+        self._look_at_idle = look_at_idle
         self._timeout = timeout
         self._lost = lost
         self._known: dict[int, tuple[int, float]] = {}  # connections by slot: the number there, and since when it is served
@@ -93,8 +102,12 @@ class Hung:
         unwatched, self._lost = max(0.0, lost - self._lost), lost
         states, words = self._link.board.states, self._link.board.words
         found: dict[int, tuple[int, float]] = {}
+        idle: list[Worker] = []
         for slot, worker in self._pool.workers.items():
-            if states[slot] != BUSY or worker.killed:
+            state = states[slot]
+            if state == IDLE and worker.pid and not (worker.retiring or worker.stopped):
+                idle.append(worker)
+            if state != BUSY or worker.killed:
                 continue
             record = self._link.board.record(slot)
             begun = words[record + BEGUN]  # before SINCE: the worker writes them the other way round, and seems too young at worst
@@ -105,6 +118,8 @@ class Hung:
             found[slot] = known
         self._known = found
         times = [self._looked_at + SCAN] if self._looked_at + SCAN > now else []
+        if self._look_at_idle(idle, now):
+            times.append(now + SCAN)
         if found:
             slot, (begun, since) = min(found.items(), key=lambda item: item[1][1])
             if since + self._timeout <= now:

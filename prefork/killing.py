@@ -6,6 +6,7 @@ of it. So a kill is tried again, ever more seldom, and what is so is told each t
 else waits for such a worker. Who is killed, and why, is decided elsewhere (`prefork.hung`, `prefork.retiring`).
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from prefork import log
@@ -62,8 +63,8 @@ class Killing:
             kill.wait = min(LONGEST, 2 * kill.wait)
             kill.again_at = now + kill.wait
         if due:
-            named = [_described(kill, now) for kill in due[:NAMED]] + (["..."] if len(due) > NAMED else [])
-            log.event("still_there", generation=self._link.number, count=len(due), who="; ".join(named))
+            who = named([(kill.worker, now - kill.since) for kill in due])
+            log.event("still_there", generation=self._link.number, count=len(due), who=who)
 
     def wake_at(self) -> float | None:
         """When to `tend`."""
@@ -74,7 +75,11 @@ class Killing:
         return [(kill.worker, now - kill.since) for kill in self._kills.values() if now - kill.since >= FIRST]
 
 
-def _described(kill: _Kill, now: float) -> str:
-    worker = kill.worker
+def named(overdue: Sequence[tuple[Worker, float]]) -> str:
+    """Workers that should have gone, for so many seconds, and how they stand: some of them, for people."""
+    return "; ".join([_described(*late) for late in overdue[:NAMED]] + (["..."] if len(overdue) > NAMED else []))
+
+
+def _described(worker: Worker, seconds: float) -> str:
     how = standing(worker.pid) if worker.pid else None
-    return f"worker {worker.slot} (pid {worker.pid or 'not known'}) since {now - kill.since:.0f} s, {how or 'its state is hidden'}"
+    return f"worker {worker.slot} (pid {worker.pid or 'not known'}) since {seconds:.0f} s, {how or 'its state is hidden'}"

@@ -103,6 +103,8 @@ EVENT_FIELDS = {
     "restarting": ["seconds", "reason"],
     "worker_died": ["slot", "generation", "pid", "cause", "peer"],
     "hung": ["slot", "generation", "pid", "peer", "duration", "seconds"],
+    "computing": ["slot", "generation", "pid"],
+    "not_left": ["count", "generation", "who"],
     "still_there": ["count", "generation", "who"],
     "worker_ended": ["slot", "generation", "pid", "cause"],
     "recycled": ["slot", "generation", "pid", "connections"],

@@ -100,6 +100,12 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "worker {slot} of generation {generation} (pid {pid}) has served {peer} for {duration:.1f} s: "
         "it is killed (timeout = {seconds:g} s)",
     ),
+    "computing": (
+        Level.WARNING,
+        "worker {slot} of generation {generation} (pid {pid}) says that it waits, and computes, perhaps in a thread that keeps it "
+        "from serving a client: it is asked to leave",
+    ),
+    "not_left": (Level.WARNING, "{count} workers of generation {generation} were asked to leave and have not left: {who}"),
     "still_there": (Level.ERROR, "{count} workers of generation {generation} were killed and have not ended: {who}"),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
     "recycled": (

@@ -29,6 +29,7 @@ import fcntl
 import mmap
 import os
 import struct
+import time
 from dataclasses import dataclass
 from enum import Enum
 from typing import Literal
@@ -321,6 +322,12 @@ class Scoreboard:
         at, port = self.peer_start(slot), self.words[self.record(slot) + PORT] & _PORT_MASK
         host = self.board[at : at + PEER_BYTES].split(b"\0", 1)[0].decode("utf-8", "replace")
         return f"{host}:{port}" if port else host
+
+    def put_peer(self, slot: int, host: str, port: int) -> None:
+        """Name the peer of a connection that a worker has not begun, and that has gone. It began now, as far as is known."""
+        at, record = self.peer_start(slot), self.record(slot)
+        self.board[at : at + PEER_BYTES] = host.encode()[:PEER_BYTES].ljust(PEER_BYTES, b"\0")
+        self.words[record + PORT], self.words[record + SINCE] = port, time.monotonic_ns()
 
     def histogram(self, slot: int) -> list[int]:
         """Durations of the slot's connections, by bucket.

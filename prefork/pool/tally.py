@@ -34,7 +34,7 @@ class Overdue:
     slot: int
     generation: int
     seconds: float
-    what: str  # killed
+    what: str  # killed, asked to leave
 
 
 @dataclass(frozen=True, slots=True)

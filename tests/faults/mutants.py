@@ -464,6 +464,20 @@ MUTANTS = [
         ("tests/unit/test_hung.py::test_whoever_is_cut_has_had_its_time",),
     ),
     Mutant(
+        "a worker that is killed though it may wait in accept",
+        "retiring.py",
+        "    return heard and not is_in_call_on(pid, listener)\n",
+        "    return True\n",
+        ("tests/unit/test_retiring.py",),
+    ),
+    Mutant(
+        "a healthy acceptor that is taken for one that hangs because it computes",
+        "computing.py",
+        "        if held == []:\n",
+        "        if not computes:\n",
+        ("tests/unit/test_computing.py",),
+    ),
+    Mutant(
         "a kill that is not tried again",
         "killing.py",
         "            self._link.signal(kill.worker, Order.KILL)\n            kill.wait",

@@ -8,6 +8,9 @@ import socket
 import threading
 import time
 from collections.abc import Callable
+from pathlib import Path
+
+import prefork
 
 FOREVER = 600.0
 
@@ -61,6 +64,28 @@ def waits_for_its_child() -> None:
     os.wait()
 
 
+def leaves_a_thread_that_keeps_the_gil() -> None:
+    """Once the worker waits for its next client the thread takes Python's lock, and never gives it back."""
+    threading.Thread(target=_when_it_waits, args=(keeps_the_gil_in_c,), daemon=True).start()
+
+
+def leaves_a_thread_that_computes() -> None:
+    threading.Thread(target=computes_for_ever, daemon=True).start()
+
+
+def _when_it_waits(then: Callable[[], None]) -> None:
+    seen = 0
+    while seen < 5:
+        time.sleep(0.01)
+        # The main thread is the process' first. While it serves a connection prefork knows it.
+        waits = Path(f"/proc/self/task/{os.getpid()}/stat").read_text().rpartition(")")[2].split()[0] == "S"
+        try:
+            prefork.current()
+        except RuntimeError:
+            seen = seen + 1 if waits else 0
+    then()
+
+
 def waits_in_vfork() -> None:
     """State D: until the child has executed another program this process sleeps in the kernel. SIGSTOP does not stop it."""
     opening = (os.POSIX_SPAWN_OPEN, 0, os.environ["FIFO"], os.O_RDONLY, 0)
@@ -98,6 +123,8 @@ DEEDS: dict[str, Callable[[], None]] = {
         waits_for_a_thread,
         waits_for_its_child,
         waits_in_vfork,
+        leaves_a_thread_that_keeps_the_gil,
+        leaves_a_thread_that_computes,
         blocks_every_signal,
         reads_at_zero,
         aborts,

@@ -26,13 +26,20 @@ class Watched:
         self.peer.boot(2)
         self.link, self.pool = self.peer.generation.link, self.peer.generation.pool
         self.retired: list[Worker] = []
+        self.idle: list[int] = []
+        self.computes = False
         self.lost = 0.0
         self.hung = self.watch(TIMEOUT)
         self.hung.looked(100.0)
 
     def watch(self, timeout: float) -> Hung:
         killing = self.peer.generation.killing
-        return Hung(self.link, self.pool, killing, lambda worker, _: self.retired.append(worker), timeout, self.lost)
+
+        def look(idle: Sequence[Worker], _now: float) -> bool:
+            self.idle = [worker.slot for worker in idle]
+            return self.computes
+
+        return Hung(self.link, self.pool, killing, lambda worker, _: self.retired.append(worker), look, timeout, self.lost)
 
     def begins(self, slot: int, now: float) -> None:
         board = self.link.board
