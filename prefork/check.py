@@ -29,6 +29,8 @@ from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
 LAST_WORDS = 1.0
+# Of what the import's process has left for us; the import can make it as large as it likes.
+SAID_LIMIT = 1 << 18
 _WHERE = signals.PARENT_DIED
 _DONE = b"imported"
 # What a pipe holds (pipe(7)): as much may still be there when the import and all that it has started have ended.
@@ -96,7 +98,7 @@ def _try_import(config: Config, folder: str) -> None:
         _take(printed, decoder, last=True)
         os.close(printed)
     try:
-        said = os.pread(outcome, os.fstat(outcome).st_size, 0)
+        said = os.pread(outcome, min(os.fstat(outcome).st_size, SAID_LIMIT), 0)
     finally:
         os.close(outcome)
     if status is None:

@@ -64,6 +64,14 @@ def test_check_ends_an_import_that_prints_for_ever(module: Callable[[str], Path]
     assert "the import has not ended after boot_timeout = 0.3 s" in done.stderr[-500:]
 
 
+def test_check_reads_no_more_of_an_imports_outcome_than_a_traceback_needs(module: Callable[[str], Path]) -> None:
+    files = "[int(fd) for fd in os.listdir('/proc/self/fd') if 'outcome' in os.path.realpath(f'/proc/self/fd/{fd}')]"
+    done = check(module(f"import os\nfor fd in {files}:\n    os.truncate(fd, 1 << 40)\n" + LOOP), "--module=mine:loop")
+    assert done.returncode == 78
+    assert done.stderr.startswith("prefork: imported\\x00")
+    assert len(done.stderr) < 5 << 18
+
+
 def test_check_prints_a_configuration_that_steers_no_terminal(module: Callable[[str], Path]) -> None:
     folder = module(LOOP)
     (folder / "my.toml").write_text('module = "mine:loop"\nbind = ["unix:/tmp/\\u001b[2J\\u009b\\u202e\\U000E0001ä"]\n')
