@@ -92,6 +92,7 @@ class Generation:
         self._deaf_until: float | None = None  # to the fork server
         self._zombie_look_at: float | None = None
         self._zombie_wait = ZOMBIE_LOOK
+        self._is_zombie = False
         self._deaths = Throttle(DEATHS_A_SECOND, DEATHS + config.max_workers, policy.BACKOFF_LIMIT)
         self._failed_ns = time.monotonic_ns()  # when a worker did so last, as workers' clocks have it
         self.gossip = 0
@@ -267,12 +268,13 @@ class Generation:
         self._zombie_look_at = now + self._zombie_wait
 
     def fork_server_is_a_zombie(self, now: float) -> bool:
-        """Whether the fork server has ended, as it seems for good, without being there to be reaped."""
+        """Whether the fork server has ended, without being there to be reaped: two looks in a row have found it so."""
         if self._zombie_look_at is None or self._zombie_look_at > now or self.link.pid is None:
             return False
         self._zombie_wait = min(2 * self._zombie_wait, ZOMBIE_LOOK_SELDOM)
         self._zombie_look_at = now + self._zombie_wait
-        return process.state(self.link.pid) == b"Z"
+        was_zombie, self._is_zombie = self._is_zombie, process.state(self.link.pid) == b"Z"
+        return was_zombie and self._is_zombie
 
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
