@@ -30,7 +30,7 @@ MUTANTS = [
         "ops/status.py",
         "            _refuse_strange(fd)\n",
         "            pass\n",
-        ("tests/unit/test_status.py::test_what_is_no_board_is_not_read",),
+        ("tests/unit/test_answers.py::test_what_is_no_board_is_not_read",),
     ),
     Mutant(
         "a long text that is copied again for each piece",
