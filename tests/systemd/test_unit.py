@@ -510,6 +510,9 @@ def test_with_a_user_the_master_is_root_out_of_the_handlers_reach(machine: Machi
         user = str((machine.root / state.lstrip("/")).stat().st_uid)
         assert {has(process.pid) for process in watch.family(master)} == {(frozenset({user}), 0, 0)}
 
+        scores = [int(Path(f"/proc/{pid}/oom_score_adj").read_text()) for pid in (master, *(p.pid for p in watch.family(master)))]
+        assert scores == [0, 0, 200]
+
         def tries(word: str) -> bytes:
             return unit.says(word.encode())
 
