@@ -296,12 +296,17 @@ def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_
     assert reload["result"] == "ok", reload["reason"]
 
 
+def before_ours(folder: Path) -> dict[str, str]:
+    """An environment in which a folder's modules are found before all that is installed."""
+    return {"PYTHONPATH": os.pathsep.join(filter(None, (str(folder), os.environ.get("PYTHONPATH"))))}
+
+
 def test_a_reload_looks_through_no_processes_for_who_holds_an_address(prefork_server: Start, tmp_path: Path) -> None:
     (tmp_path / "psutil.py").write_text("import os, signal\nos.kill(os.getpid(), signal.SIGKILL)\n")
     taken, path, file = watch.free_port(), tmp_path / "path", tmp_path / "prefork.toml"
     file.write_text("bind = ['127.0.0.1:0']")
     arguments = ("--config", str(file))
-    server = prefork_server("echo:loop", bind=[], workers=1, arguments=arguments, environment={"PYTHONPATH": str(tmp_path)})
+    server = prefork_server("echo:loop", bind=[], workers=1, arguments=arguments, environment=before_ours(tmp_path))
     with socket.create_server(("127.0.0.1", taken)), socket.socket(socket.AF_UNIX) as other:
         other.bind(str(path))
         other.listen()
@@ -318,7 +323,7 @@ def test_a_start_says_that_an_address_is_in_use_when_psutil_was_removed(tmp_path
     with (
         socket.create_server(("127.0.0.1", 0)) as taken,
         pytest.raises(StartError, match=r"is in use\n$") as caught,
-        serve("echo:loop", bind=f"127.0.0.1:{taken.getsockname()[1]}", environment={"PYTHONPATH": str(tmp_path)}),
+        serve("echo:loop", bind=f"127.0.0.1:{taken.getsockname()[1]}", environment=before_ours(tmp_path)),
     ):
         pass
     assert caught.value.exit_status == 69
