@@ -522,8 +522,8 @@ MUTANTS = [
     Mutant(
         "a fork server whose descriptors its workers can take",
         "forkserver.py",
-        "if credentials have changed\n        process.become_private()\n",
-        "if credentials have changed\n        process.prctl(4, 1)\n",
+        "user code may have changed credentials\n        process.become_private()\n",
+        "user code may have changed credentials\n        process.prctl(4, 1)\n",
         ("tests/faults/test_trust.py::test_master_and_fork_server_keep_memory_and_descriptors_to_themselves",),
     ),
 ]

@@ -299,3 +299,46 @@ def _ask_at(listener: socket.socket, said: bytes) -> None:
         sock.connect(listener.getsockname())
         sock.sendall(said)
         assert sock.recv(64) == said
+
+
+# A child by C code, of which prefork's hooks do not hear: it has the listening socket, and accepts.
+ACCEPTING_CHILD = """
+import ctypes
+def loop(sock):
+    if sock.recv(64) != b"fork":
+        sock.sendall(b"worker")
+        return
+    child = ctypes.CDLL(None).fork()
+    if child:
+        sock.sendall(str(child).encode())
+        return
+    with _listener() as listener:
+        while True:
+            try:
+                taken, _ = listener.accept()
+            except OSError:
+                os._exit(0)
+            taken.sendall(b"child")
+            taken.close()
+"""
+
+
+def test_a_child_with_a_copy_of_the_listener_accepts_until_the_stop(prefork_server: Start, module: Module) -> None:
+    folder = module((HANDLERS / "spoiling.py").read_text() + ACCEPTING_CHILD)
+    server = prefork_server("mine:loop", folder=folder, workers=1, max_workers=1)
+    with server.connect() as sock:
+        sock.sendall(b"fork")
+        child = int(sock.recv(64))
+    assert server.command("reload")["ok"]
+    watch.until("it takes a client", lambda: _answer(server) == b"child")
+    assert server.stop() == 0
+    watch.until("its accept has ended", lambda: watch.is_gone(child))
+
+
+def _answer(server: Server) -> bytes:
+    with server.connect() as sock:
+        sock.sendall(b"who")
+        try:
+            return sock.recv(64)
+        except ConnectionResetError:  # the child does not read first
+            return b""
