@@ -31,7 +31,7 @@ NEVER_REFUSED = ("status", "stop")
 PATIENCE = 10.0
 ACCEPT_PAUSE = 0.1
 # What clients may have the master do: so many turns at once and so many a second. A status takes two, 0.3 ms together.
-TURNS, TURNS_A_SECOND = 400, 150
+TURNS, TURNS_A_SECOND = 300, 100
 # A command sends its line in one piece.
 PIECES = 16
 
