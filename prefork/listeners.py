@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from socket import AF_UNIX
+from socket import AF_UNIX, SHUT_RDWR
 
 from prefork import log
 from prefork.carried import CarriedFarewell
@@ -234,6 +234,9 @@ class Listeners:
 def _anew(spoilt: Listener, conf: Config) -> Listener:
     """Another listener at the very address of one that is of no use any more. Raises PreforkError."""
     real = spoilt.configured if spoilt.address.family == AF_UNIX else spoilt.address
+    if spoilt.address.family != AF_UNIX and spoilt.accepts():
+        # On an interface that it may not leave without CAP_NET_RAW, where no client reaches it: it would be in the way.
+        spoilt.sock.shutdown(SHUT_RDWR)
     fresh = open_listener(real, _settings(conf), spoilt.owner())
     fresh.configured = spoilt.configured
     return fresh
