@@ -106,7 +106,7 @@ def test_a_flood_costs_the_master_next_to_nothing_and_is_told_once(prefork_serve
             served += 1
         after, seconds = master.cpu_times(), time.monotonic() - begun
         assert lines.readline() == "done\n"
-    # 1 to 5 % were measured; before, 44 % with heaps of rings, 56 % with control clients, less with the others on a machine as busy.
+    # 1 to 5 % were measured; before, 44 % with heaps of rings, 56 % with control clients, less with the others on a busy machine.
     # What else runs takes CPU from it, and gives it none. How often each is heard is counted by the unit tests.
     assert after.user + after.system - before.user - before.system < 0.15 * seconds
     assert served > 10
