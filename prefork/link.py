@@ -205,7 +205,7 @@ class Link:
         if found.parent != os.getpid() or not self._has_ended():
             return False
         started = process.started_at(pid)
-        return started is None or started > self._ordered.get(slot, 0.0) - 2 * process.TICK
+        return started is None or started > self._ordered.get(slot, 0.0) - process.TICK
 
     def has_adopted(self, slot: int, pid: int) -> bool:
         """Whether this is a worker that is the master's child by now, and may be signalled by it."""

@@ -14,6 +14,7 @@ from typing import Any
 import psutil
 import pytest
 
+from prefork.system import process
 from prefork.system.credentials import WORKER_OOM_SCORE
 from prefork.testing import Server, connect
 from tests import public, watch
@@ -36,6 +37,8 @@ def folder() -> Iterator[Path]:
     """Everybody can read it, and import prefork and the handler there; ``run`` is nobody's."""
     with public.copy() as copied:
         shutil.copy(HANDLERS / "prying.py", copied)
+        # Else every start, and each of an upgrade's programs, compiles all of it.
+        subprocess.run([public.PYTHON, "-m", "compileall", "-q", copied / "prefork", copied / "click"], check=True)
         (copied / "run").mkdir()
         os.chown(copied / "run", NOBODY, NOBODY)
         yield copied
@@ -52,14 +55,14 @@ def start(request: pytest.FixtureRequest, folder: Path) -> Start:
         line = [*within, *prefix, public.PYTHON, "-B", "-m", "prefork", "serve", "--module=prying:loop", "--bind=127.0.0.1:0"]
         line += [f"--control={control}", "--workers=2", "--log-level=debug", *user, *options]
         with log.open("wb") as file:
-            process = subprocess.Popen(line, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
-        server = Server(("127.0.0.1", 0), process.pid, str(control), log, process)
+            daemon = subprocess.Popen(line, cwd=folder, stdin=subprocess.DEVNULL, stdout=file, stderr=file)
+        server = Server(("127.0.0.1", 0), daemon.pid, str(control), log, daemon)
         try:
             serving = re.compile(r" serving prying:loop on (127\.0\.0\.1):([0-9]+):")
-            until("it serves or has ended", lambda: serving.search(server.log()) or process.poll() is not None)
-            assert process.poll() is None, server.log()
+            until("it serves or has ended", lambda: serving.search(server.log()) or daemon.poll() is not None)
+            assert daemon.poll() is None, server.log()
             [(host, port)] = serving.findall(server.log())
-            yield Server((host, int(port)), process.pid, str(control), log, process)
+            yield Server((host, int(port)), daemon.pid, str(control), log, daemon)
         finally:
             server.stop()
         assert "internal error" not in server.log()
@@ -169,6 +172,10 @@ def _adopted(folder: Path, server: Server) -> int:
     until("there is a process", (folder / "victim").exists)
     pid = int((folder / "victim").read_text())
     until("the master has adopted it", lambda: psutil.Process(pid).ppid() == server.pid)
+    # Starts are known to a tick.
+    until(
+        "it is older than an order to come", lambda: process.clock_of_starts() - (process.started_at(pid) or 0) > 2 * process.TICK
+    )
     return pid
 
 
@@ -210,7 +217,26 @@ def test_workers_that_live_are_not_believed_to_have_ended(start: Start, folder: 
 # -- what the master sees of others
 
 
-def test_where_proc_hides_processes_workers_are_known_orphans_adopted_and_all_ended(start: Start) -> None:
+# Before every program of that environment: a kernel that can't be asked by a pidfd.
+OLD_KERNEL = """
+import fcntl
+ioctl = fcntl.ioctl
+def of_old(fd, request, *arguments):
+    if request >> 8 & 0xFF == 0xFF:
+        raise OSError(25, "Inappropriate ioctl for device")
+    return ioctl(fd, request, *arguments)
+fcntl.ioctl = of_old
+"""
+
+
+@pytest.mark.parametrize("kernel", ["this", pytest.param("before 6.13", marks=pytest.mark.slow)])
+def test_where_proc_hides_processes_workers_are_known_orphans_adopted_and_all_ended(
+    start: Start, folder: Path, kernel: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if kernel != "this":
+        (folder / "old").mkdir(exist_ok=True)
+        (folder / "old" / "sitecustomize.py").write_text(OLD_KERNEL)
+        monkeypatch.setenv("PYTHONPATH", str(folder / "old"))
     with start("--timeout=60", within=HIDDEN) as server:
         watch.settled(server, 2)
         own = ask(server, "own")
@@ -228,7 +254,7 @@ def test_where_proc_hides_processes_workers_are_known_orphans_adopted_and_all_en
         assert server.status()["totals"]["forked"] - server.status()["totals"]["exited"] == 2
         family = watch.family(server.pid)
         assert server.stop() == 0
-        assert all(watch.is_gone(process.pid) for process in family)
+        assert all(watch.is_gone(one.pid) for one in family)
         assert "made no sense" not in server.log()
 
 
