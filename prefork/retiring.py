@@ -148,9 +148,10 @@ class Retiring:
         for slot in list(self.waiting):
             if self._link.board.states[slot] in (BUSY, LEAVING):
                 self._leave_alone(slot)
-            else:
-                self._link.signal(self._pool.workers[slot], Order.RETIRE)
+        # Before the next signal, which would be pending: what is asked is whether the last one was taken in all the time since.
         self._end_the_late(now)
+        for slot in self.waiting:
+            self._link.signal(self._pool.workers[slot], Order.RETIRE)
         self._nags += 1
         wait = NAG_AGAIN if self._nags < NAG_PATIENCE else NAG_SELDOM
         self._nag_at = now + wait if self.waiting else None

@@ -91,8 +91,8 @@ MUTANTS = [
     Mutant(
         "no repeat of the signal",
         "retiring.py",
-        "                self._link.signal(self._pool.workers[slot], Order.RETIRE)\n",
-        "                pass\n",
+        "            self._link.signal(self._pool.workers[slot], Order.RETIRE)\n",
+        "            pass\n",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[late_accepts]",),
     ),
     Mutant(

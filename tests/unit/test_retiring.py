@@ -7,6 +7,7 @@ import pytest
 
 from prefork import retiring
 from prefork.pool.scoreboard import BEGUN, BUSY, IDLE, LEAVING, STARTING
+from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Kind, Order, Report
 from prefork.retiring import LATE
 from prefork.system.standing import Standing
@@ -142,3 +143,20 @@ def test_no_client_is_counted_for_one_that_held_none_or_may_not_be_looked_into(
     counts = asked.generation.board.counts(0)
     assert (counts.begun, counts.killed) == (0, 0)
     assert asked.generation.board.states[0] != IDLE
+
+
+def test_a_signal_that_was_sent_a_moment_ago_does_not_count_as_one_that_is_not_heard(asked: Asked) -> None:
+    """The master's own child has it at once, and takes it when it is given a CPU: in time for the next look."""
+    retiring_of, send = asked.generation.retiring, asked.generation.link.signal
+
+    def signal(worker: Worker, order: Order) -> None:
+        asked.how = replace(WAITS, pending=TERM)
+        send(worker, order)
+
+    asked.generation.link.signal = signal  # type: ignore[method-assign]
+    killed = []
+    while (at := retiring_of.wake_at()) is not None and at <= 200.0:
+        asked.how = WAITS
+        retiring_of.tend(at)
+        killed += [at for command in asked.peer.asked() if command == KILL]
+    assert len(killed) == 1
