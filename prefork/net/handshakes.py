@@ -200,7 +200,7 @@ class Looks:
     def _look(self, look: "_Look", family: int, now: float) -> None:
         while self._ways:
             way, every = self._ways[0]
-            begun = time.monotonic()
+            begun, used = time.monotonic(), time.thread_time()
             if look.scan is None:
                 ports = {handshakes.port for handshakes in look.watching}
                 look.scan = way(family, ports.pop() if len(ports) == 1 else EVERY_PORT)
@@ -211,7 +211,7 @@ class Looks:
                 look.scan = None
                 del self._ways[0]
                 continue
-            look.cost += time.monotonic() - begun
+            look.cost += time.thread_time() - used  # not what a busy machine has made it wait
             look.due = now + max(every if ended else LOOK_EVERY, PAUSE_RATIO * look.cost)
             return
         raise OSError("request sockets can't be seen")
