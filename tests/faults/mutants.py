@@ -93,7 +93,7 @@ MUTANTS = [
         "retiring.py",
         "            self._link.signal(self._pool.workers[slot], Order.RETIRE)\n",
         "            pass\n",
-        ("tests/faults/test_faults.py::test_one_instance_of_each_fault[late_accepts]",),
+        ("tests/unit/test_generation.py::test_a_worker_that_waits_in_accept_is_signalled_until_it_has_seen_it",),
     ),
     Mutant(
         "a slot that is forgotten when its worker is reaped",
