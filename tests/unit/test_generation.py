@@ -625,7 +625,7 @@ def test_workers_that_end_when_they_were_ready_are_one_failure(peer: Peer, statu
                 pids[command.slot] = pid
                 _is_ready(peer, command.slot, pid, now + 0.005)
             now += 0.02
-        assert now < tried + 1
+            assert now < tried + 1
         generation.tend(now, 0)
         assert peer.asked() == [], "not before the wait is over"
         assert generation.trouble.until == now + policy.backoff(round_)

@@ -176,10 +176,10 @@ def test_surplus_is_not_looked_for_without_a_pause_however_short_the_time_is(spa
     while now < 10.0:
         memory, decision = decide(memory, View(2, idle, 0, 0, busy, 50), now, spare_timeout)
         looks += 1
+        assert looks <= 102
         assert decision.look_at is not None
         assert decision.look_at > now
         now = decision.look_at
-    assert looks <= 102
 
 
 def test_surplus_that_was_needed_for_a_moment_stays_for_another_window() -> None:
