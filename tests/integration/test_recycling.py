@@ -64,7 +64,8 @@ def test_at_the_ceiling_there_is_never_more_than_one_process_more(prefork_server
 
 
 def test_a_worker_leaves_after_its_number_of_connections(prefork_server: Start) -> None:
-    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_connections=3, log_level="debug")
+    # At its ceiling: else another worker would serve, too, whenever the first takes its time.
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=1, max_workers=1, max_connections=3, log_level="debug")
     served: dict[int, int] = {}
     for number in range(1, 13):
         with server.connect() as sock:
@@ -116,7 +117,7 @@ def test_a_worker_that_is_too_large_leaves_after_its_connection(prefork_server: 
         "        kept.append(b'x' * (64 << 20))\n"
         "    sock.sendall(b'%d' % os.getpid())\n"
     )
-    server = prefork_server("mine:loop", folder=module(source), workers=1, max_memory="70M")
+    server = prefork_server("mine:loop", folder=module(source), workers=1, max_workers=1, max_memory="70M")
 
     def asked(what: bytes) -> int:
         with server.connect() as sock:
