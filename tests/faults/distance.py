@@ -269,11 +269,11 @@ class Distant:
         self._add("canary = 3600")  # whose answer comes at the canary's end
         self._note("roll_back")
         with self._gone():
-            before = self.server.log().count("rolled back")
+            before = self.server.log().count(" taken back, generation ")
             # As many as it takes: right after the commit an idle worker of the last generation may get one.
             for _ in range(MOST_CRASHES):
                 self._crash()
-                if self.server.log().count("rolled back") > before:
+                if self.server.log().count(" taken back, generation ") > before:
                     break
             self._write(STAYS)
 

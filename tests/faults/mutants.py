@@ -135,7 +135,7 @@ MUTANTS = [
         "listeners.py",
         "                if not served and farewell.deadline > now:\n",
         "                if False:\n",
-        ("tests/integration/test_signals.py::test_a_graceful_stop_serves_whom_the_kernel_has_connected",),
+        ("tests/unit/test_listeners.py::test_who_waits_in_the_queue_has_all_of_its_time_after_the_handshakes",),
     ),
     Mutant(
         "a listener that is closed under handshakes",
