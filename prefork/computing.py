@@ -21,7 +21,7 @@ from prefork.pool.scoreboard import BEGUN
 from prefork.pool.state import Worker
 from prefork.system.standing import cpu_seconds
 
-# So many workers are asked for their CPU in one look (15 us each), in turns.
+# So many workers are asked for their CPU in one look (8 us each), in turns.
 AT_ONCE = 64
 # Two looks are compared that are so far apart; a tick is 10 ms.
 APART = 0.5

@@ -105,7 +105,7 @@ _magic = wire.doorbell_of(Ring.READY, 0)(0, 0)[:2]
 _plain = st.sampled_from([kind for kind in Kind if kind is not Kind.FAILED])
 _reports = st.builds(Report, _plain, _u32, _u32, st.integers(-(2**31), 2**31 - 1), _u64, _u64, _u64).map(wire.pack_report)
 _failures = st.text().map(lambda text: wire.pack_report(Report(Kind.FAILED, text=text)))
-_commands = st.builds(Command, st.sampled_from(Order), _u32, _u64).map(wire.pack_command)
+_commands = st.builds(Command, st.sampled_from(Order), _u32).map(wire.pack_command)
 
 
 def spoilt(good: st.SearchStrategy[bytes]) -> st.SearchStrategy[bytes]:
