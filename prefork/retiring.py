@@ -8,8 +8,9 @@ repeated only while the slot says that its worker waits: one that lands just bef
 One that has not gone after LATE, though it says that it waits, is named, and nothing else waits for it. If its main thread has
 taken every signal that was sent (or sleeps in the kernel, where none is taken) and is in no system call on the listener, it does
 not accept any more: a thread that a handler has left behind keeps it from going on, in C code with Python's lock, and a client
-that it has accepted is nobody's. Such a one is killed, once a client that it may have is as old as ``timeout``, or when its time
-to finish is over; never one that was stopped, is traced, blocks the signal, or has not been given a CPU to hear it.
+that it has accepted is nobody's. Such a one is killed when it has been found so for LATE, and once a client that it may have is as
+old as ``timeout``, or its time to finish is over; never one that was stopped, is traced, blocks the signal, or has not been given a
+CPU to hear it. (A worker that was continued a moment ago has taken its signal, and is about to go.)
 """
 
 import signal
@@ -66,6 +67,7 @@ class Retiring:
         self._timeout = timeout
         self._asked_at: dict[int, float] = {}
         self._tell_at: dict[int, float] = {}
+        self._out_since: dict[int, float] = {}  # late ones that were out of accept() at each look since then
         self._link = link
         self._pool = pool
         self._killing = killing
@@ -123,6 +125,7 @@ class Retiring:
         self.late.discard(slot)
         self._asked_at.pop(slot, None)
         self._tell_at.pop(slot, None)
+        self._out_since.pop(slot, None)
 
     @property
     def prompt(self) -> bool:
@@ -163,14 +166,21 @@ class Retiring:
             worker, since = self._pool.workers[slot], now - self._asked_at[slot]
             if self._link.board.states[slot] not in (IDLE, PAUSED):
                 continue  # it starts: boot_timeout is for that
-            told = slot in self._tell_at
-            if told and self._time_is_over(worker, now) and _is_out_of_accept(worker.pid, self._listener(slot).fileno()):
+            told, stays_out = slot in self._tell_at, self._stays_out_of_accept(worker, now)
+            if told and stays_out and self._time_is_over(worker, now):
                 self._kill_unheard(worker, now)
             elif now >= self._tell_at.get(slot, 0.0):
                 self._tell_at[slot] = now + min(TOLD_LAST, since)
                 untold.append((worker, since))
         if untold:
             log.event("not_left", generation=self._link.number, count=len(untold), who=named(untold))
+
+    def _stays_out_of_accept(self, worker: Worker, now: float) -> bool:
+        """Whether it was so at each look for LATE: one look may find a worker that has just heard its signal."""
+        if not _is_out_of_accept(worker.pid, self._listener(worker.slot).fileno()):
+            self._out_since.pop(worker.slot, None)
+            return False
+        return now >= self._out_since.setdefault(worker.slot, now) + LATE
 
     def _listener(self, slot: int) -> Listener:
         return self._listeners[self._link.layout.listener(slot)]

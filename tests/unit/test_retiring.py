@@ -103,6 +103,16 @@ def test_one_that_sleeps_in_the_kernel_is(asked: Asked) -> None:
     assert len(asked.run(200.0)) == 1
 
 
+def test_one_that_was_continued_a_moment_before_the_look_is_left_to_go(asked: Asked) -> None:
+    asked.how = replace(WAITS, state="T (stopped)")
+    assert asked.run(150.0) == []
+    # It takes the signal that was pending, is in no accept() any more, and has not come to say that it leaves.
+    asked.how = WAITS
+    assert asked.run(150.0 + LATE) == []
+    asked.generation.board.states[0] = LEAVING
+    assert asked.run(1000.0) == []
+
+
 @pytest.mark.parametrize("state", [BUSY, LEAVING, STARTING])
 def test_one_that_does_not_say_that_it_waits_is_left_alone(asked: Asked, state: int) -> None:
     asked.generation.board.states[0] = state
