@@ -99,7 +99,7 @@ class Accepting:
         """Undo what user code has done to the shared socket that has accept() return without a connection."""
         try:
             undone = unblock(self._listener)
-        except OSError:  # a sandbox: the errors go on, and are counted
+        except OSError:  # a sandbox: accept() goes on failing, and those errors are counted
             return
         if undone:
             self._unblocked += 1

@@ -3,7 +3,7 @@
 A SIGKILL does not always end a process soon: it may sleep in the kernel (state D: a device, a mount whose server is away), its
 tracer may not have let go of what is left of it, and its parent may not be allowed to signal what a set-user-ID program has made
 of it. So a kill is tried again, ever more seldom, and what is so is told each time, in one line for all of a generation: nothing
-else waits for such a worker. Who is killed, and why, is decided elsewhere (`prefork.hung`, `prefork.retiring`).
+else waits for such a worker. Which worker is killed, and why, is decided elsewhere (`prefork.hung`, `prefork.retiring`).
 """
 
 from collections.abc import Sequence

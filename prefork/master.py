@@ -1,8 +1,9 @@
 """The master: owns the listeners, starts and retires generations, hears signals and the control socket, tells systemd.
 
-One thread, one selector, no user code, and it never waits for anybody: `Master.run` is the whole loop. What happens is folded
+One thread, one selector, no user code, and it waits for no other process: `Master.run` is the whole loop. What happens is folded
 into the state (`prefork.daemon`); `_tend` then looks at the state and does what is due; the selector sleeps until the next event
-or deadline. What it must not do: import a handler, block, or die of what a worker, a client or a file does.
+or deadline. What it must not do: import a handler, block, or die of what a worker, a client or a file does. (It does wait in
+write(2) for a log file whose file system hangs: ARCHITECTURE.md, invariant 9.)
 """
 
 import os

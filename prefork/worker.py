@@ -595,7 +595,7 @@ class Worker:
     def _on_parent_died(self, signo: int, frame: object) -> None:
         """A dead fork server leaves us to the master, and we serve on. With anybody else as parent the master is gone too."""
         if not self._is_orphan():
-            return  # somebody has sent it
+            return  # user code has sent it
         # A worker that was asked to leave has a successor, whose fork server may be letting the queue be served; one that has not
         # been let in was to be one.
         if self._asked_to_leave() or not self.board.order_words[scoreboard.COMMITTED] or not self._serves_farewell():

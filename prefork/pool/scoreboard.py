@@ -66,7 +66,7 @@ _MAGIC = int.from_bytes(b"prefork" + bytes([VERSION]), "little")
 # Slot numbers have 32 bits on the wire.
 SLOTS_LIMIT = 1 << 32
 NO_SCOREBOARD = "not a prefork scoreboard of this version"
-# No slot counts so far: a larger number was not counted. And who goes on from below it does not pass 8 bytes.
+# No slot counts so far: a larger number was not counted. And a worker that goes on from below it does not pass 8 bytes.
 COUNT_LIMIT = 1 << 62
 _PORT_MASK = 0xFFFF
 
@@ -440,7 +440,7 @@ def create(name: str, size: int) -> int:
 def opened_read_only(fd: int) -> int:
     """The same file, opened anew to be read only: no process can make its mapping of that writable (EACCES, mprotect(2)).
 
-    Who maps it has to close the descriptor, too: it can be opened anew for writing by the file's owner. Raises OSError where there
+    A process that maps it has to close the descriptor, too: it can be opened anew for writing by the file's owner. Raises OSError where there
     is no /proc.
     """
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)

@@ -27,7 +27,7 @@ TEXT_LIMIT = 1 << 16
 BACK = 30.0
 # From the alarm that Python hears to the one that ends the process.
 LAST = 5.0
-# An environment variable has at most 128 KiB; who goes back tells why in it.
+# An environment variable has at most 128 KiB; the program that goes back tells why in it.
 REASON_LIMIT = 4096
 # An internal error (sysexits.h): no unit of ours has it among those that a restart does not mend.
 FAILED = 70

@@ -95,7 +95,7 @@ def _stale(path: str) -> tuple[int, int] | None:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise ConfigError(f"pid_file = {path!r}: something that is no file is in the way; remove it or name another path")
-        if found.st_uid not in (0, os.geteuid()):  # who could lock it
+        if found.st_uid not in (0, os.geteuid()):  # its owner could lock it
             whose = f"a file of user {found.st_uid} is in the way"
             raise ConfigError(f"pid_file = {path!r}: {whose}; remove it or name another path")
         held = os.read(fd, 32)

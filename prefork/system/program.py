@@ -164,7 +164,7 @@ def _pipe_from(opened: contextlib.ExitStack, failed: contextlib.ExitStack) -> tu
 
 
 def answer(token: str) -> None:
-    """Prove to who has started us by `try_out` that we have read its state: no other place has this token. Raises OSError."""
+    """Prove to the master that has started us by `try_out` that we have read its state: no other place has this token. Raises OSError."""
     os.write(ANSWER_DESCRIPTOR, token.encode())
 
 
@@ -173,7 +173,7 @@ def is_answer(descriptor: int, token: str) -> bool:
     expected = token.encode()
     try:
         return os.read(descriptor, len(expected) + 1) == expected
-    except BlockingIOError:  # whom it has left behind may answer yet
+    except BlockingIOError:  # a process that the check has left behind may answer yet
         return False
 
 

@@ -33,7 +33,7 @@ class Standing:
 
     @property
     def stands_still(self) -> bool:
-        """It was stopped or is traced, or it has ended and nobody has reaped it yet."""
+        """It was stopped or is traced, or it has ended and was not reaped yet."""
         return self.state[:1] in ("T", "t", "Z", "X")
 
     def is_deaf_to(self, signo: int) -> bool:
