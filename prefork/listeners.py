@@ -185,25 +185,36 @@ class Listeners:
         """Close what has been served or has had its time; ``part`` is called before, for those who still accept there."""
         self.cookies.note(now)
         for farewell in [due for due in self.farewells if due.begins <= now]:
-            if not farewell.begun:
-                farewell.begun, farewell.begins = True, now
-                farewell.listener.turn_away(now, self.looks, cookies=self.cookies.lately(now))
-            if not farewell.parted:
-                # In this order: a handshake that a look does not find any more is in the queue.
-                settled, served = farewell.listener.settled(now), farewell.listener.drained()
-                if not settled:
-                    farewell.deadline = max(farewell.deadline, now + farewell.seconds)
-                    continue
-                if not served and farewell.deadline > now:
-                    continue
-                farewell.parted = True
+            try:
+                over = self._is_over(farewell, now, part, accepts)
+            except OSError as error:  # user code has the socket too, and no other farewell is to wait for what it has done to it
+                log.event("farewell_failed", address=farewell.listener.address, reason=error)
                 part(farewell.listener)
-            # Closing our own ends every accept() there. Somebody else's is not ours as long as anybody may still take a client.
-            if not farewell.listener.ours and farewell.deadline > now and accepts(farewell.listener):
-                continue
-            self.farewells.remove(farewell)
-            farewell.listener.close()
-            log.event("no_longer_listening", address=farewell.listener.address)
+                over = True
+            if over:
+                self.farewells.remove(farewell)
+                farewell.listener.close()
+                log.event("no_longer_listening", address=farewell.listener.address)
+
+    def _is_over(
+        self, farewell: Farewell, now: float, part: Callable[[Listener], None], accepts: Callable[[Listener], bool]
+    ) -> bool:
+        """Take a farewell on, by what is due; whether its listener can be closed."""
+        if not farewell.begun:
+            farewell.begun, farewell.begins = True, now
+            farewell.listener.turn_away(now, self.looks, cookies=self.cookies.lately(now))
+        if not farewell.parted:
+            # In this order: a handshake that a look does not find any more is in the queue.
+            settled, served = farewell.listener.settled(now), farewell.listener.drained()
+            if not settled:
+                farewell.deadline = max(farewell.deadline, now + farewell.seconds)
+                return False
+            if not served and farewell.deadline > now:
+                return False
+            farewell.parted = True
+            part(farewell.listener)
+        # Closing our own ends every accept() there. Somebody else's is not ours as long as anybody may still take a client.
+        return farewell.listener.ours or farewell.deadline <= now or not accepts(farewell.listener)
 
     def wake_at(self, now: float) -> float | None:
         """When to `tend`."""

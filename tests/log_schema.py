@@ -77,6 +77,7 @@ EVENT_FIELDS = {
     "control_crowded": ["most", "count"],
     "listening": ["address"],
     "no_longer_listening": ["address"],
+    "farewell_failed": ["address", "reason"],
     "listener_mended": ["address", "what", "count"],
     "listener_reopened": ["address", "reason", "seconds"],
     "listener_lost": ["address", "reason"],

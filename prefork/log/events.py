@@ -60,6 +60,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
+    "farewell_failed": (Level.WARNING, "{address} is closed at once, with whoever waits there: {reason}"),
     "listener_mended": (
         Level.WARNING,
         "a handler has changed the listening socket of {address}, which all share: {what} undone ({count} so far)",

@@ -133,12 +133,15 @@ class Listener:
         """Let no new client in; those whom the kernel has connected, or is about to, can still be accepted.
 
         ``cookies``: clients may have been answered with SYN cookies just now. ``hurried``: there is no time for lost segments.
+        Raises nothing for what a handler has made of the socket.
         """
         self.empty_looks = 0
         if not self.ours or self.sock.fileno() == -1:
             return
         if self.address.family == socket.AF_UNIX:
             self._unlink()
+            return
+        if not self.accepts():  # a handler has shut it down, and may have connected it elsewhere since
             return
         self.watch_handshakes(now, looks, cookies=cookies, hurried=hurried)
         program = array.array("B", b"".join(struct.pack("=HBBI", *step) for step in _DROP_SYN))
@@ -158,8 +161,16 @@ class Listener:
                 done = self.sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NOWHERE
             except OSError:
                 done = False
-            if not done:  # Linux before 5.7: let at most one in at a time; the deadline of whoever turns them away is the end
-                self.sock.listen(0)
+            if not done:  # a handler has bound it to another one; Linux before 5.7
+                self._let_one_in_at_a_time()
+
+    def _let_one_in_at_a_time(self) -> None:
+        """The deadline of whoever turns them away is the end."""
+        try:
+            self.sock.listen(0)
+        except OSError as error:
+            if error.errno != errno.EINVAL:  # shut down and connected elsewhere this very moment: no client is left to turn away
+                raise
 
     def watch_handshakes(self, since: float, looks: Looks, *, cookies: bool, hurried: bool = False) -> None:
         """New clients are turned away ``since`` then: see to those that had begun."""

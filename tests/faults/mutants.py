@@ -133,16 +133,23 @@ MUTANTS = [
     Mutant(
         "a listener that is closed before its queue was served",
         "listeners.py",
-        "                if not served and farewell.deadline > now:\n",
-        "                if False:\n",
+        "            if not served and farewell.deadline > now:\n",
+        "            if False:\n",
         ("tests/unit/test_listeners.py::test_who_waits_in_the_queue_has_all_of_its_time_after_the_handshakes",),
     ),
     Mutant(
         "a listener that is closed under handshakes",
         "listeners.py",
-        "                if not settled:\n",
-        "                if False:\n",
+        "            if not settled:\n",
+        "            if False:\n",
         ("tests/unit/test_listeners.py::test_handshakes_under_way_keep_it_open_whatever_the_deadline_says",),
+    ),
+    Mutant(
+        "a stop that a handler ends by connecting the listener elsewhere",
+        "net/listener.py",
+        "        if not self.accepts():  # a handler has shut",
+        "        if False:  # a handler has shut",
+        ("tests/unit/test_listeners.py::test_one_that_a_handler_has_connected_elsewhere_is_closed_like_any_other",),
     ),
     Mutant(
         "a listener that is closed between a handshake's end and the queue",

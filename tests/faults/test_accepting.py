@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from prefork.testing import Server, serve
+from prefork.testing import Server, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.faults.refusals import refusals
@@ -250,6 +250,24 @@ def test_a_listener_that_no_client_reaches_any_more_is_put_right_by_a_reload(pre
     assert server.command("reload")["ok"]
     ask(server)
     assert server.address == address
+
+
+def test_a_stop_ends_well_whatever_a_handler_has_made_of_the_listener(tmp_path: Path) -> None:
+    """Without the right to put a filter on it, or to have it leave its interface."""
+    unprivileged = ["setpriv", "--bounding-set=-net_admin,-net_raw"] if os.geteuid() == 0 else []
+    command = [*unprivileged, sys.executable, "-m", "prefork", "serve", "--module=spoiling:loop", "--workers=2"]
+    with watch.running([*command, "--bind=127.0.0.1:0"], HANDLERS, tmp_path) as server:
+        host, _, port = server.status()["listeners"][0]["address"].partition(":")
+        os.kill(server.pid, signal.SIGSTOP)  # else it opens the listener anew
+        try:
+            with connect((host, int(port))) as sock:
+                sock.sendall(b"bind and connect elsewhere")
+                assert sock.recv(64) == b"bind and connect elsewhere"
+            os.kill(server.pid, signal.SIGTERM)
+        finally:
+            os.kill(server.pid, signal.SIGCONT)
+        assert server.stop() == 0
+        assert "internal error" not in server.log()
 
 
 HOLDS = """

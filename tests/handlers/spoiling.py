@@ -68,6 +68,13 @@ def connect_elsewhere() -> None:
         listener.connect(other.getsockname())
 
 
+def bind_and_connect_elsewhere() -> None:
+    """To an interface first (SO_BINDTOIFINDEX), which no process without CAP_NET_RAW has it leave."""
+    with _listener() as listener:
+        listener.setsockopt(socket.SOL_SOCKET, 62, socket.if_nametoindex("lo"))
+    connect_elsewhere()
+
+
 def hear_nobody() -> None:
     """Bind it to an interface that does not exist (SO_BINDTOIFINDEX)."""
     with _listener() as listener:
@@ -97,4 +104,5 @@ ORDERS = {
     b"shut down": shut_down,
     b"hear nobody": hear_nobody,
     b"connect elsewhere": connect_elsewhere,
+    b"bind and connect elsewhere": bind_and_connect_elsewhere,
 }

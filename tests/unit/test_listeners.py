@@ -1,5 +1,6 @@
 """How a listener is closed: when, and what that does to the deadlines of those in its queue and of a stop's connections."""
 
+import errno
 import socket
 from collections.abc import Iterator
 from types import SimpleNamespace
@@ -13,6 +14,9 @@ from prefork.net import listener as listener_module
 from prefork.net.address import Address
 from prefork.net.listener import EMPTY_LOOKS, Listener
 from prefork.stopping import Stopping
+
+# As they are on every architecture but alpha, mips, parisc and sparc.
+SO_ATTACH_FILTER, SO_BINDTOIFINDEX = 26, 62
 
 
 class Handshakes:
@@ -153,6 +157,68 @@ def test_one_that_others_have_opened_is_not_waited_for(monkeypatch: pytest.Monke
     with closing.connect():
         assert closing.closed_at(100.0) == 100.0
     closing.listener.sock.close()
+
+
+class Powerless(socket.socket):
+    """One whose process may put no filter on it, nor have it leave the interface that it is bound to."""
+
+    def setsockopt(self, level: int, option: int, *value: Any) -> None:
+        if level == socket.SOL_SOCKET and option in (SO_ATTACH_FILTER, SO_BINDTOIFINDEX):
+            raise PermissionError(errno.EPERM, "not permitted")
+        super().setsockopt(level, option, *value)
+
+
+def powerless(closing: Closing) -> Listener:
+    closing.listener.sock = Powerless(fileno=closing.listener.sock.detach())
+    return closing.listener
+
+
+def shut_down_and_connect(sock: socket.socket) -> None:
+    """What a handler can do to a listener: ``listen`` fails of it (EINVAL)."""
+    with socket.create_server(("127.0.0.1", 0)) as other:
+        sock.shutdown(socket.SHUT_RDWR)
+        sock.connect(other.getsockname())
+
+
+def test_one_that_a_handler_has_connected_elsewhere_is_closed_like_any_other(closing: Closing) -> None:
+    shut_down_and_connect(powerless(closing).sock)
+    assert closing.closed_at(100.0) == 100.0
+
+
+def test_one_that_is_connected_elsewhere_while_it_turns_clients_away_is_closed_too(
+    closing: Closing, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    listener, accepts = powerless(closing), Listener.accepts
+
+    def accepts_once(self: Listener) -> bool:
+        monkeypatch.setattr(Listener, "accepts", accepts)
+        shut_down_and_connect(self.sock)
+        return True
+
+    monkeypatch.setattr(Listener, "accepts", accepts_once)
+    listener.turn_away(100.0, closing.listeners.looks, cookies=False)
+    assert not listener.accepts()
+
+
+def test_a_farewell_that_fails_holds_up_no_other(closing: Closing, monkeypatch: pytest.MonkeyPatch) -> None:
+    good = closing.listener
+    sock = socket.create_server(("127.0.0.1", 0))
+    bad = Listener(Address(socket.AF_INET, *sock.getsockname()), Address(socket.AF_INET, *sock.getsockname()), sock)
+    closing.listeners.farewells.clear()
+    for listener in (bad, good):
+        closing.listeners.say_farewell(listener, 100.0, 30.0)
+    drained = Listener.drained
+
+    def fails(self: Listener) -> bool:
+        if self is bad:
+            raise OSError(errno.EIO, "it is broken")
+        return drained(self)
+
+    monkeypatch.setattr(Listener, "drained", fails)
+    closing.closed_at(100.0)
+    assert bad.fileno() == -1
+    assert closing.listeners.farewells == []
+    assert set(closing.retired) == {bad, good}
 
 
 class Stopped:
