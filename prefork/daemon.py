@@ -160,7 +160,7 @@ class Daemon:
 
     def troubles(self) -> list[Trouble]:
         """What is backed off from, or was."""
-        return [self.trouble, *([self.current.trouble, self.current.fork_trouble] if self.current is not None else [])]
+        return [self.trouble, *(self.current.troubles() if self.current is not None else [])]
 
     def boot(self, conf: Config, listeners: Sequence[Listener], targets: Sequence[int] | None = None) -> Generation:
         """Start the next generation's fork server. Raises RefusedError when the machine does not let us."""

@@ -382,6 +382,11 @@ class Generation:
         others = acceptors.view(0, acceptors.true_row()).idle
         return self._lives.ended(now, self.begun(), others, sum(self.targets))
 
+    def troubles(self) -> list[Trouble]:
+        """What keeps workers from being forked, or did."""
+        throttled = Trouble(until=self._deaths.until, reason="workers end by themselves again and again")
+        return [self.trouble, self.fork_trouble, throttled]
+
     def _post_mortem(self, worker: Worker, status: int | None, *, serving: bool) -> tuple[str, str, bool]:
         """What a worker died of, in words, where it was then, if that is known, and whether that has been logged."""
         if status is None:
@@ -389,7 +394,8 @@ class Generation:
         sought = serving and worker.hung == self._counted[worker.slot].begun
         if sought and os.WIFSIGNALED(status) and os.WTERMSIG(status) == signal.SIGKILL:
             late = "" if worker.stack else self.link.stacks.take_dump()
-            return f"timeout after {self.config.timeout:g} s (SIGKILL)", worker.stack or late, not late
+            why = f"timeout after {self.config.timeout:g} s" if self.config.timeout else "its time to finish was over"
+            return f"{why} (SIGKILL)", worker.stack or late, not late
         cause = process.describe(status)
         if _could_not_accept(status):
             # Several that leave at once write over each other, and say the same.

@@ -42,14 +42,18 @@ def workers(server: Server, *states: str) -> list[dict[str, Any]]:
 
 
 def settled(server: Server, idle: int, listener: int = 0) -> dict[str, Any]:
-    """Wait until a listener has exactly so many idle workers and nobody is starting or retiring. Returns the status."""
+    """Wait until a listener has exactly so many idle workers and nobody is starting or retiring. Returns the status.
+
+    On a slow machine there may have been surplus acceptors, which leave after two periods of ``spare_timeout``, 10 s each unless
+    a test says otherwise.
+    """
 
     def look() -> dict[str, Any] | None:
         status = server.status()
         counted = status["listeners"][listener]["workers"]
         return status if (counted["idle"], counted["starting"], counted["retiring"]) == (idle, 0, 0) else None
 
-    return until(f"{idle} idle workers", look)
+    return until(f"{idle} idle workers", look, 2 * DEADLINE)
 
 
 def quiet(server: Server) -> dict[str, int]:

@@ -440,8 +440,8 @@ def create(name: str, size: int) -> int:
 def opened_read_only(fd: int) -> int:
     """The same file, opened anew to be read only: no process can make its mapping of that writable (EACCES, mprotect(2)).
 
-    A process that maps it has to close the descriptor, too: it can be opened anew for writing by the file's owner. Raises OSError where there
-    is no /proc.
+    A process that maps it has to close the descriptor, too: it can be opened anew for writing by the file's owner. Raises OSError
+    where there is no /proc.
     """
     return os.open(f"/proc/self/fd/{fd}", os.O_RDONLY | os.O_CLOEXEC)
 

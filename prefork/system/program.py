@@ -164,7 +164,10 @@ def _pipe_from(opened: contextlib.ExitStack, failed: contextlib.ExitStack) -> tu
 
 
 def answer(token: str) -> None:
-    """Prove to the master that has started us by `try_out` that we have read its state: no other place has this token. Raises OSError."""
+    """Prove to the master that has started us by `try_out` that we have read its state: no other place has this token.
+
+    Raises OSError.
+    """
     os.write(ANSWER_DESCRIPTOR, token.encode())
 
 

@@ -25,6 +25,8 @@ BLOCKABLE = frozenset(map(int, signal.valid_signals())) - {signal.SIGKILL, signa
 # worker would have of its own (a page is copied when a reference to an object in it is counted).
 handle: Callable[[int, Any], Any] = _signal.signal  # knows 0 and 1 as the default action and ignoring
 _set_mask: Callable[[int, Iterable[int]], set[int]] = _signal.pthread_sigmask
+# As it was before `watch`.
+_set_wakeup_fd: Callable[..., int] = signal.set_wakeup_fd
 # What CPython itself sets at start: everything else has the default action.
 _IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
@@ -39,7 +41,7 @@ class Inbox:
     def __init__(self, handled: Iterable[int]) -> None:
         self._read, self._write = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)
         # The wakeup descriptor first: a signal between the two would be handled and not told.
-        signal.set_wakeup_fd(self._write, warn_on_full_buffer=False)
+        _set_wakeup_fd(self._write, warn_on_full_buffer=False)
         for signo in handled:
             signal.signal(signo, _note)
 
@@ -48,7 +50,7 @@ class Inbox:
 
     def close(self) -> None:
         """Hear nothing any more."""
-        if signal.set_wakeup_fd(-1) != self._write:
+        if _set_wakeup_fd(-1) != self._write:
             raise RuntimeError("another inbox hears the signals")
         os.close(self._read)
         os.close(self._write)
@@ -83,11 +85,11 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
     """
     before = {signo: signal.getsignal(signo) for signo in handled}
     mask = _set_mask(signal.SIG_BLOCK, ())
-    wakeup = signal.set_wakeup_fd(-1)
+    wakeup = _set_wakeup_fd(-1)
     try:
         yield
     finally:
-        signal.set_wakeup_fd(wakeup)
+        _set_wakeup_fd(wakeup)
         while signal.sigtimedwait(before, 0) is not None:
             pass
         for signo, action in before.items():
@@ -98,7 +100,7 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
 
 def freshening() -> list[Callable[[], object]]:
     """What gives a child of this process, as it is now, the dispositions of a process that has just started."""
-    steps: list[Callable[[], object]] = [functools.partial(signal.set_wakeup_fd, -1)]
+    steps: list[Callable[[], object]] = [functools.partial(_set_wakeup_fd, -1)]
     for signo in BLOCKABLE:
         now = signal.getsignal(signo)
         if now is None or 32 <= signo < signal.SIGRTMIN:
@@ -136,6 +138,7 @@ def name(signo: int) -> str:
 
 changes: list[bool] = []  # not empty: user code has changed something since the last `forget`
 _replaced: dict[int, Any] = {}  # handlers that were there before
+_wakeups: list[int] = []  # the wakeup descriptor that was there before
 
 
 def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -148,13 +151,15 @@ def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch() -> None:
-    """From now on notice when user code changes handlers, mask or timers: cheaper than asking after each connection.
+    """From now on notice when user code changes handlers, mask, timers or wakeup descriptor: cheaper than asking after each
+    connection.
 
     Called before the user's module is imported, so that ``from signal import alarm`` is noticed too.
     """
     for changing in ("setitimer", "alarm", "pthread_sigmask", "siginterrupt"):
         setattr(signal, changing, _marking(getattr(signal, changing)))
     signal.signal = _remembering(signal.signal)
+    signal.set_wakeup_fd = _remembering_wakeup(signal.set_wakeup_fd)
 
 
 def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -163,6 +168,17 @@ def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:
         mark()
         before = function(signo, action)
         _replaced.setdefault(int(signo), before)
+        return before
+
+    return call
+
+
+def _remembering_wakeup(function: Callable[..., int]) -> Callable[..., int]:
+    @functools.wraps(function)
+    def call(*args: Any, **kwargs: Any) -> int:
+        mark()
+        before = function(*args, **kwargs)
+        _wakeups.append(before)
         return before
 
     return call
@@ -180,15 +196,21 @@ def replaced() -> frozenset[int]:
 
 
 def put_back() -> None:
-    """Install the handlers again that were there when `forget` was called last."""
+    """Install the handlers and the wakeup descriptor again that were there when `forget` was called last."""
+    if _wakeups:
+        try:
+            _set_wakeup_fd(_wakeups[0], warn_on_full_buffer=False)
+        except (OSError, ValueError):  # user code has closed it: the number may be a client's by now
+            _set_wakeup_fd(-1)
     for signo, before in list(_replaced.items()):
         if before is not None:  # None is the C library's own
             signal.signal(signo, before)
 
 
 def keep() -> None:
-    """The handlers that are installed now are the right ones."""
+    """The handlers and the wakeup descriptor that are there now are the right ones."""
     _replaced.clear()
+    _wakeups.clear()
 
 
 def forget() -> None:
@@ -197,4 +219,4 @@ def forget() -> None:
         step()
 
 
-forgetting: tuple[Callable[[], object], ...] = (changes.clear, _replaced.clear)
+forgetting: tuple[Callable[[], object], ...] = (changes.clear, _replaced.clear, _wakeups.clear)

@@ -261,7 +261,7 @@ def test_a_worker_that_does_not_end_its_cleaning_up_is_cut_at_drain_timeout(pref
 
 
 def test_a_signal_that_says_a_living_parent_is_dead_is_not_believed(prefork_server: Start) -> None:
-    server = prefork_server("echo:loop", workers=2)
+    server = prefork_server("echo:loop", workers=2, spare_timeout=1)
     before = watch.settled(server, 2)["workers"]
     for child in watch.family(server.pid):
         os.kill(child.pid, PARENT_DIED)

@@ -10,7 +10,7 @@ import shutil
 import signal
 import socket
 import subprocess
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -337,3 +337,37 @@ def test_without_root_everything_else_works(public: Path) -> None:
         assert server.process.wait(watch.DEADLINE) == 0
         assert "internal error" not in server.log()
     assert list((public / "run").iterdir()) == []
+
+
+# As an ftpd does for its client.
+BECOMES_ANOTHER = """
+import os
+
+def loop(sock):
+    if os.getuid() == 0:
+        os.setgroups([])
+        os.setgid(65534)
+        os.setuid(65534)
+    while data := sock.recv(64):
+        sock.sendall(data)
+"""
+
+
+def test_a_worker_of_root_that_becomes_another_user_is_its_fork_servers_all_the_same(
+    prefork_server: Callable[..., Server], module: Callable[[str], Path]
+) -> None:
+    if os.geteuid() != 0:
+        pytest.skip("only root can become another user")
+    server = prefork_server("mine:loop", folder=module(BECOMES_ANOTHER), workers=2, group="daemon")
+    with server.connect() as sock:
+        sock.sendall(b"a")
+        assert sock.recv(64) == b"a"
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "generation 2 serves")
+        totals = watch.settled(server, 2)["totals"]
+        assert (totals["serving"], totals["killed"]) == (1, 0)
+        sock.sendall(b"b")
+        assert sock.recv(64) == b"b"
+    totals = watch.quiet(server)
+    assert (totals["accepted"], totals["ok"], totals["killed"]) == (1, 1, 0)
+    assert "made no sense" not in server.log()

@@ -465,3 +465,28 @@ def test_a_target_that_is_meant_otherwise_says_how(module: Module, target: str, 
     (folder / "mine.py").write_text("class A:\n    @staticmethod\n    def other(sock): pass\nclass B(A): pass\n")
     with serve("mine:B.other", folder=folder, workers=1):
         pass
+
+
+LEAVES_A_WAKEUP = """
+import signal
+
+signal.signal(signal.SIGUSR1, lambda *_: None)
+
+def loop(sock):
+    if sock.recv(64) == b"leave":
+        sock.setblocking(False)
+        signal.set_wakeup_fd(sock.fileno(), warn_on_full_buffer=False)
+        sock.setblocking(True)
+    else:
+        signal.signal(signal.SIGUSR1, lambda *_: None)
+        signal.raise_signal(signal.SIGUSR1)
+    sock.sendall(b"done")
+"""
+
+
+def test_a_wakeup_descriptor_that_a_handler_leaves_behind_writes_to_no_other_client(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(LEAVES_A_WAKEUP), workers=1, max_workers=1)
+    for said in (b"leave", b"signal"):
+        with server.connect() as sock:
+            sock.sendall(said)
+            assert sock.makefile("rb").read() == b"done"

@@ -684,3 +684,12 @@ def test_deaths_without_end_are_replaced_so_many_a_second(peer: Peer, capfd: pyt
         now += 0.005
     assert DEATHS_A_SECOND * 55 < forks <= DEATHS_A_SECOND * 60 + DEATHS + generation.config.max_workers + 1
     assert capfd.readouterr().err.count("again and again") == 1
+
+
+def test_deaths_that_are_not_replaced_at_once_are_told_as_a_reason_to_back_off(peer: Peer) -> None:
+    generation = peer.generation
+    assert max(trouble.until for trouble in generation.troubles()) == 0.0
+    generation._deaths.spend(1.0, 1000)
+    latest = max(generation.troubles(), key=lambda trouble: trouble.until)
+    assert latest.until > 1.0
+    assert latest.reason == "workers end by themselves again and again"
