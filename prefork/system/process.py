@@ -21,7 +21,7 @@ from prefork.errors import ConfigError
 
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
-# Reaped in one go: an end takes 3 us, and so does a stop, but one child can be stopped and continued without end.
+# Reaped in one go: an end takes 3 us, and so does a stop, but a child can be stopped and continued as fast as it is asked about.
 ENDS_AT_ONCE, CHANGES_AT_ONCE = 1024, 32
 _PR_SET_PDEATHSIG = 1
 _PR_GET_DUMPABLE, _PR_SET_DUMPABLE = 3, 4
@@ -189,25 +189,29 @@ def set_title(title: str) -> None:
 def reap(*, stops: bool = False) -> list[Ended | Changed]:
     """Everything that wait4(2) has to tell, without waiting, and of a flood as much as is worth a turn.
 
-    Then a SIGCHLD to ourselves says that there is more. A child can be stopped and continued as fast as we ask.
+    Then a SIGCHLD to ourselves says that there is more. Ends do not wait behind stops: the kernel tells of the oldest child first,
+    and one that is stopped and continued without end would hide those that were forked after it.
     """
     found: list[Ended | Changed] = []
     options = os.WNOHANG | (os.WUNTRACED | os.WCONTINUED if stops else 0)
     ends, changes = ENDS_AT_ONCE, CHANGES_AT_ONCE
-    while ends and changes:
+    while ends:
         try:
             pid, status, usage = os.wait4(-1, options)
         except ChildProcessError:
-            return found
+            break
         if pid == 0:
-            return found
+            break
         if os.WIFSTOPPED(status) or os.WIFCONTINUED(status):
             found.append(Changed(pid, os.WIFSTOPPED(status)))
             changes -= 1
+            if not changes:
+                options = os.WNOHANG
         else:
             found.append(Ended(pid, status, usage.ru_utime, usage.ru_stime, usage.ru_maxrss))
             ends -= 1
-    signal.raise_signal(signal.SIGCHLD)
+    if not (ends and changes):
+        signal.raise_signal(signal.SIGCHLD)
     return found
 
 

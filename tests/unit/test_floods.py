@@ -145,6 +145,31 @@ def test_what_is_not_reaped_in_one_go_is_told_again(monkeypatch: pytest.MonkeyPa
         signal.signal(signal.SIGCHLD, before)
 
 
+def test_ends_do_not_wait_behind_the_stops_of_older_children(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(process, "CHANGES_AT_ONCE", 2)
+    told: list[int] = []
+    before = signal.signal(signal.SIGCHLD, lambda signo, _: told.append(signo))
+    try:
+        older = [os.posix_spawn("/bin/sleep", ["sleep", "60"], {}) for _ in range(3)]
+        younger = os.posix_spawn("/bin/true", ["true"], {})
+        for pid in older:
+            os.kill(pid, signal.SIGSTOP)
+            os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
+        os.waitid(os.P_PID, younger, os.WEXITED | os.WNOWAIT)
+        told.clear()
+        found = process.reap(stops=True)
+        assert [change.pid for change in found] == [*older[:2], younger]
+        assert told, "there is a stop more"
+        told.clear()
+        assert process.reap(stops=True) == [process.Changed(older[2], stopped=True)]
+        assert not told
+        for pid in older:
+            os.kill(pid, signal.SIGKILL)
+            os.waitpid(pid, 0)
+    finally:
+        signal.signal(signal.SIGCHLD, before)
+
+
 # -- fork servers
 
 
