@@ -10,6 +10,7 @@ master dies it lets go of the listeners without losing anybody who waits there, 
 
 import atexit
 import errno
+import math
 import os
 import select
 import signal
@@ -37,6 +38,9 @@ from prefork.values import RLIMITS
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
 COMMANDS_AT_ONCE = 64
 REPEAT = 0.02
+# Workers that were stopped or go on are told of so many at once, half of what the channel holds, and then not for so long: the
+# master reads twice as much meanwhile, even when it is tired of hearing it.
+STOPS_AT_ONCE, STOPS_PAUSE = 128, 0.25
 # Orders that are a signal to a worker.
 SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
 _COMMAND = wire.pack_command(Command(Order.FORK, 0))
@@ -127,6 +131,8 @@ class ForkServer:
         self.children: dict[int, int] = {}  # pid: slot, of workers that were not reaped yet
         self.by_slot: dict[int, int] = {}
         self.outbox: deque[bytes] = deque()
+        self.stops: dict[int, bool] = {}  # pid: whether it is stopped now, of workers that are to be told of
+        self.stops_at = 0.0  # not told before
         self.leaving = False
         self.orphaned_at: float | None = None
         self.cookies = Cookies()
@@ -152,12 +158,15 @@ class ForkServer:
         poll.register(inbox, select.POLLIN)
         while True:
             self._flush()
+            timeout = self._tell_stops(time.monotonic())
             if self._done():
                 return 0
             if self.orphaned_at is None:
                 self.cookies.note(time.monotonic())
                 poll.register(self.brief.channel, select.POLLIN | (select.POLLOUT if self.outbox else 0))
-            ready = poll.poll(None if self.orphaned_at is None else REPEAT * 1000)
+            else:
+                timeout = REPEAT
+            ready = poll.poll(None if timeout is None else math.ceil(timeout * 1000))
             arrived: set[int] = set()
             if any(fd == inbox for fd, _ in ready):
                 arrived = self.inbox.take()
@@ -370,8 +379,9 @@ class ForkServer:
             if slot is None:
                 continue  # a process that user code started
             if isinstance(change, process.Changed):
-                self._send(Report(Kind.STOPPED if change.stopped else Kind.CONTINUED, slot, change.pid))
+                self.stops[change.pid] = change.stopped
                 continue
+            self.stops.pop(change.pid, None)
             del self.children[change.pid]
             del self.by_slot[slot]
             self._send(
@@ -391,6 +401,24 @@ class ForkServer:
     def _send(self, report: Report) -> None:
         if self.orphaned_at is None:
             self.outbox.append(wire.pack_report(report))
+
+    def _tell_stops(self, now: float) -> float | None:
+        """Tell which workers were stopped, and which go on. Returns the seconds until there may be more to be told.
+
+        User code stops and continues them as fast as it likes, so these are states and no events: the newest counts, and none
+        goes before a fork or an end that waits.
+        """
+        if not self.stops or self.outbox:
+            return None
+        if now < self.stops_at:
+            return self.stops_at - now
+        for pid in list(self.stops)[:STOPS_AT_ONCE]:
+            # Told although it may be what was told last: the master has held that against the kernel, perhaps in between.
+            kind = Kind.STOPPED if self.stops.pop(pid) else Kind.CONTINUED
+            self._send(Report(kind, self.children[pid], pid))
+        self._flush()
+        self.stops_at = now + STOPS_PAUSE
+        return STOPS_PAUSE if self.stops else None
 
     def _flush(self, *, wait: bool = False) -> None:
         """Send what the channel takes (it holds 278 small messages); the rest waits in the outbox, in order."""
@@ -412,6 +440,7 @@ class ForkServer:
         self.orphaned_at = time.monotonic()
         poll.unregister(self.brief.channel)
         self.outbox.clear()
+        self.stops.clear()
         self.brief.channel.close()
         cookies, looks = self.cookies.lately(self.orphaned_at), Looks()
         for listener in self.brief.listeners:
