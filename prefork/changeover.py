@@ -46,7 +46,7 @@ class Changeover:
     def start(self) -> None:
         """Start the first one. Raises PreforkError; the listeners are closed again then."""
         daemon = self.daemon
-        plan = daemon.listeners.prepare(daemon.config)
+        plan = daemon.listeners.prepare(daemon.config, daemon.config)
         try:
             daemon.warn_of_limits(plan.listeners)
             self._boot("start", daemon.config, plan, [])
@@ -75,7 +75,7 @@ class Changeover:
             if changed is not None:
                 raise ConfigError(changed)
             log.open_for(conf)
-            plan = daemon.listeners.prepare(conf)
+            plan = daemon.listeners.prepare(conf, daemon.config)
             self._boot(what, conf, plan, clients)
         except PreforkError as error:
             plan.drop()

@@ -10,7 +10,7 @@ import os
 from collections import defaultdict
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from socket import AF_UNIX, SHUT_RDWR
+from socket import AF_UNIX
 
 from prefork import log
 from prefork.carried import CarriedFarewell
@@ -73,8 +73,11 @@ class Listeners:
     looks: Looks = field(default_factory=Looks)
     mended: int = 0  # times
 
-    def prepare(self, conf: Config) -> Plan:
-        """Open what the configuration adds. Raises PreforkError, and has then changed nothing."""
+    def prepare(self, conf: Config, in_force: Config) -> Plan:
+        """Open what the configuration adds. Raises PreforkError, and has then changed no listener that is as it should be.
+
+        What user code has spoilt is put right at once, whatever becomes of the plan, and as ``in_force`` says: until the commit.
+        """
         settings = _settings(conf)
         opened: list[Listener] = []
         places: list[Listener] = []
@@ -83,7 +86,7 @@ class Listeners:
             for address, kept in self._match(conf.bind):
                 # A look-up may ask the network: only for what has changed.
                 owners.append(_owner(address, kept.configured if kept is not None else None))
-                if kept is not None and self._listens(kept, conf):
+                if kept is not None and self._listens(kept, in_force):
                     places.append(kept)
                 else:
                     opened.append(self._open(address, settings, owners[-1]) if kept is None else _anew(kept, conf))
@@ -246,8 +249,9 @@ def _anew(spoilt: Listener, conf: Config) -> Listener:
     """Another listener at the very address of one that is of no use any more. Raises PreforkError."""
     real = spoilt.configured if spoilt.address.family == AF_UNIX else spoilt.address
     if spoilt.address.family != AF_UNIX and spoilt.accepts():
-        # On an interface that it may not leave without CAP_NET_RAW, where no client reaches it: it would be in the way.
-        spoilt.sock.shutdown(SHUT_RDWR)
+        # On an interface that it may not leave without CAP_NET_RAW, or behind a filter that is locked. As long as it listens the
+        # kernel gives its address to no other socket. If that is refused, workers ring, and it listens there again (`Mending`).
+        spoilt.shut_down()
     fresh = open_listener(real, _settings(conf), spoilt.owner())
     fresh.configured = spoilt.configured
     return fresh

@@ -209,13 +209,17 @@ class Listener:
         if self.sock.fileno() == -1:
             return
         if self.ours:
-            try:
-                self.sock.shutdown(socket.SHUT_RDWR)
-            except OSError as error:
-                if error.errno != errno.ENOTCONN:  # it was shut down before
-                    raise
+            self.shut_down()
             self._unlink()
         self.sock.close()
+
+    def shut_down(self) -> None:
+        """End accept() and free a TCP address, whoever holds a copy of the socket; user code may have done so at any moment."""
+        try:
+            self.sock.shutdown(socket.SHUT_RDWR)
+        except OSError as error:
+            if error.errno != errno.ENOTCONN:  # it was shut down before
+                raise
 
     def apply(self, wanted: Address, settings: Settings, owner: tuple[int, int] = UNCHANGED) -> None:
         """Take over what a reload may change of an address that stays: TCP options, the queue's limit, a path's mode and owner.

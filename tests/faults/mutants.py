@@ -145,6 +145,13 @@ MUTANTS = [
         ("tests/unit/test_listeners.py::test_handshakes_under_way_keep_it_open_whatever_the_deadline_says",),
     ),
     Mutant(
+        "a refused reload that changes the queue",
+        "listeners.py",
+        "self._listens(kept, in_force)",
+        "self._listens(kept, conf)",
+        ("tests/unit/test_listeners.py::test_a_queue_has_its_new_limit_when_the_reload_is_for_good",),
+    ),
+    Mutant(
         "a stop that a handler ends by connecting the listener elsewhere",
         "net/listener.py",
         "        if not self.accepts():  # a handler has shut",

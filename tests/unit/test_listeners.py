@@ -3,13 +3,16 @@
 import errno
 import socket
 from collections.abc import Iterator
+from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
 import pytest
 
+from prefork.config import Config
 from prefork.daemon import Stop
 from prefork.listeners import DRAIN_LOOK, Listeners
+from prefork.net import address
 from prefork.net import listener as listener_module
 from prefork.net.address import Address
 from prefork.net.listener import EMPTY_LOOKS, Listener
@@ -42,8 +45,8 @@ class Closing:
         self.handshakes_end(0.0)
         Handshakes.told = []
         sock = socket.create_server(("127.0.0.1", 0))
-        address = Address(socket.AF_INET, *sock.getsockname())
-        self.listener = Listener(address, address, sock)
+        where = Address(socket.AF_INET, *sock.getsockname())
+        self.listener = Listener(where, where, sock)
         self.listeners = Listeners(current=[self.listener])
         self.listeners.cookies = cast("Any", SimpleNamespace(note=lambda _: None, lately=lambda _: False, readings=[]))
         self.listeners.say_farewell(self.listener, 100.0, seconds)
@@ -219,6 +222,47 @@ def test_a_farewell_that_fails_holds_up_no_other(closing: Closing, monkeypatch: 
     assert bad.fileno() == -1
     assert closing.listeners.farewells == []
     assert set(closing.retired) == {bad, good}
+
+
+# -- what stays when others come
+
+
+@pytest.fixture
+def open_one() -> Iterator[Listeners]:
+    """One listener, of a configuration whose queue holds 100."""
+    listeners, conf = Listeners(), Config(bind=(address.parse("127.0.0.1:0"),), backlog=100)
+    listeners.commit(listeners.prepare(conf, conf), conf)
+    yield listeners
+    listeners.close()
+
+
+def test_a_queue_has_its_new_limit_when_the_reload_is_for_good(open_one: Listeners) -> None:
+    (listener,) = open_one.current
+    in_force = Config(bind=(listener.configured,), backlog=100)
+    wanted = replace(in_force, backlog=3)
+    plan = open_one.prepare(wanted, in_force)
+    assert plan.listeners == (listener,)
+    assert listener.queue() == (0, 100)
+    plan.drop()  # the import has failed
+    assert listener.queue() == (0, 100)
+    open_one.commit(open_one.prepare(wanted, in_force), wanted)
+    assert listener.queue() == (0, 3)
+
+
+def test_one_that_is_shut_down_as_it_is_opened_anew_is_opened_anew(open_one: Listeners, monkeypatch: pytest.MonkeyPatch) -> None:
+    (spoilt,) = open_one.current
+
+    def accepts(self: Listener) -> bool:
+        self.sock.shutdown(socket.SHUT_RDWR)  # by a handler, right after the look
+        return True
+
+    monkeypatch.setattr(Listener, "accepts", accepts)
+    conf = Config(bind=(spoilt.configured,))
+    (fresh,) = open_one.reopened(spoilt, [spoilt], conf).opened
+    monkeypatch.undo()
+    assert fresh.address == spoilt.address
+    assert fresh.accepts()
+    fresh.close()
 
 
 class Stopped:
