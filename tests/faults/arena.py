@@ -294,7 +294,7 @@ def arena(
         folder = Path(name)
         if place is not None:
             folder.chmod(0o755)
-        for handler in ("target.py", "bad.py", "hostile.py", "everything.py"):
+        for handler in ("target.py", "bad.py", "hostile.py", "spoiling.py", "floods.py", "everything.py"):
             shutil.copy(HANDLERS / handler, folder)
         (folder / "mine.py").write_text(first + module)
         settings = {"spare_timeout": 0.5, "boot_timeout": 10, "log_file": f"{folder}/log", **options}

@@ -32,6 +32,7 @@ import psutil
 
 from prefork.net.listener import ACCEPT_ERRORS
 from tests import public, watch
+from tests.faults import user_code
 from tests.faults.arena import AND_FULL, Arena, Strike
 from tests.faults.hostile import BURST, LONGEST_RETRY, MAX_WORKERS, PARTS, TOO_MUCH, burst, crowd
 from tests.faults.machine import JUMPS, NO_MORE, SOMEBODY, MemoryGroup, faked_clock, memory_group, order, small_disk
@@ -50,6 +51,8 @@ OTHERS = 32
 BACKLOG = {True: 2_048, False: 64}
 # Seconds in which code that crashes is taken back; every reload is on trial for so long, and none begins meanwhile.
 TRIAL = 0.5
+# No connection takes so long, but those that the load holds.
+TIMEOUT = 20
 # So many clients may fail of a trial: mostly four. But while the fork server or the master is stopped no end is known, and as many
 # are forked as the ceiling allows (a new generation may exceed it by its acceptors); two ends do not take it back yet.
 MOST_CRASHES = MAX_WORKERS + WORKERS + 2
@@ -100,7 +103,15 @@ def prepared(seed: int, workload: str | None = None) -> Iterator[Preparation]:
     )
     # That of `strikes` does not know of the trials that are lost because another strike has hit.
     preparation.strikes = [strike for strike in STRIKES.values() if strike not in (crashing_code, STRIKES["usr2"])]
-    preparation.options = {"max_workers": MAX_WORKERS, "backlog": BACKLOG[preparation.exact], "canary": TRIAL, "boot_timeout": 1.5}
+    preparation.options = {
+        "max_workers": MAX_WORKERS,
+        "backlog": BACKLOG[preparation.exact],
+        "canary": TRIAL,
+        "boot_timeout": 1.5,
+        "on_worker_start": "everything:start",
+    }
+    if preparation.workload in ("short", "full"):
+        preparation.options["timeout"] = TIMEOUT
     with ExitStack() as stack:
         for needs in (_a_user, _memory, _refusals, _clock, _log_of_connections, _descriptors, _hostile_code, _crowds):
             try:
@@ -410,9 +421,10 @@ def _nofile(pid: int) -> int | None:
 
 def _hostile_code(stack: ExitStack, preparation: Preparation) -> None:
     preparation.add(garbage_on_the_doorbell, partial(full_doorbell, threading.Lock()), lies_on_the_channel)
+    preparation.add(*user_code.EXACT)
     preparation.end.append(no_more_lies)
     if not preparation.exact:
-        preparation.add(garbage_on_the_board)
+        preparation.add(garbage_on_the_board, *user_code.INEXACT)
         preparation.end.append(put_totals_right)
 
 
@@ -547,6 +559,10 @@ def tell_events(ring: Arena) -> None:
         "forks_failed": "fork failed: ",
         "accepts_failed": "accept failed",
         "lies": " made no sense and were ignored",
+        "could_not_accept": " could not accept any more and is replaced",
+        "listener_undone": " on the listening socket, which all share: undone",
+        "backed_off": " in a row, next try in ",
+        "floods": "a flood of ",
         "at_the_ceiling": f"max_workers = {MAX_WORKERS} reached on ",
         "died": ") died: ",
     }

@@ -17,6 +17,8 @@ SPOILT = (b"blocks sigterm", b"replaces sigterm", b"leaves an alarm", b"closes e
 UNANSWERED = (b"leaves an alarm", b"closes every descriptor")
 # Code that crashes at each connection.
 CRASHES = "import os\nloop = lambda sock: os.abort()\n"
+# Fork servers in a row that do not live: of the second short life nobody would be told, the third is backed off from.
+SHORT_LIVES, LONGEST_ROW = 3, 4.0
 STRIKES: dict[str, Strike] = {}
 
 
@@ -146,9 +148,41 @@ def stop_worker(ring: Arena) -> None:
 
 
 @strike()
+def stop_and_continue_worker(ring: Arena) -> None:
+    """SIGSTOP and SIGCONT to a worker, as fast as can be, while a reload goes on."""
+    pid = ring.worker()
+    os.kill(ring.server.pid, signal.SIGHUP)
+    if pid is None:
+        return
+    with contextlib.suppress(ProcessLookupError):  # it may leave at any time
+        worker = os.pidfd_open(pid)  # the number may be given again
+        try:
+            end = time.monotonic() + BRIEFLY
+            while time.monotonic() < end:
+                signal.pidfd_send_signal(worker, signal.SIGSTOP)
+                signal.pidfd_send_signal(worker, signal.SIGCONT)
+                time.sleep(0)  # so that this process' clients go on, too
+        finally:
+            os.close(worker)
+
+
+@strike()
 def kill_fork_server(ring: Arena) -> None:
     """SIGKILL to the fork server."""
     _kill(ring.fork_server(), signal.SIGKILL)
+
+
+@strike()
+def kill_new_fork_servers(ring: Arena) -> None:
+    """SIGKILL to the fork server, and to the next ones as soon as their generations serve."""
+    end = time.monotonic() + LONGEST_ROW
+    for _ in range(SHORT_LIVES):
+        generation = ring.generation()
+        _kill(ring.fork_server(), signal.SIGKILL)
+        while ring.generation() == generation:
+            if time.monotonic() > end:
+                return
+            time.sleep(0.01)
 
 
 @strike()

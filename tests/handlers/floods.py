@@ -28,8 +28,8 @@ def _here() -> worker.Worker:
     return worker._here
 
 
-def _until_over(deed: Callable[[], object]) -> None:
-    end = time.monotonic() + SECONDS
+def _until_over(deed: Callable[[], object], seconds: float = SECONDS) -> None:
+    end = time.monotonic() + seconds
     while time.monotonic() < end:
         deed()
 
@@ -53,7 +53,7 @@ def rings() -> None:
     _until_over(write)
 
 
-def rings_in_heaps() -> None:
+def rings_in_heaps(seconds: float = SECONDS) -> None:
     ring = wire.doorbell_of(wire.Ring.ACCEPTED, _here().brief.generation)(_here().slot, os.getpid())
 
     def write() -> None:
@@ -62,7 +62,7 @@ def rings_in_heaps() -> None:
         except BlockingIOError:
             os.sched_yield()
 
-    _until_over(write)
+    _until_over(write, seconds)
 
 
 def _stop_and_continue(pid: int) -> None:

@@ -109,21 +109,39 @@ DEEDS: dict[str, Callable[..., str]] = {
 
 
 def lie() -> None:
-    """In the fork server, before a fork: as much nonsense on its channel as the file ``lies`` says, once."""
+    """In the fork server, before a fork: what the file ``lies`` says on its channel, once: so much nonsense, or the ends of all."""
     try:
         with open("lies") as file:
-            count = int(file.read())
+            what = file.read()
         os.unlink("lies")
     except FileNotFoundError:
         return
     with _channel() as channel:
         channel.setblocking(True)
-        for number in range(count):
-            kind = (wire.Kind.FORKED, wire.Kind.EXITED, wire.Kind.STOPPED, wire.Kind.FORK_FAILED)[number % 4]
-            channel.send(
-                wire.pack_report(wire.Report(kind, 1_000 + number, 1, 0)) if number % 2 else secrets.token_bytes(number % 99 + 1)
-            )
+        for said in _ends() if what == "ends" else _nonsense(int(what)):
+            channel.send(said)
         channel.setblocking(False)
+
+
+def _nonsense(count: int) -> Iterator[bytes]:
+    for number in range(count):
+        kind = (wire.Kind.FORKED, wire.Kind.EXITED, wire.Kind.STOPPED, wire.Kind.FORK_FAILED)[number % 4]
+        lie = wire.pack_report(wire.Report(kind, 1_000 + number, 1, 0))
+        yield lie if number % 2 else secrets.token_bytes(number % 99 + 1)
+
+
+def _ends() -> Iterator[bytes]:
+    """Each living worker's, by its title."""
+    with open(f"/proc/self/task/{os.getpid()}/children") as children:
+        pids = [int(pid) for pid in children.read().split()]
+    for pid in pids:
+        try:
+            with open(f"/proc/{pid}/cmdline") as title:
+                _, found, slot = title.read().rstrip("\0").rpartition(" worker ")
+        except OSError:
+            continue  # it has ended
+        if found:
+            yield wire.pack_report(wire.Report(wire.Kind.EXITED, int(slot), pid, 0))
 
 
 def _channel() -> socket.socket:

@@ -85,8 +85,13 @@ def hear_nobody() -> None:
 def _listener() -> Iterator[socket.socket]:
     for fd in range(3, 64):
         try:
-            found = socket.socket(fileno=os.dup(fd))
+            copy = os.dup(fd)
         except OSError:
+            continue
+        try:
+            found = socket.socket(fileno=copy)
+        except OSError:
+            os.close(copy)  # no socket
             continue
         with found:
             if found.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
