@@ -41,8 +41,8 @@ RATE = 1000.0  # short connections a second
 MODULE = "from target import loop\n"
 FORK_SERVER = re.compile(r" gen (\d+)$")  # its title
 WARM = 50  # short connections
-# How long a strike's own client waits for its answer.
-OWN_PATIENCE = 30.0
+# How long a strike's own client waits for its answer; crowds may be before it in the queue.
+OWN_PATIENCE = 60.0
 # How much more memory of its own a master may have after a fault.
 MASTER_MAY_GROW_KIB = 2048
 
