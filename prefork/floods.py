@@ -92,9 +92,9 @@ class ChildSignals:
         self.paused_until: float | None = None
         self._throttle = Throttle(TURNS_A_SECOND, TURNS)
 
-    def came(self, now: float) -> None:
-        """It has, and what there was to reap was reaped."""
-        if self._throttle.spend(now):
+    def came(self, now: float, *, ours: bool) -> None:
+        """It has, and what there was to reap was reaped. ``ours``: a worker or a fork server among it, which end once each."""
+        if not ours and self._throttle.spend(now):
             log.event("flood", what="ends and stops of processes that handlers have left behind", rate=TURNS_A_SECOND)
         if self._throttle.is_paused(now):
             self.paused_until = self._throttle.until

@@ -86,10 +86,10 @@ class Master:
                 if self._sleep():
                     # The inbox is emptied before anybody is reaped: a SIGCHLD that comes after the reaping wakes the next sleep.
                     arrived = self.inbox.take()
-                    self._reap()
+                    ours = self._reap()
                     self._obey_signals(arrived)
                     if signal.SIGCHLD in arrived:
-                        self.child_signals.came(self.daemon.now)
+                        self.child_signals.came(self.daemon.now, ours=ours)
                 self._tend()
                 if self.upgrading.due:
                     self._hand_over()
@@ -217,11 +217,12 @@ class Master:
             key.data(daemon.now)
         return any(key.fileobj is self.inbox for key, _ in events)
 
-    def _reap(self) -> None:
-        daemon = self.daemon
+    def _reap(self) -> bool:
+        """Take in who has ended, was stopped or goes on. Whether a worker or fork server of ours has ended."""
+        daemon, ours = self.daemon, False
         changes = process.reap(stops=True)
         if not changes:
-            return
+            return False
         generations = daemon.generations()
         for change in changes:
             if isinstance(change, process.Changed):
@@ -238,14 +239,17 @@ class Master:
             for generation in generations:
                 worker = generation.pool.by_pid(change.pid)
                 if worker is not None:
+                    ours = True
                     cpu = change.utime + change.stime
                     generation.exited(worker.slot, change.pid, change.status, cpu, change.max_rss_kib, daemon.now)
         for change in ended:
             for generation in generations:
                 if generation.link.pid == change.pid:
+                    ours = True
                     self._fork_server_ended(generation, process.describe(change.status))
             self.upgrading.ended(change.pid, change.status)
             daemon.wiring.strangers.discard(change.pid)
+        return ours
 
     def _fork_server_ended(self, generation: Generation, cause: str) -> None:
         self.daemon.hear_no_more(generation)

@@ -16,6 +16,7 @@ from prefork.config import Sources
 from prefork.daemon import Daemon
 from prefork.floods import ChildSignals, Doorbell
 from prefork.link import Wiring
+from prefork.master import Master
 from prefork.net.listener import Listener
 from prefork.ops import control
 from prefork.ops.control import Client, ControlServer
@@ -115,7 +116,7 @@ def test_children_that_end_or_stop_without_end_are_reaped_so_often(capfd: pytest
             now = millisecond / 1000
             if signal.SIGCHLD not in signal.pthread_sigmask(signal.SIG_BLOCK, []):
                 turns += 1
-                children.came(now)
+                children.came(now, ours=False)
             children.tend(now)
         assert floods.TURNS_A_SECOND * (seconds - 1) < turns <= floods.TURNS + floods.TURNS_A_SECOND * seconds + 1
         assert capfd.readouterr().err.count("a flood of ends and stops") == 1
@@ -123,6 +124,29 @@ def test_children_that_end_or_stop_without_end_are_reaped_so_often(capfd: pytest
         assert signal.SIGCHLD not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
     finally:
         signal.pthread_sigmask(signal.SIG_UNBLOCK, [signal.SIGCHLD])
+
+
+def test_ends_of_workers_are_no_flood_and_do_not_make_the_master_deaf(
+    monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    peer = Peer(1)
+    peer.boot(1)
+    master = Master(Sources({}), lambda *_: None)
+    master.daemon.draining.append(peer.generation)
+    master.daemon.wiring = peer.generation.link.wiring
+    pid = peer.generation.pool.workers[0].pid
+
+    def reaped(pid: int) -> bool:
+        monkeypatch.setattr(process, "reap", lambda **_: [process.Ended(pid, 0, 0.0, 0.0, 0)])
+        return master._reap()
+
+    assert not reaped(pid + 1), "an orphan of user code"
+    assert reaped(pid)
+    for millisecond in range(1000):
+        master.child_signals.came(millisecond / 1000, ours=True)
+    assert master.child_signals.paused_until is None
+    assert "flood" not in capfd.readouterr().err
+    peer.close()
 
 
 def test_what_is_not_reaped_in_one_go_is_told_again(monkeypatch: pytest.MonkeyPatch) -> None:
