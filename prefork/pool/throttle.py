@@ -16,7 +16,6 @@ class Throttle:
     burst: float
     longest: float = 1.0
     until: float = 0.0  # the source is not heard before
-    floods: int = 0  # times that it had to be paused after it had been calm
     _spent: float = 0.0
     _at: float = 0.0
     _calm: bool = True
@@ -32,7 +31,6 @@ class Throttle:
             return False
         self.until = now + (self._spent - self.burst) / self.rate
         begins, self._calm = self._calm, False
-        self.floods += begins
         return begins
 
     def is_paused(self, now: float) -> bool:

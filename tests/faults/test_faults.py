@@ -387,7 +387,7 @@ def kill_at_once(server: Server, status: dict[str, Any]) -> None:
 
 def they_leave(status: dict[str, Any]) -> None:
     """Wait until the workers of that status have gone."""
-    watch.until("the workers have gone", lambda: all(watch.is_gone(worker["pid"]) for worker in status["workers"]), 5.0)
+    watch.until("the workers have gone", lambda: all(watch.is_gone(worker["pid"]) for worker in status["workers"]))
 
 
 ANOTHER_FOR_A_MOMENT = """

@@ -36,7 +36,6 @@ def test_a_flood_that_comes_again_after_a_calm_is_told_again() -> None:
     assert throttle.until == 0.2
     assert not throttle.spend(0.35), "it was not calm in between"
     assert [throttle.spend(10.0) for _ in range(3)] == [False, False, True]
-    assert throttle.floods == 2
 
 
 def test_a_pause_has_an_end_however_much_has_come_at_once() -> None:
