@@ -347,8 +347,8 @@ class Generation:
                 Death(time.time(), slot, pid, self.number, cause, peer, cpu, max_rss_kib * 1024, stack or None)
             )
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
-        exhausted = served and not serving and _could_not_accept(status)  # as often as clients come, like recycling
-        if not worker.retiring and not worker.killed and not exhausted and self._deaths.spend(now):
+        exhausted = served and not serving and _could_not_accept(status)
+        if not worker.retiring and not worker.killed and self._deaths.spend(now):
             log.event("deaths_flood", generation=self.number, most=DEATHS_A_SECOND)
         if not worker.retiring and (not was_ready or (not served and self._fails(worker, status, now))):
             self._failed_early(who, now, stack, ready=was_ready)
@@ -884,10 +884,13 @@ class Generation:
         times = [acceptors.look_at for acceptors in self._acceptors if acceptors.look_at is not None] if self.ready else []
         rooms = self.retiring, self.hung, self.killing
         times += [at for room in rooms if (at := room.wake_at()) is not None]
-        times += [at for at in (self._limbo_at, self._patience_at, self._deaf_until, self._zombie_look_at) if at is not None]
-        oldest = next(iter(self.pool.unborn.values()), None)
-        if self.link.pid is not None and not self.link.killed and oldest is not None:
-            times.append(oldest.since + self.config.boot_timeout)
+        times += [at for at in (self._limbo_at, self._deaf_until, self._zombie_look_at) if at is not None]
+        if self.link.pid is not None and not self.link.killed:  # as `_fork_server_hangs` has it
+            if self._patience_at is not None:
+                times.append(self._patience_at)
+            oldest = next(iter(self.pool.unborn.values()), None)
+            if oldest is not None:
+                times.append(oldest.since + self.config.boot_timeout)
         oldest = next(iter(self.pool.unready.values()), None)
         if oldest is not None:
             times.append(oldest.since + self.config.boot_timeout)

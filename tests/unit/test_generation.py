@@ -14,8 +14,9 @@ from dataclasses import replace
 import psutil
 import pytest
 
+from prefork.accepting import EXIT_CANT_ACCEPT
 from prefork.config import Sources
-from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, Generation
+from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, PATIENCE, Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
@@ -268,7 +269,8 @@ def test_a_worker_has_the_credentials_that_its_fork_server_was_given() -> None:
 def test_an_orphan_that_is_older_than_the_order_is_not_what_a_dead_fork_server_has_forked(peer: Peer) -> None:
     generation = peer.generation
     with living() as older:
-        time.sleep(3 * process.TICK)  # starts are known to a tick
+        started = process.started_at(older) or 0.0  # to a tick
+        until("an order would be younger", lambda: process.clock_of_starts() > started + 2 * process.TICK)
         for slot in (0, 1):
             peer.say(Report(Kind.EXITED, slot, PID + slot), 1.0)
         generation.tend(1.0, 0)
@@ -511,6 +513,16 @@ def test_a_fork_server_that_is_late_with_an_order_is_killed_once() -> None:
     peer.close()
 
 
+def test_a_fork_server_that_was_killed_is_not_waited_for_again_and_again(peer: Peer) -> None:
+    generation = peer.generation
+    before = generation.wake_at()
+    generation.note_stop(os.getpid(), 1.0, stopped=True)
+    assert generation.wake_at() == 1.0 + PATIENCE
+    generation.link.kill()  # in state D it is not reaped
+    assert generation.wake_at() == before
+    generation.note_stop(os.getpid(), 1.0, stopped=False)
+
+
 def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates() -> None:
     peer = Peer(1, max_workers=400)
     generation, board = peer.generation, peer.generation.board
@@ -670,13 +682,14 @@ def test_a_worker_that_claims_to_be_older_than_its_fork_is_not_believed(peer: Pe
             _is_ready(peer, 0, pid, now)
 
 
-def test_deaths_without_end_are_replaced_so_many_a_second(peer: Peer, capfd: pytest.CaptureFixture[str]) -> None:
+@pytest.mark.parametrize("status", [11, EXIT_CANT_ACCEPT << 8], ids=["SIGSEGV", "no descriptor left"])
+def test_deaths_without_end_are_replaced_so_many_a_second(peer: Peer, capfd: pytest.CaptureFixture[str], status: int) -> None:
     generation, board, pid, now, forks = peer.generation, peer.generation.board, PID, 10.0, 0
     while now < 70.0:
         board.words[board.record(0) + scoreboard.BEGUN] += 1  # it says that it has served, and dies
         board.words[board.record(0) + scoreboard.OK] += 1
         if 0 in generation.pool.workers:
-            peer.say(Report(Kind.EXITED, 0, pid, status=11), now)
+            peer.say(Report(Kind.EXITED, 0, pid, status=status), now)
         generation.tend(now, 0)
         if Command(Order.FORK, 0) in peer.asked():
             forks, pid = forks + 1, PID + 10 + forks
