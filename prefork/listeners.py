@@ -17,7 +17,7 @@ from prefork.carried import CarriedFarewell
 from prefork.config import Config
 from prefork.errors import AddressError, ConfigError
 from prefork.net.address import INHERITED, Address
-from prefork.net.handshakes import Cookies, Looks
+from prefork.net.handshakes import UNSEEN, Cookies, Looks
 from prefork.net.listener import Listener, Settings, adopt_inherited, open_listener
 from prefork.net.mending import mend
 from prefork.net.unix import UNCHANGED
@@ -70,7 +70,7 @@ class Listeners:
     current: list[Listener] = field(default_factory=list)
     farewells: list[Farewell] = field(default_factory=list)
     cookies: Cookies = field(default_factory=Cookies)
-    looks: Looks = field(default_factory=Looks)
+    looks: Looks = field(default_factory=lambda: Looks(_tell_blind))
     mended: int = 0  # times
 
     def prepare(self, conf: Config, in_force: Config) -> Plan:
@@ -198,6 +198,7 @@ class Listeners:
                 self.farewells.remove(farewell)
                 farewell.listener.close()
                 log.event("no_longer_listening", address=farewell.listener.address)
+        self.looks.rest()
 
     def _is_over(
         self, farewell: Farewell, now: float, part: Callable[[Listener], None], accepts: Callable[[Listener], bool]
@@ -255,6 +256,10 @@ def _anew(spoilt: Listener, conf: Config) -> Listener:
     fresh = open_listener(real, _settings(conf), spoilt.owner())
     fresh.configured = spoilt.configured
     return fresh
+
+
+def _tell_blind(error: OSError) -> None:
+    log.event("handshakes_unseen", reason=error.strerror or error, seconds=UNSEEN)
 
 
 def _owner(address: Address, before: Address | None) -> tuple[int, int]:

@@ -78,6 +78,7 @@ EVENT_FIELDS = {
     "listening": ["address"],
     "no_longer_listening": ["address"],
     "farewell_failed": ["address", "reason"],
+    "handshakes_unseen": ["reason", "seconds"],
     "listener_mended": ["address", "what", "count"],
     "listener_reopened": ["address", "reason", "seconds"],
     "listener_lost": ["address", "reason"],

@@ -61,6 +61,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
     "farewell_failed": (Level.WARNING, "{address} is closed at once, with whoever waits there: {reason}"),
+    "handshakes_unseen": (
+        Level.WARNING,
+        "handshakes under way can't be seen here ({reason}): clients that are not connected {seconds:g} s after a listener begins "
+        "to close are reset; allow AF_NETLINK, or mount /proc",
+    ),
     "listener_mended": (
         Level.WARNING,
         "a handler has changed the listening socket of {address}, which all share: {what} undone ({count} so far)",

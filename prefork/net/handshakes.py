@@ -15,6 +15,7 @@ Facts this rests on (measured on Linux 6.18; sock_diag(7), inet_diag.h, proc(5))
 * A handshake by SYN cookie leaves nothing to be seen before it has ended.
 """
 
+import errno
 import os
 import re
 import socket
@@ -22,7 +23,7 @@ import struct
 import sys
 import time
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, field
 
 # With so many retransmissions of SYN-ACK behind it a request socket is not waited for.
@@ -36,12 +37,27 @@ FRESH, SOON = 0.3, 0.05
 UNSEEN = 1.0
 # A SYN may be on its way through the kernel while its listener is told to turn such away.
 FIRST_LOOK = 0.005
-# Looks are as far apart, and at least ten times as long as the last one took. By /proc each walks all sockets of the machine.
+# Looks are as far apart, and at least ten times as long as the CPU took. By /proc each walks all sockets of the machine.
 LOOK_EVERY, PROC_LOOK_EVERY, PAUSE_RATIO = 0.01, 0.1, 10.0
-# A look that takes longer than this goes on in a later turn.
+# A look that takes longer than this goes on in a later turn, after ten times the CPU of this one.
 MOST_AT_ONCE = 0.02
 # SYN cookies count as current for so long, and are read so often at most, in turns of a loop that happen anyway.
 COOKIES_LAST, COOKIES_EVERY = 60.0, 10.0
+
+# With these a way is not to be had here: a sandbox, a kernel without it, no /proc, an answer that is none. Others pass:
+# no descriptors, no memory.
+NOT_HERE = (
+    errno.EAFNOSUPPORT,
+    errno.EPROTONOSUPPORT,
+    errno.EOPNOTSUPP,
+    errno.EPERM,
+    errno.EACCES,
+    errno.ENOENT,
+    errno.ENOTDIR,
+    errno.ENOSYS,
+    errno.EINVAL,
+    None,
+)
 
 # linux/netlink.h, linux/sock_diag.h, linux/inet_diag.h, net/tcp_states.h
 _NETLINK_SOCK_DIAG = 4
@@ -144,8 +160,10 @@ def cookies_in(text: bytes) -> int | None:
 
 # -- asking it
 
+Scan = Generator[list[Request], None, None]
 
-def _by_sock_diag(family: int, port: int) -> Iterator[list[Request]]:
+
+def _by_sock_diag(family: int, port: int) -> Scan:
     with socket.socket(socket.AF_NETLINK, socket.SOCK_RAW | socket.SOCK_CLOEXEC, _NETLINK_SOCK_DIAG) as sock:
         sock.setblocking(False)  # an answer is made while it is read, so it is there
         sock.sendto(question(family, port), (0, 0))
@@ -155,13 +173,19 @@ def _by_sock_diag(family: int, port: int) -> Iterator[list[Request]]:
             yield found
 
 
-def _by_proc(family: int, port: int) -> Iterator[list[Request]]:
+def _by_proc(family: int, port: int) -> Scan:
     # Those of this very thread's network namespace.
     with open(f"/proc/self/net/{'tcp' if family == socket.AF_INET else 'tcp6'}", "rb", buffering=0) as file:
         rest = b""
         while more := file.read(_READ):
             text, newline, rest = (rest + more).rpartition(b"\n")
             yield [request for request in listed(text + newline) if port in (EVERY_PORT, request.port)]
+
+
+@dataclass(frozen=True, slots=True)
+class _Way:
+    ask: Callable[[int, int], Scan]
+    every: float
 
 
 @dataclass(frozen=True, slots=True)
@@ -173,10 +197,14 @@ class Seen:
 
 
 class Looks:
-    """The looks of a process: one serves all of its listeners that are being closed, of one family; there may be thousands."""
+    """The looks of a process: one serves all of its listeners that are being closed, of one family; there may be thousands.
 
-    def __init__(self) -> None:
-        self._ways = [(_by_sock_diag, LOOK_EVERY), (_by_proc, PROC_LOOK_EVERY)]
+    ``tell_blind``: called once, with the last error, when no way is left to look.
+    """
+
+    def __init__(self, tell_blind: Callable[[OSError], None] = lambda _: None) -> None:
+        self._ways = [_Way(_by_sock_diag, LOOK_EVERY), _Way(_by_proc, PROC_LOOK_EVERY)]
+        self._tell_blind = tell_blind
         self._families: dict[int, _Look] = {}
 
     def watch(self, handshakes: "Handshakes") -> None:
@@ -197,22 +225,38 @@ class Looks:
             self._look(look, family, now)
         return look.seen if look.seen is not None and look.seen.begun >= since else None
 
+    def rest(self) -> None:
+        """Leave nothing open of a look that has not ended and that is of no use to any listener any more."""
+        for look in self._families.values():
+            if look.scan is not None and not look.watching:
+                look.scan.close()
+                look.scan = None
+
     def _look(self, look: "_Look", family: int, now: float) -> None:
         while self._ways:
-            way, every = self._ways[0]
             begun, used = time.monotonic(), time.thread_time()
             if look.scan is None:
+                # What has failed may fail again, whatever the error says: the ways take turns until one look has ended.
+                look.way = self._ways[look.failures % len(self._ways)]
                 ports = {handshakes.port for handshakes in look.watching}
-                look.scan = way(family, ports.pop() if len(ports) == 1 else EVERY_PORT)
-                look.found, look.cost = Seen(now, {}), 0.0
+                look.scan = look.way.ask(family, ports.pop() if len(ports) == 1 else EVERY_PORT)
+                look.found = Seen(now, {})
             try:
                 ended = look.go_on(begun + MOST_AT_ONCE)
-            except OSError:  # a sandbox, a kernel without it, no descriptors
+            except OSError as error:
                 look.scan = None
-                del self._ways[0]
-                continue
-            look.cost += time.thread_time() - used  # not what a busy machine has made it wait
-            look.due = now + max(every if ended else LOOK_EVERY, PAUSE_RATIO * look.cost)
+                if error.errno in NOT_HERE:
+                    self._ways = [way for way in self._ways if way is not look.way]
+                    if not self._ways:
+                        self._tell_blind(error)
+                    continue
+                look.failures += 1
+                look.due = now + LOOK_EVERY
+                return
+            if ended:
+                look.failures = 0
+            used = time.thread_time() - used  # not what a busy machine has made it wait
+            look.due = now + max(look.way.every if ended else LOOK_EVERY, PAUSE_RATIO * used)
             return
         raise OSError("request sockets can't be seen")
 
@@ -222,10 +266,11 @@ class _Look:
 
     def __init__(self) -> None:
         self.watching: weakref.WeakSet[Handshakes] = weakref.WeakSet()
-        self.scan: Iterator[list[Request]] | None = None
+        self.scan: Scan | None = None
+        self.way = _Way(_by_sock_diag, LOOK_EVERY)  # of the scan
         self.found = Seen(0.0, {})
         self.seen: Seen | None = None
-        self.cost = 0.0
+        self.failures = 0  # since the latest one
         self.due = float("-inf")
 
     def go_on(self, until: float) -> bool:

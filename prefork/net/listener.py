@@ -208,6 +208,7 @@ class Listener:
         """
         if self.sock.fileno() == -1:
             return
+        self.handshakes = None
         if self.ours:
             self.shut_down()
             self._unlink()

@@ -154,6 +154,13 @@ MUTANTS = [
     Mutant(
         "a stop that a handler ends by connecting the listener elsewhere",
         "net/listener.py",
+        "            if error.errno != errno.EINVAL:",
+        "            if True:",
+        ("tests/unit/test_listeners.py::test_one_that_is_connected_elsewhere_while_it_turns_clients_away_is_closed_too",),
+    ),
+    Mutant(
+        "a stop that waits for the handshakes of a listener that was shut down",
+        "net/listener.py",
         "        if not self.accepts():  # a handler has shut",
         "        if False:  # a handler has shut",
         ("tests/unit/test_listeners.py::test_one_that_a_handler_has_connected_elsewhere_is_closed_like_any_other",),
@@ -171,6 +178,27 @@ MUTANTS = [
         " else request.retransmissions < LATE\n",
         " else True\n",
         ("tests/unit/test_handshakes.py::test_late_ones_and_those_of_another_address_are_not_waited_for",),
+    ),
+    Mutant(
+        "a look in pieces that waits for all of them after each",
+        "net/handshakes.py",
+        "PAUSE_RATIO * used",
+        "PAUSE_RATIO * time.thread_time()",
+        ("tests/unit/test_handshakes.py::test_a_look_in_pieces_takes_ten_times_its_cpu_in_all",),
+    ),
+    Mutant(
+        "a look that failed once for want of a descriptor and is never tried again",
+        "net/handshakes.py",
+        "                if error.errno in NOT_HERE:\n",
+        "                if True:\n",
+        ("tests/unit/test_handshakes.py::test_where_nothing_can_be_seen_for_a_moment_it_is_looked_again",),
+    ),
+    Mutant(
+        "a look that stays open after the last listener was closed",
+        "listeners.py",
+        "        self.looks.rest()\n",
+        "",
+        ("tests/unit/test_listeners.py::test_a_stop_that_becomes_a_quick_one_leaves_no_look_open",),
     ),
     Mutant(
         "a handler's fork that gets no fresh locks",

@@ -21,6 +21,7 @@ from prefork.net.handshakes import (
     LATE,
     LONGEST,
     LOOK_EVERY,
+    PAUSE_RATIO,
     PROC_LOOK_EVERY,
     UNSEEN,
     Cookies,
@@ -142,11 +143,13 @@ class Kernel:
 
     def __init__(self, monkeypatch: pytest.MonkeyPatch) -> None:
         self.seen: list[list[Request]] = [[]]
-        self.errors: set[str] = set()
+        self.errors: dict[str, int] = {}
         self.looks: list[str] = []
         self.ports: set[int] = set()
-        # Looks cost nothing, on a busy machine, too.
-        monkeypatch.setattr(handshakes, "time", SimpleNamespace(monotonic=lambda: 0.0, thread_time=lambda: 0.0))
+        self.open = 0  # looks that have not ended
+        self.used, self.step = 0.0, 0.0  # CPU, and what each piece of an answer takes of it
+        # Looks cost nothing but that, on a busy machine, too.
+        monkeypatch.setattr(handshakes, "time", SimpleNamespace(monotonic=lambda: 0.0, thread_time=lambda: self.used))
         for name in ("_by_sock_diag", "_by_proc"):
             monkeypatch.setattr(handshakes, name, self.way(name))
 
@@ -154,10 +157,15 @@ class Kernel:
         def ask(_family: int, port: int) -> Iterator[list[Request]]:
             self.ports.add(port)
             if name in self.errors:
-                raise OSError(errno.EAFNOSUPPORT, os.strerror(errno.EAFNOSUPPORT))
+                raise OSError(self.errors[name], os.strerror(self.errors[name]))
             self.looks.append(name)
-            for found in self.seen:
-                yield [replace(one, port=port) if one.port == ANY_PORT else one for one in found]
+            self.open += 1
+            try:
+                for found in self.seen:
+                    self.used += self.step
+                    yield [replace(one, port=port) if one.port == ANY_PORT else one for one in found]
+            finally:
+                self.open -= 1
 
         return ask
 
@@ -222,15 +230,42 @@ def test_cookies_have_a_second_and_no_look_more(kernel: Kernel, listening: socke
 
 
 def test_without_netlink_proc_is_looked_at_ten_times_a_second(kernel: Kernel, listening: socket.socket) -> None:
-    kernel.errors, kernel.seen = {"_by_sock_diag"}, [[request()]]
+    kernel.errors, kernel.seen = {"_by_sock_diag": errno.EAFNOSUPPORT}, [[request()]]
     until_over(Handshakes(listening, Looks(), 0.0, unseen=False), 0.0)
     assert set(kernel.looks) == {"_by_proc"}
     assert 10 < len(kernel.looks) <= LONGEST / PROC_LOOK_EVERY
 
 
 def test_where_nothing_can_be_seen_they_have_a_second(kernel: Kernel, listening: socket.socket) -> None:
-    kernel.errors = {"_by_sock_diag", "_by_proc"}
-    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0) == pytest.approx(UNSEEN)
+    kernel.errors = {"_by_sock_diag": errno.EAFNOSUPPORT, "_by_proc": errno.ENOENT}
+    told: list[OSError] = []
+    looks = Looks(told.append)
+    for _ in range(2):
+        assert until_over(Handshakes(listening, looks, 5.0, unseen=False), 5.0) == pytest.approx(UNSEEN)
+    assert [error.errno for error in told] == [errno.ENOENT]
+
+
+def test_where_nothing_can_be_seen_for_a_moment_it_is_looked_again(kernel: Kernel, listening: socket.socket) -> None:
+    looks = Looks()
+    for scarce in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
+        kernel.errors, kernel.looks = {"_by_sock_diag": scarce, "_by_proc": scarce}, []
+        watched = Handshakes(listening, looks, 5.0, unseen=False)
+        for _ in range(5):
+            assert not watched.over(watched.look_at)
+        kernel.errors, kernel.seen = {}, [[request()]]
+        for _ in range(5):
+            assert not watched.over(watched.look_at)
+        kernel.seen = [[]]
+        until_over(watched, watched.look_at, 1.0)
+        looks._families.clear()  # what one listener has seen is of use to the next
+    until_over(Handshakes(listening, looks, 20.0, unseen=False), 20.0)
+    assert kernel.looks[-1] == "_by_sock_diag", "the better way is taken again"
+
+
+def test_one_way_that_fails_again_and_again_leaves_the_other_its_turn(kernel: Kernel, listening: socket.socket) -> None:
+    kernel.errors = {"_by_sock_diag": errno.EMFILE}
+    assert until_over(Handshakes(listening, Looks(), 5.0, unseen=False), 5.0) == pytest.approx(FIRST_LOOK + LOOK_EVERY)
+    assert kernel.looks == ["_by_proc"]
 
 
 def test_in_a_hurry_those_count_that_have_just_been_answered(kernel: Kernel, listening: socket.socket) -> None:
@@ -270,6 +305,41 @@ def test_a_look_that_takes_long_goes_on_in_a_later_turn(
     kernel.seen = [[]]
     until_over(watched, watched.look_at, 1.0)
     assert len(kernel.looks) == 2
+
+
+@pytest.mark.parametrize("step", [0.004, 0.024])
+def test_a_look_in_pieces_takes_ten_times_its_cpu_in_all(
+    kernel: Kernel, listening: socket.socket, monkeypatch: pytest.MonkeyPatch, step: float
+) -> None:
+    monkeypatch.setattr(handshakes, "MOST_AT_ONCE", 0.0)
+    kernel.seen, kernel.step = [[]] * 20, step
+    took = until_over(Handshakes(listening, Looks(), 0.0, unseen=False), 0.0)
+    assert took == pytest.approx(FIRST_LOOK + PAUSE_RATIO * 20 * step)
+    assert kernel.used == pytest.approx(20 * step)
+
+
+def test_the_next_look_comes_after_ten_times_the_cpu_of_this_one(kernel: Kernel, listening: socket.socket) -> None:
+    kernel.seen, kernel.step = [[request()]], 0.1
+    watched = Handshakes(listening, Looks(), 0.0, unseen=False)
+    assert not watched.over(watched.look_at)
+    assert watched.look_at == pytest.approx(FIRST_LOOK + PAUSE_RATIO * 0.1)
+
+
+def test_a_look_that_no_listener_needs_any_more_leaves_nothing_open(
+    kernel: Kernel, listening: socket.socket, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(handshakes, "MOST_AT_ONCE", 0.0)
+    kernel.seen = [[], [], []]
+    looks = Looks()
+    watched: Handshakes | None = Handshakes(listening, looks, 0.0, unseen=False)
+    assert watched is not None
+    assert not watched.over(FIRST_LOOK)
+    looks.rest()
+    assert kernel.open == 1
+    watched = None  # its time is over
+    looks.rest()
+    assert kernel.open == 0
+    until_over(Handshakes(listening, looks, 10.0, unseen=False), 10.0)
 
 
 # -- cookies

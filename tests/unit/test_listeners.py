@@ -1,6 +1,7 @@
 """How a listener is closed: when, and what that does to the deadlines of those in its queue and of a stop's connections."""
 
 import errno
+import os
 import socket
 from collections.abc import Iterator
 from dataclasses import replace
@@ -12,7 +13,7 @@ import pytest
 from prefork.config import Config
 from prefork.daemon import Stop
 from prefork.listeners import DRAIN_LOOK, Listeners
-from prefork.net import address
+from prefork.net import address, handshakes
 from prefork.net import listener as listener_module
 from prefork.net.address import Address
 from prefork.net.listener import EMPTY_LOOKS, Listener
@@ -186,6 +187,7 @@ def shut_down_and_connect(sock: socket.socket) -> None:
 def test_one_that_a_handler_has_connected_elsewhere_is_closed_like_any_other(closing: Closing) -> None:
     shut_down_and_connect(powerless(closing).sock)
     assert closing.closed_at(100.0) == 100.0
+    assert Handshakes.told == [], "there are none"
 
 
 def test_one_that_is_connected_elsewhere_while_it_turns_clients_away_is_closed_too(
@@ -222,6 +224,18 @@ def test_a_farewell_that_fails_holds_up_no_other(closing: Closing, monkeypatch: 
     assert bad.fileno() == -1
     assert closing.listeners.farewells == []
     assert set(closing.retired) == {bad, good}
+
+
+def test_a_stop_that_becomes_a_quick_one_leaves_no_look_open(closing: Closing, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(listener_module, "Handshakes", handshakes.Handshakes)
+    monkeypatch.setattr(handshakes, "MOST_AT_ONCE", 0.0)
+    before = len(os.listdir("/proc/self/fd"))
+    assert not closing.tend(100.0)
+    assert not closing.tend(100.0 + handshakes.FIRST_LOOK)
+    assert len(os.listdir("/proc/self/fd")) == before + 1
+    closing.listeners.close()
+    closing.tend(100.1)
+    assert len(os.listdir("/proc/self/fd")) == before - 1
 
 
 # -- what stays when others come
