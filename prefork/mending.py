@@ -27,6 +27,7 @@ class Mending:
         self.trouble = Trouble()  # of listeners that were opened anew
         self._looked_at: dict[Listener, float] = {}
         self._told: set[Listener] = set()  # those that can't be mended
+        self._current: list[Listener] = []  # of the commit that both were last held against
 
     def look(self, listener: Listener) -> None:
         """Have a listener listen that a worker has found not to. One that is being closed is left alone."""
@@ -36,11 +37,21 @@ class Mending:
             return
         if now < self._looked_at.get(listener, 0.0) + LOOK_AGAIN:
             return
-        self._looked_at = {kept: at for kept, at in self._looked_at.items() if kept in daemon.listeners.current} | {listener: now}
+        if self._current is not daemon.listeners.current:
+            self._forget_the_closed()
+        self._looked_at[listener] = now
         try:
             daemon.listeners.mend(listener, daemon.config)
         except OSError as error:
             self._replace(listener, error)
+
+    def _forget_the_closed(self) -> None:
+        """A commit has made another list of the listeners."""
+        listeners = self.daemon.listeners
+        self._current = listeners.current
+        kept = {*listeners.current, *(farewell.listener for farewell in listeners.farewells)}
+        self._looked_at = {listener: at for listener, at in self._looked_at.items() if listener in kept}
+        self._told &= kept
 
     def _replace(self, listener: Listener, error: OSError) -> None:
         now = self.daemon.now

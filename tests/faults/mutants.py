@@ -201,6 +201,13 @@ MUTANTS = [
         ("tests/unit/test_listeners.py::test_a_stop_that_becomes_a_quick_one_leaves_no_look_open",),
     ),
     Mutant(
+        "a look at one listener that goes through all",
+        "mending.py",
+        "        if self._current is not daemon.listeners.current:\n",
+        "        if True:\n",
+        ("tests/unit/test_mending.py::test_a_look_at_one_goes_through_no_others",),
+    ),
+    Mutant(
         "a handler's fork that gets no fresh locks",
         "system/forks.py",
         "        _sparing = False\n",
