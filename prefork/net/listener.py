@@ -28,13 +28,12 @@ from typing import Any
 from prefork.errors import AddressError, NotPermittedError
 from prefork.net.address import Address
 from prefork.net.handshakes import Handshakes, Looks
-from prefork.net.mending import is_open
+from prefork.net.mending import SO_BINDTOIFINDEX, is_open
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
 _SO_ATTACH_FILTER = 26
-_SO_BINDTOIFINDEX = 62
 # The highest index that an interface can have, and no interface has.
 _NOWHERE = (1 << 31) - 1
 # BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
@@ -154,11 +153,11 @@ class Listener:
     def _hear_nobody(self) -> None:
         """Without the right to a filter: hear an interface that does not exist."""
         try:
-            self.sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, _NOWHERE)
+            self.sock.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, _NOWHERE)
         except OSError:
             try:
                 # To leave an interface, even for the same one, takes CAP_NET_RAW: another process may have done this before.
-                done = self.sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) == _NOWHERE
+                done = self.sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX) == _NOWHERE
             except OSError:
                 done = False
             if not done:  # a handler has bound it to another one; Linux before 5.7

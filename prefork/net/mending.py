@@ -18,9 +18,9 @@ import struct
 
 from prefork.net.address import Address
 
-_TIMEVAL = struct.Struct("@ll")
+TIMEVAL = struct.Struct("@ll")  # struct timeval: what SO_RCVTIMEO and SO_SNDTIMEO take
 _SO_DETACH_FILTER = 27
-_SO_BINDTOIFINDEX = 62
+SO_BINDTOIFINDEX = 62
 
 
 def unblock(sock: socket.socket) -> list[str]:
@@ -29,8 +29,8 @@ def unblock(sock: socket.socket) -> list[str]:
     if not os.get_blocking(sock.fileno()):
         os.set_blocking(sock.fileno(), True)
         undone.append("O_NONBLOCK")
-    if any(_TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, _TIMEVAL.size))):
-        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(_TIMEVAL.size))
+    if any(TIMEVAL.unpack(sock.getsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, TIMEVAL.size))):
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_RCVTIMEO, bytes(TIMEVAL.size))
         undone.append("SO_RCVTIMEO")
     return undone
 
@@ -77,7 +77,7 @@ def _open_to_all(sock: socket.socket) -> list[str]:
     if sock.family != socket.AF_UNIX:
         name = sock.getsockname()
         scope = name[3] if sock.family == socket.AF_INET6 else 0  # a link-local address is bound to its interface by bind(2)
-        if sock.getsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX) != scope:
-            sock.setsockopt(socket.SOL_SOCKET, _SO_BINDTOIFINDEX, scope)
+        if sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX) != scope:
+            sock.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, scope)
             undone.append("SO_BINDTOIFINDEX")
     return undone

@@ -11,7 +11,6 @@ import os
 import pwd
 import socket
 import stat
-import struct
 import time
 from collections.abc import Iterable
 from contextlib import suppress
@@ -20,13 +19,13 @@ from typing import Any
 
 from prefork import values
 from prefork.errors import AddressError, RefusedError
+from prefork.net.mending import TIMEVAL
 from prefork.system import process
 from prefork.system.process import Peer
 
 # SCM_RIGHTS takes 253 descriptors (unix(7)).
 DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
-_TIMEVAL = struct.Struct("@ll")
 _WRITABLE_BY_OTHERS = 0o022
 # They change nothing, and are asked again whatever has become of the first time.
 _QUESTIONS = ("status", "outcome")
@@ -211,7 +210,7 @@ def _close(descriptors: Iterable[int]) -> None:
 def _connect(sock: socket.socket, path: str, seconds: float) -> None:
     """Connect to the daemon at ``path``. Raises RefusedError when it is one that we don't believe, OSError for the rest."""
     # A socket with a time-out of Python's is told EAGAIN at once when the queue is full; a blocking one waits for its turn.
-    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, _TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6))))
+    sock.setsockopt(socket.SOL_SOCKET, socket.SO_SNDTIMEO, TIMEVAL.pack(int(seconds), max(1, int(seconds % 1 * 1e6))))
     sock.connect(path)
     if (reason := _distrust(path, process.peer_of(sock))) is not None:
         raise RefusedError(reason)

@@ -17,10 +17,10 @@ from prefork.net import address, handshakes
 from prefork.net import listener as listener_module
 from prefork.net.address import Address
 from prefork.net.listener import EMPTY_LOOKS, Listener
+from prefork.net.mending import SO_BINDTOIFINDEX
 from prefork.stopping import Stopping
 
-# As they are on every architecture but alpha, mips, parisc and sparc.
-SO_ATTACH_FILTER, SO_BINDTOIFINDEX = 26, 62
+SO_ATTACH_FILTER = 26
 
 
 class Handshakes:
