@@ -83,7 +83,11 @@ class CarriedPool:
 
 @dataclass(frozen=True, slots=True)
 class CarriedGeneration:
-    """A generation. ``config`` has the options that differ from their defaults; ``listeners`` are places in the state's list."""
+    """A generation. ``config`` has the options that differ from their defaults; ``listeners`` are places in the state's list.
+
+    ``served``: the number and the begin of the connections that were known, by slot; others have begun since ``unseen_since``
+    (0: any time), or will ring (None).
+    """
 
     number: int
     config: dict[str, Any]
@@ -102,6 +106,8 @@ class CarriedGeneration:
     counted: dict[int, Counts]
     pool: CarriedPool
     link: CarriedLink
+    served: dict[int, tuple[int, float]] = dataclasses.field(default_factory=dict)
+    unseen_since: float | None = 0.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +264,7 @@ def _check_generation(generation: CarriedGeneration, listeners: int) -> None:
         raise ValueError("not one target for each listener")
     _within(generation.retired, layout.listeners, "a listener")
     _within(pool.high, layout.capacity + 1, "a slot")
-    _within(generation.counted, layout.slots, "a slot")
+    _within([*generation.counted, *generation.served], layout.slots, "a slot")
     slots = [worker.slot for worker in pool.workers]
     _within(slots, layout.slots, "a slot")
     pids = [worker.pid for worker in pool.workers if worker.pid]

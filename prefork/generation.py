@@ -119,12 +119,14 @@ class Generation:
         addresses = [listener.address for listener in its]
         self.computing = Computing(self.link, addresses, config.timeout, self._tire)
         lost = time.monotonic() - now
-        self.hung = Hung(self.link, self.pool, self.killing, self._recycle, self.computing.look, config.timeout, lost)
+        looks = self.computing.look, self.retiring.is_in_accept
+        self.hung = Hung(self.link, self.pool, self.killing, self._recycle, *looks, config.timeout, lost)
 
     # -- an upgrade
 
     def carry(self, places: Mapping[Listener, int], now: float) -> CarriedGeneration:
         """What another program has to know to go on with it (`adopted`). ``places``: of the listeners in the state's list."""
+        served, unseen_since = self.hung.carry()
         return CarriedGeneration(
             number=self.number,
             config=plain(self.config),
@@ -148,6 +150,8 @@ class Generation:
                 high=tuple(self.pool.high),
             ),
             link=self.link.carry(),
+            served=served,
+            unseen_since=unseen_since,
         )
 
     @classmethod
@@ -165,6 +169,7 @@ class Generation:
         self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
         self.retiring.ask_again(now)
+        self.hung.adopt(carried.served, carried.unseen_since)
         self.hung.looked(now)
         for worker in self.pool.workers.values():
             self._note_absence(worker)
@@ -657,7 +662,8 @@ class Generation:
             if worker.since + self.config.boot_timeout > now:
                 return
             del self.pool.unready[slot]
-            if not self._was_ready(slot) and not worker.killed:
+            # That it was not is read on the board, where others write, and its ring may have come before it was known.
+            if not self._was_ready(slot) and not worker.killed and not self.retiring.is_in_accept(worker):
                 self.retiring.kill(worker, now, f"not ready after boot_timeout = {self.config.boot_timeout:g} s")
 
     def _was_ready(self, slot: int) -> bool:

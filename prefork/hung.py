@@ -5,6 +5,11 @@ after each look, and once a connection is known, the next scan comes when it is 
 age is what the master's own clock has counted since then. That clock leaves out what the master itself was stopped or starved
 for, and before a connection was known as much is taken off its age: nobody is punished for time in which nobody watched.
 
+What a slot says of when its connection has begun is held against that: any handler can write on the board. One that the last scan
+has not seen has begun since then; and where no look was due after that scan, it has rung, and the look that followed opened the
+time in which others need not ring. What is said to be older counts from the scan that finds it. Who is said to serve and is in
+accept() by the kernel's word is not killed.
+
 One worker of a generation at a time, because all write their stacks to one pipe. Between the look that finds a connection too old
 and the SIGKILL the worker may end it and begin another client's. So it is asked to leave first, by the byte on the orders that a
 worker reads before each accept: from then on it begins no other one. Then it is asked for its stack; and after that wait, if the
@@ -14,7 +19,7 @@ leaving, or has not seen the byte and waits in accept(): it is retired like any 
 That a byte is seen is a question of time and not of a fence: a store does not stay in a CPU's buffer for LOOK.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 
 from prefork import log
@@ -50,7 +55,8 @@ class Hung:
     """Watches one generation; without a ``timeout`` it does nothing. ``lost``: what the master's clock is behind the real one.
 
     ``retire`` has a worker leave that was asked to by the byte alone. ``look_at_idle`` is shown, at each scan, the workers that say
-    that they wait, and tells whether it wants to see them again in a second (`prefork.computing`).
+    that they wait, and tells whether it wants to see them again in a second (`prefork.computing`). ``is_in_accept`` asks the
+    kernel, which may not tell.
     """
 
     def __init__(
@@ -60,6 +66,7 @@ class Hung:
         killing: Killing,
         retire: Callable[[Worker, float], None],
         look_at_idle: Callable[[Sequence[Worker], float], bool],
+        is_in_accept: Callable[[Worker], bool | None],
         timeout: float,
         lost: float,
     ) -> None:
@@ -68,9 +75,12 @@ class Hung:
         self._killing = killing
         self._retire = retire
         self._look_at_idle = look_at_idle
+        self._is_in_accept = is_in_accept
         self._timeout = timeout
         self._lost = lost
         self._known: dict[int, tuple[int, float]] = {}  # connections by slot: the number there, and since when it is served
+        # Connections that no scan has seen have begun since then; None: whoever begins one rings.
+        self._unseen_since: float | None = None
         self._looked_at = 0.0
         self._scan_at: float | None = None
         self._case: Case | None = None
@@ -79,8 +89,18 @@ class Hung:
         """The master has looked at the pool: who begins a connection in the next second does not ring."""
         if self._timeout:
             self._looked_at = now
+            if self._unseen_since is None:
+                self._unseen_since = now
             if self._scan_at is None or self._scan_at > now + SCAN:
                 self._scan_at = now + SCAN
+
+    def carry(self) -> tuple[dict[int, tuple[int, float]], float | None]:
+        """The connections that are known, by slot, and since when others may have begun: for another program (`adopt`)."""
+        return self._known, self._unseen_since
+
+    def adopt(self, known: Mapping[int, tuple[int, float]], unseen_since: float | None) -> None:
+        """Go on with what another program of this process has known."""
+        self._known, self._unseen_since = dict(known), unseen_since
 
     def forgive(self, seconds: float) -> None:
         """Take time that the master's clock has left out off the age of the connections that are not known yet."""
@@ -113,10 +133,11 @@ class Hung:
             begun = words[record + BEGUN]  # before SINCE: the worker writes them the other way round, and seems too young at worst
             known = self._known.get(slot)
             if known is None or known[0] != begun:
-                age = (now_ns - words[record + SINCE]) / 1e9
-                known = begun, now - max(0.0, age - unwatched)
+                said = now - (now_ns - words[record + SINCE]) / 1e9 + unwatched
+                known = begun, self._begin(said, worker, now)
             found[slot] = known
         self._known = found
+        self._unseen_since = now if self._looked_at + SCAN > now else None
         times = [self._looked_at + SCAN] if self._looked_at + SCAN > now else []
         if self._look_at_idle(idle, now):
             times.append(now + SCAN)
@@ -127,6 +148,12 @@ class Hung:
                 return
             times.append(since + self._timeout)
         self._scan_at = min(times, default=None)
+
+    def _begin(self, said: float, worker: Worker, now: float) -> float:
+        """When a connection has begun that the last scan has not seen, where its slot says so."""
+        unseen = max(worker.since, self._unseen_since if self._unseen_since is not None else now)
+        # A ring is heard a moment after the begin. What is said to be older than that is no worker's word.
+        return now if said < unseen - SCAN else min(now, max(said, unseen))
 
     def _ask(self, worker: Worker, begun: int, since: float, now: float) -> None:
         self._link.board.retire[worker.slot] = 1
@@ -150,6 +177,13 @@ class Hung:
         if board.states[worker.slot] != BUSY or board.words[board.record(worker.slot) + BEGUN] != case.begun:
             if not worker.retiring:
                 self._retire(worker, now)
+            return
+        if self._is_in_accept(worker):
+            # Another worker has written into its slot. It has not seen the byte, and is not signalled like one that waits.
+            self._known[worker.slot] = case.begun, now
+            if not worker.retiring:
+                self._retire(worker, now)
+            self._link.signal(worker, Order.RETIRE)
             return
         worker.hung, worker.stack = case.begun, stack
         log.event(

@@ -182,6 +182,10 @@ class Retiring:
             return False
         return now >= self._out_since.setdefault(worker.slot, now) + LATE
 
+    def is_in_accept(self, worker: Worker) -> bool | None:
+        """Whether the kernel says that it waits there, whatever its slot says; None where the kernel does not tell."""
+        return is_in_call_on(worker.pid, self._listener(worker.slot).fileno())
+
     def _listener(self, slot: int) -> Listener:
         return self._listeners[self._link.layout.listener(slot)]
 
@@ -207,8 +211,10 @@ class Retiring:
             if worker.deadline is None or worker.killed:
                 continue
             if worker.deadline <= now and self._link.board.states[worker.slot] in (BUSY, LEAVING):
-                self.kill(worker, now, "its time to finish is over")
-                continue
+                if not self.is_in_accept(worker):
+                    self.kill(worker, now, "its time to finish is over")
+                    continue
+                self._link.signal(worker, Order.RETIRE)  # others have written that into its slot
             again = worker.deadline if worker.deadline > now else now + NAG_SELDOM
             self._deadline_at = again if self._deadline_at is None else min(self._deadline_at, again)
 
@@ -231,8 +237,9 @@ class Retiring:
 def _is_out_of_accept(pid: int, listener: int) -> bool:
     """Whether a worker's main thread can't be in accept(): each SIGTERM that has come was taken, and taking one ends the call.
 
-    ``listener`` is its descriptor. (C code may have put a handler in the place of ours that does nothing.)
+    ``listener`` is its descriptor. C code may have put a handler in the place of ours that does nothing: so the kernel has to say,
+    too, that it is in no such call, and where it does not tell, the worker may be there.
     """
     how = standing(pid) if pid else None
     heard = how is not None and (how.sleeps_in_the_kernel or how.has_taken(signal.SIGTERM))
-    return heard and not is_in_call_on(pid, listener)
+    return heard and is_in_call_on(pid, listener) is False

@@ -79,12 +79,15 @@ def cpu_seconds(pid: int) -> float | None:
     return (int(fields[_UTIME]) + int(fields[_UTIME + 1])) / _TICKS if len(fields) > _UTIME + 1 else None
 
 
-def is_in_call_on(pid: int, fd: int) -> bool:
-    """Whether the main thread is known to be in a system call whose first argument is this descriptor (proc_pid_syscall(5))."""
+def is_in_call_on(pid: int, fd: int) -> bool | None:
+    """Whether the main thread is in a system call whose first argument is this descriptor (proc_pid_syscall(5)).
+
+    None where that is not known: who may not trace a process is not told.
+    """
     try:
         with open(f"/proc/{pid}/syscall", "rb", buffering=0) as file:
             fields = file.read(_READ).split()
     except OSError:  # it has gone, or we may not look
-        return False
+        return None
     # "running", or the call's number, its arguments and two registers.
     return len(fields) > 1 and fields[1] == b"%#x" % fd

@@ -506,6 +506,13 @@ MUTANTS = [
         ("tests/unit/test_hung.py::test_whoever_is_cut_has_had_its_time",),
     ),
     Mutant(
+        "an age that any handler can write",
+        "hung.py",
+        "        return now if said < unseen - SCAN else min(now, max(said, unseen))\n",
+        "        return min(now, said)\n",
+        ("tests/unit/test_hung.py::test_what_a_handler_writes_into_another_slot_makes_no_connection_older",),
+    ),
+    Mutant(
         "a hung worker that is killed whomever it serves",
         "hung.py",
         " or board.words[board.record(worker.slot) + BEGUN] != case.begun:\n",
@@ -515,7 +522,7 @@ MUTANTS = [
     Mutant(
         "a worker that is killed though it may wait in accept",
         "retiring.py",
-        "    return heard and not is_in_call_on(pid, listener)\n",
+        "    return heard and is_in_call_on(pid, listener) is False\n",
         "    return True\n",
         ("tests/unit/test_retiring.py",),
     ),

@@ -6,6 +6,7 @@ import re
 import shutil
 import signal
 import subprocess
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
@@ -103,6 +104,32 @@ def test_a_stray_memset_of_the_board_costs_no_client_its_connection(start: Start
         status = server.status()
         assert status["deaths"] == []
         assert 0 < status["duration"]["p99"] < 60, "durations that were overwritten are forgotten"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("order", ["backdate 1", "backdate 0", "smash 00", "smash ff", "smash 01"])
+def test_what_a_handler_writes_ends_no_other_connection_before_its_time(start: Start, order: str) -> None:
+    timeout = 3.0
+    with start(f"--timeout={timeout}", "--max-workers=8", "--graceful-timeout=1") as server:
+        watch.settled(server, 2)
+        began = time.monotonic()
+        with connect(server.address) as held:
+            held.sendall(b"wait")
+            until("it is served", lambda: server.status()["totals"]["serving"] == 1)
+            ask(server, order)
+            if order.startswith("smash"):
+                # Its slot says now that nobody is there. One that begins afterwards is ended in its time, and so is only that.
+                began = time.monotonic()
+                with connect(server.address) as last:
+                    last.sendall(b"wait")
+                    last.settimeout(watch.DEADLINE)
+                    assert last.recv(1) == b""
+            else:
+                held.settimeout(watch.DEADLINE)
+                assert held.recv(1) == b""
+        assert time.monotonic() - began >= timeout
+        logged(server, "timeout after 3 s (SIGKILL)")
+        assert server.log().count("timeout after 3 s (SIGKILL)") == 1
 
 
 def test_a_handler_has_no_way_to_write_the_orders(start: Start) -> None:

@@ -10,6 +10,7 @@ import json
 import os
 import signal
 import socket
+import time
 from collections.abc import Callable
 
 from prefork.pool import scoreboard
@@ -53,6 +54,21 @@ def smash(byte: str) -> str:
     low, high = _maps("board")
     ctypes.memset(low, int(byte, 16), high - low)
     return "smashed"
+
+
+def backdate(since: str) -> str:
+    """Say of every connection that it is served since then."""
+    low, _ = _maps("board")
+    for slot in range(SLOTS):
+        at = LAYOUT.records_at + (slot * scoreboard.RECORD_WORDS + scoreboard.SINCE) * 8
+        ctypes.memmove(low + at, int(since).to_bytes(8, "little"), 8)
+    return "written"
+
+
+def wait() -> str:
+    """Serve until the client leaves, or the time is over."""
+    time.sleep(600)
+    return "waited"
 
 
 def write_orders() -> str:
@@ -167,6 +183,8 @@ ORDERS: dict[str, Callable[..., object]] = {
     "hello": hello,
     "pids": pids,
     "smash": smash,
+    "backdate": backdate,
+    "wait": wait,
     "write_orders": write_orders,
     "boards": boards,
     "take": take,

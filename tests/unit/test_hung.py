@@ -28,6 +28,7 @@ class Watched:
         self.retired: list[Worker] = []
         self.idle: list[int] = []
         self.computes = False
+        self.in_accept: bool | None = None
         self.lost = 0.0
         self.hung = self.watch(TIMEOUT)
         self.hung.looked(100.0)
@@ -39,7 +40,10 @@ class Watched:
             self.idle = [worker.slot for worker in idle]
             return self.computes
 
-        return Hung(self.link, self.pool, killing, lambda worker, _: self.retired.append(worker), look, timeout, self.lost)
+        def retire(worker: Worker, _now: float) -> None:
+            self.retired.append(worker)
+
+        return Hung(self.link, self.pool, killing, retire, look, lambda _: self.in_accept, timeout, self.lost)
 
     def begins(self, slot: int, now: float) -> None:
         board = self.link.board
@@ -141,6 +145,7 @@ def test_a_slot_is_not_judged_by_the_age_of_an_earlier_connection(watched: Watch
     watched.begins(0, 100.5)
     watched.tend(101.0)
     watched.begins(0, 110.0)
+    watched.hung.looked(110.0)  # it has rung
     assert watched.run(139.9) == []
     assert watched.run(141.0)[0] == (140.0, Command(Order.DUMP, 0))
 
@@ -172,6 +177,54 @@ def test_after_its_generation_was_retired_a_connection_is_still_found() -> None:
     peer.close()
 
 
+@pytest.mark.parametrize("since", [0, 1, (1 << 64) - 1])
+def test_what_a_handler_writes_into_another_slot_makes_no_connection_older(watched: Watched, since: int) -> None:
+    watched.tend(101.0)
+    watched.hung.looked(200.0)
+    watched.begins(0, 200.5)
+    record = watched.link.board.record(0)
+    watched.link.board.words[record + scoreboard.SINCE] = since
+    assert watched.run(1000.0)[0] == (201.0 + TIMEOUT, Command(Order.DUMP, 0)), "nor younger than by a second"
+
+
+@pytest.mark.parametrize(("lies", "due"), [(False, 120.0 + TIMEOUT), (True, 121.0 + TIMEOUT)])
+def test_nor_where_no_look_was_due_and_its_worker_has_rung(watched: Watched, lies: bool, due: float) -> None:
+    watched.begins(1, 100.5)
+    watched.tend(101.0)
+    watched.begins(0, 119.9)
+    watched.hung.looked(120.0)
+    if lies:
+        watched.link.board.words[watched.link.board.record(0) + scoreboard.SINCE] = 1
+    assert [command for _, command in watched.run(149.9)] == [Command(Order.DUMP, 1), Command(Order.KILL, 1)]
+    assert watched.run(1000.0)[0] == (due, Command(Order.DUMP, 0))
+
+
+def test_one_that_is_said_to_serve_and_waits_in_accept_is_signalled_and_not_killed(watched: Watched) -> None:
+    watched.link.board.states[0] = BUSY
+    watched.in_accept = True
+    asked = watched.run(101.0 + TIMEOUT + ENOUGH)
+    assert [command for _, command in asked] == [Command(Order.DUMP, 0), Command(Order.RETIRE, 0)]
+    assert watched.retired == [watched.pool.workers[0]]
+    watched.pool.workers[0].retiring = True
+    asked = watched.run(asked[1][0] + TIMEOUT - 1)
+    assert asked == [], "it has time to go"
+
+
+def test_what_was_known_before_an_upgrade_is_known_after_it_and_the_rest_is_younger(watched: Watched) -> None:
+    watched.begins(0, 100.5)
+    watched.tend(101.0)
+    watched.hung.looked(105.0)
+    carried = watched.hung.carry()
+    watched.begins(1, 105.1)
+    for slot in range(2):
+        watched.link.board.words[watched.link.board.record(slot) + scoreboard.SINCE] = 1
+    watched.hung = watched.watch(TIMEOUT)
+    watched.hung.adopt(*carried)
+    watched.hung.looked(105.2)
+    asked = [(at, command) for at, command in watched.run(140.0) if command in (Command(Order.DUMP, 0), Command(Order.DUMP, 1))]
+    assert asked == [(100.5 + TIMEOUT, Command(Order.DUMP, 0)), (106.2 + TIMEOUT, Command(Order.DUMP, 1))]
+
+
 def test_what_was_lost_before_a_scan_is_nobodys_gain_after_it(watched: Watched) -> None:
     watched.lost = 3600.0
     watched.tend(101.0)
@@ -184,6 +237,7 @@ def test_what_was_lost_to_an_upgrade_counts_against_no_connection_that_it_found(
     watched.begins(0, 100.5)
     watched.lost = 3600.0
     watched.hung = watched.watch(TIMEOUT)
+    watched.hung.adopt({}, 0.0)  # of a program that does not tell what it knew
     watched.hung.forgive(watched.lost)
     watched.hung.looked(100.6)
     assert watched.run(1000.0)[0][0] == pytest.approx(100.5 + TIMEOUT)

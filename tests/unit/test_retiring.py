@@ -27,7 +27,7 @@ class Asked:
         self.peer.boot(1)
         self.generation = self.peer.generation
         self.how: Standing | None = WAITS
-        self.in_accept = False
+        self.in_accept: bool | None = False
         self.held: list[tuple[str, int]] | None = []
         patch.setattr(retiring, "standing", lambda _pid: self.how)
         patch.setattr(retiring, "is_in_call_on", lambda _pid, _fd: self.in_accept)
@@ -96,6 +96,21 @@ def test_one_that_may_be_in_accept_is_never_killed(asked: Asked, how: Standing |
 def test_nor_is_one_that_is_in_accept_though_it_takes_signals(asked: Asked) -> None:
     asked.in_accept = True
     assert asked.run(1000.0) == []
+
+
+def test_nor_is_one_whose_system_call_is_hidden(asked: Asked) -> None:
+    asked.in_accept = None
+    assert asked.run(1000.0) == []
+
+
+@pytest.mark.parametrize("state", [BUSY, LEAVING])
+@pytest.mark.parametrize("in_accept", [True, None])
+def test_nor_at_its_deadline_one_whose_slot_others_have_written_to(asked: Asked, state: int, in_accept: bool | None) -> None:
+    asked.in_accept = in_accept
+    asked.generation.board.states[0] = state
+    worker = asked.generation.pool.workers[0]
+    asked.generation.retiring.ask(worker, 100.0, 105.0)
+    assert len(asked.run(110.0)) == (0 if in_accept else 1)
 
 
 def test_one_that_sleeps_in_the_kernel_is(asked: Asked) -> None:

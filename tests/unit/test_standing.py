@@ -59,14 +59,14 @@ def test_the_descriptor_of_a_system_call_is_known_where_we_may_look(waiting: sub
     except OSError as error:
         pytest.skip(f"nobody may look at another process' system call here: {error}")
     watch.until("it reads", lambda: is_in_call_on(waiting.pid, 0))
-    assert not is_in_call_on(waiting.pid, 1)
+    assert is_in_call_on(waiting.pid, 1) is False
 
 
 def test_of_a_process_that_is_not_there_nothing_is_told() -> None:
     assert standing(NONE) is None
     assert cpu_seconds(NONE) is None
     assert held.connections(NONE, parse("127.0.0.1:7000")) is None
-    assert not is_in_call_on(NONE, 0)
+    assert is_in_call_on(NONE, 0) is None
 
 
 def test_cpu_that_was_used_is_told() -> None:
