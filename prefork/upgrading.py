@@ -124,7 +124,10 @@ class Upgrading:
             os.close(state)
         daemon.wiring.strangers.add(pid)
         self.trial = Trial(pid, said, answer, daemon.now + daemon.config.boot_timeout + START)
-        daemon.selector.register(said, selectors.EVENT_READ, self._listen)
+        try:
+            daemon.selector.register(said, selectors.EVENT_READ, self._listen)
+        except OSError as error:  # no memory, or fs.epoll.max_user_watches: what is refused must not become this program later
+            self.drop(f"{how.executable} can't be heard: {error.strerror}")
 
     def _listen(self, _now: float) -> None:
         # It was readable: nothing to read is the end.

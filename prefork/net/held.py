@@ -6,13 +6,14 @@ of its descriptor, which is closed at once; nothing of it is changed.
 
 import ctypes
 import errno
+import itertools
 import os
 import socket
 
 from prefork.net.address import Address, peer_parts
 
 _PIDFD_GETFD = 438  # on every architecture
-# A worker has a dozen descriptors; one with thousands is not looked at any further.
+# A worker has a dozen descriptors; of one with thousands so many are looked at, and a connection among the others is missed.
 _MOST = 1024
 _libc = ctypes.CDLL(None, use_errno=True)
 
@@ -25,7 +26,9 @@ def connections(pid: int, address: Address) -> list[tuple[str, int]] | None:
         return None
     try:
         peers: list[tuple[str, int]] = []
-        for name in os.listdir(f"/proc/{pid}/fd")[:_MOST]:
+        with os.scandir(f"/proc/{pid}/fd") as folder:
+            names = [entry.name for entry in itertools.islice(folder, _MOST)]
+        for name in names:
             if not _is_socket(pid, name):
                 continue
             fd = _libc.syscall(_PIDFD_GETFD, process, int(name), 0)
@@ -33,9 +36,8 @@ def connections(pid: int, address: Address) -> list[tuple[str, int]] | None:
                 continue  # closed meanwhile
             if fd < 0:
                 return None
-            with socket.socket(fileno=fd) as sock:
-                if _was_accepted_at(sock, address):
-                    peers.append(_peer(sock))
+            if (peer := _peer_of(fd, address)) is not None:
+                peers.append(peer)
     except OSError:  # we may not look, or it has gone
         return None
     finally:
@@ -48,6 +50,20 @@ def _is_socket(pid: int, name: str) -> bool:
         return os.readlink(f"/proc/{pid}/fd/{name}").startswith("socket:")
     except FileNotFoundError:  # closed meanwhile
         return False
+
+
+def _peer_of(fd: int, address: Address) -> tuple[str, int] | None:
+    """Of a connection to that address. The descriptor is closed, whatever it is: its number may mean a pipe by now."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:  # no socket, or one that tells no name (AF_ALG)
+        os.close(fd)
+        return None
+    with sock:
+        try:
+            return _peer(sock) if _was_accepted_at(sock, address) else None
+        except OSError:  # one of a kind that does not tell
+            return None
 
 
 def _was_accepted_at(sock: socket.socket, address: Address) -> bool:

@@ -75,6 +75,24 @@ def test_cpu_that_was_used_is_told() -> None:
     watch.until("it counts", lambda: (cpu_seconds(os.getpid()) or 0.0) > before)
 
 
+def test_what_is_no_socket_is_closed_and_ends_no_look(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A number may be another file's once it is taken, and some sockets tell no name (AF_ALG)."""
+    with ExitStack() as stack:
+        ends = os.pipe()
+        for fd in ends:
+            stack.callback(os.close, fd)
+        listener = stack.enter_context(socket.create_server(("127.0.0.1", 0)))
+        client = stack.enter_context(socket.create_connection(listener.getsockname()))
+        accepted = stack.enter_context(listener.accept()[0])
+        here = parse("{}:{}".format(*listener.getsockname()))
+        if held.connections(os.getpid(), here) is None:
+            pytest.skip("pidfd_getfd is not allowed here")
+        monkeypatch.setattr(held, "_is_socket", lambda _pid, name: int(name) in (*ends, accepted.fileno()))
+        before = sorted(os.listdir("/proc/self/fd"))
+        assert held.connections(os.getpid(), here) == [client.getsockname()]
+        assert sorted(os.listdir("/proc/self/fd")) == before
+
+
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX])
 def test_the_connections_of_one_listener_are_found_and_no_others(family: int, tmp_path: Path) -> None:
     where = ("127.0.0.1", 0) if family == socket.AF_INET else str(tmp_path / "socket")
