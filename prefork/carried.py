@@ -86,7 +86,8 @@ class CarriedGeneration:
     """A generation. ``config`` has the options that differ from their defaults; ``listeners`` are places in the state's list.
 
     ``served``: the number and the begin of the connections that were known, by slot; others have begun since ``unseen_since``
-    (0: any time), or will ring (None).
+    (0: any time), or will ring (None). ``unserved``: of workers that were killed the slot's count, and host and
+    port of the client that it leaves out.
     """
 
     number: int
@@ -108,6 +109,7 @@ class CarriedGeneration:
     link: CarriedLink
     served: dict[int, tuple[int, float]] = dataclasses.field(default_factory=dict)
     unseen_since: float | None = 0.0
+    unserved: dict[int, tuple[int, str, int]] = dataclasses.field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -260,11 +262,13 @@ def _check_generation(generation: CarriedGeneration, listeners: int) -> None:
     _within(generation.listeners, listeners, "a listener")
     if layout.listeners != len(generation.listeners) or not 0 < layout.slots <= scoreboard.SLOTS_LIMIT or layout.capacity < 1:
         raise ValueError("a board of another shape")
+    if not all(host.isascii() and 0 <= port < 1 << 16 for _, host, port in generation.unserved.values()):
+        raise ValueError("no peer")
     if len(generation.targets) != layout.listeners or len(pool.high) != layout.listeners:
         raise ValueError("not one target for each listener")
     _within(generation.retired, layout.listeners, "a listener")
     _within(pool.high, layout.capacity + 1, "a slot")
-    _within([*generation.counted, *generation.served], layout.slots, "a slot")
+    _within([*generation.counted, *generation.served, *generation.unserved], layout.slots, "a slot")
     slots = [worker.slot for worker in pool.workers]
     _within(slots, layout.slots, "a slot")
     pids = [worker.pid for worker in pool.workers if worker.pid]

@@ -152,6 +152,7 @@ class Generation:
             link=self.link.carry(),
             served=served,
             unseen_since=unseen_since,
+            unserved={slot: (one.begun, *one.peer) for slot, one in self.retiring.unserved.items()},
         )
 
     @classmethod
@@ -169,6 +170,8 @@ class Generation:
         self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
         self.link.adopt(carried.link)
         self.retiring.ask_again(now)
+        for slot, (begun, host, port) in carried.unserved.items():
+            self.retiring.unserved[slot] = Unserved(begun, (host, port))
         self.hung.adopt(carried.served, carried.unseen_since)
         self.hung.looked(now)
         for worker in self.pool.workers.values():

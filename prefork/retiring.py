@@ -199,8 +199,11 @@ class Retiring:
     def _kill_unheard(self, worker: Worker, now: float) -> None:
         board, slot, asked = self._link.board, worker.slot, self._asked_at[worker.slot]
         begun = board.words[board.record(slot) + BEGUN]
-        if peers := connections(worker.pid, self._listener(slot).address):
-            self.unserved[slot] = Unserved(begun, peers[-1])
+        # A connection that user code has kept (`detach`) was counted when its handler returned: where there are several, or the one
+        # is the slot's last, none is taken for a client that was not.
+        peers = connections(worker.pid, self._listener(slot).address) or []
+        if len(peers) == 1 and (not peers[0][1] or parts_text(*peers[0]) != board.peer(slot)):
+            self.unserved[slot] = Unserved(begun, peers[0])
             worker.hung = begun + 1
         self._leave_alone(slot)
         self.kill(worker, now, f"it was asked to leave {now - asked:.0f} s ago, and hears nothing")

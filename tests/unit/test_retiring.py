@@ -158,8 +158,16 @@ def test_the_client_that_it_was_seen_to_hold_is_counted_once(asked: Asked, begin
         assert death.peer == "10.0.0.1:7"
 
 
-@pytest.mark.parametrize("held", [[], None])
-def test_no_client_is_counted_for_one_that_held_none_or_may_not_be_looked_into(
+def test_a_connection_that_user_code_has_kept_is_not_counted_again(asked: Asked) -> None:
+    board = asked.generation.board
+    asked.held = [("10.0.0.1", 7)]
+    board.put_peer(0, "10.0.0.1", 7)
+    asked.run(200.0)
+    assert asked.generation.retiring.unserved == {}
+
+
+@pytest.mark.parametrize("held", [[], None, [("10.0.0.1", 7), ("10.0.0.2", 7)]])
+def test_no_client_is_counted_for_one_that_held_none_or_several_or_may_not_be_looked_into(
     asked: Asked, held: list[tuple[str, int]] | None
 ) -> None:
     asked.held = held
