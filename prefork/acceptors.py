@@ -42,6 +42,8 @@ class Acceptors:
         self.memory = Memory()
         self.ring_below = 0  # what the workers were told
         self.saturated_since: float | None = None
+        self.told_saturated: float | None = None  # the log says that it is at the ceiling: seconds of that, up to `unsaturated_at`
+        self.unsaturated_at = 0.0
         self.retired = False  # nobody is forked any more
         self._slots = slots
         self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
@@ -54,7 +56,7 @@ class Acceptors:
 
     def retire(self) -> None:
         """Nobody is forked here any more, so nobody looks."""
-        self.retired, self.look_at = True, None
+        self.retired, self.look_at, self.told_saturated = True, None, None
 
     def arm(self, ring_below: int) -> None:
         """Have workers ring whose accept leaves fewer than so many idle; 0 is never."""

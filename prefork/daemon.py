@@ -26,6 +26,7 @@ from prefork.ops import control
 from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import LastReload, Tally, Trouble
+from prefork.pool.throttle import REGISTER_AGAIN
 from prefork.system import limits
 from prefork.system.pidfile import PidFile
 
@@ -189,6 +190,14 @@ class Daemon:
             self.selector.register(link.channel, wanted, self._postman(generation))
         elif known.events != wanted:
             self.selector.modify(link.channel, wanted, self._postman(generation))
+
+    def listen_to_all(self) -> None:
+        """Hear what fork servers say; one that can't be heard just now, later."""
+        for generation in self.generations():
+            try:
+                self.listen_to(generation)
+            except OSError as error:
+                generation.hear_later(self.now + REGISTER_AGAIN, error)
 
     def hear_no_more(self, generation: Generation) -> None:
         """Hear nothing of a fork server, not even that it has closed its end."""

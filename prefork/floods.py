@@ -1,25 +1,28 @@
 """What wakes the master without an order of its own, heard so often a second at most: the doorbell, and its children's SIGCHLD.
 
 User code can ring without end, and stop, continue and leave behind processes without end (the master is a subreaper: what a dead
-worker's children leave becomes its child). A turn of the master costs 0.1 to 0.3 ms. So each source has its share of turns
-(`prefork.pool.throttle`) and is not heard for some milliseconds when that is used up. Nothing is lost by it: a pipe that is full is
-read after the pause, and then everything is looked at; SIGCHLD waits behind the mask, and once it is let in all is reaped.
-What it must not do: end a pause early, or hold back what the master itself has asked for.
+worker's children leave becomes its child). A turn of the master costs 0.1 to 0.3 ms, one that looks at everything more. So each
+source has its share of turns (`prefork.pool.throttle`) and is not heard for some milliseconds when that is used up. Nothing is lost
+by it: a pipe that is full is read after the pause, and then everything is looked at; SIGCHLD waits behind the mask, and once it is
+let in all is reaped. What it must not do: end a pause early, or hold back what the master itself has asked for.
 """
 
 import os
 import selectors
 import signal
+import time
 from collections.abc import Callable
 
 from prefork import log
 from prefork.daemon import Daemon
 from prefork.net.listener import Listener
 from prefork.pool import wire
-from prefork.pool.throttle import Throttle
+from prefork.pool.throttle import REGISTER_AGAIN, Throttle
 
 # Turns at once, and a second on average. Loads of 80 to 3,000 connections a second, blocking and not, take 4 to 23.
 TURNS, TURNS_A_SECOND = 100, 50
+# What a turn costs, in seconds of CPU. A look at everything that costs more is worth as many turns: it grows with the addresses.
+TURN = 0.0003
 # A worker that is about to be recycled rings, and its replacement when it is ready.
 RINGS_OF_A_FORK = 2
 # So many rings in one read are more than workers have to say: the first are read, and then everything is looked at.
@@ -40,9 +43,13 @@ class Doorbell:
         self._throttle = Throttle(TURNS_A_SECOND, TURNS)
         self._forked = 0  # workers, until the last turn
         self._expected = 0  # turns that forks are worth
+        self._looking_since: float | None = None  # on the CPU's clock: at everything, in this turn
+        self._latest: list[wire.Doorbell] = []  # rings
+        self._deaf = False  # because it could not be registered
         daemon.selector.register(self._fd, selectors.EVENT_READ, self._answer)
 
     def _answer(self, now: float) -> None:
+        began = time.thread_time()
         try:
             data = os.read(self._fd, wire.PIPE_READ)
         except BlockingIOError:
@@ -61,13 +68,19 @@ class Doorbell:
                 for listener in generation.listeners:
                     self.look_at_listener(listener)
             self.paused_until = now + REST
-        if self._is_unexpected() and self._throttle.spend(now):
-            names = sorted({f"worker {ring.slot} of generation {ring.generation}" for ring in rings[:3]})
+        self._latest = rings[:3]
+        if self._is_unexpected():
+            self._spend(now, 1)
+            self._looking_since = began if many or stray else None
+        if self.paused_until is not None:
+            self.daemon.selector.unregister(self._fd)
+
+    def _spend(self, now: float, turns: float) -> None:
+        if self._throttle.spend(now, turns):
+            names = sorted({f"worker {ring.slot} of generation {ring.generation}" for ring in self._latest})
             log.event("flood", what=f"rings ({', '.join(names) or 'garbage'}, by their own word)", rate=TURNS_A_SECOND)
         if self._throttle.is_paused(now):
             self.paused_until = max(self._throttle.until, self.paused_until or now)
-        if self.paused_until is not None:
-            self.daemon.selector.unregister(self._fd)
 
     def _is_unexpected(self) -> bool:
         """Whether no fork is behind this turn. With max_connections = 1 there are two rings for each connection and its fork."""
@@ -79,10 +92,21 @@ class Doorbell:
         return True
 
     def tend(self, now: float) -> None:
-        """Hear it again when the pause is over."""
-        if self.paused_until is not None and self.paused_until <= now:
-            self.paused_until = None
+        """Hear it again when the pause is over. Called when the turn's looks have been taken."""
+        if self._looking_since is not None:
+            cost, self._looking_since = time.thread_time() - self._looking_since, None
+            self._spend(now, max(0.0, cost / TURN - 1))
+        if self.paused_until is None or self.paused_until > now:
+            return
+        try:
             self.daemon.selector.register(self._fd, selectors.EVENT_READ, self._answer)
+        except OSError as error:
+            self.paused_until = now + REGISTER_AGAIN
+            if not self._deaf:
+                log.event("deaf", what="the workers' rings", reason=error.strerror)
+            self._deaf = True
+            return
+        self.paused_until, self._deaf = None, False
 
 
 class ChildSignals:

@@ -41,6 +41,9 @@ SETTLE = 0.001
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
+# That the ceiling is no hindrance any more is told when it has been none for so long: what user code stops and continues, or a load
+# that is at the edge, must not fill the log.
+UNSATURATED_FOR = 1.0
 # So many crashes are remembered for a reload that may be taken back.
 CRASHES_KEPT = 8
 # Workers that end by themselves are replaced at once: all that there can be and so many more, then so many a second on average. A
@@ -90,6 +93,7 @@ class Generation:
         self._lives = WorkerLives()
         self._talk = Throttle(TALK_A_SECOND, TALK, TALK_PAUSE)
         self._deaf_until: float | None = None  # to the fork server
+        self._told_deaf = False
         self._zombie_look_at: float | None = None
         self._zombie_wait = ZOMBIE_LOOK
         self._is_zombie = False
@@ -269,6 +273,13 @@ class Generation:
     def is_heard(self) -> bool:
         """Whether the fork server's reports are read now."""
         return self._deaf_until is None and not self.link.hung_up
+
+    def hear_later(self, until: float, why: OSError) -> None:
+        """The fork server's channel could not be registered: its reports wait there."""
+        self._deaf_until = until
+        if not self._told_deaf:
+            self._told_deaf = True
+            log.event("deaf", what=f"the fork server of generation {self.number}", reason=why.strerror)
 
     def hang_up(self, now: float) -> None:
         """The fork server has closed its end of the channel, or talks nothing but nonsense: it is killed."""
@@ -648,9 +659,18 @@ class Generation:
         if acceptors.memory.saturated:
             if acceptors.saturated_since is None:
                 acceptors.saturated_since = now
+            if acceptors.told_saturated is None:
+                acceptors.told_saturated = 0.0
                 log.event("saturated", max_workers=self.config.max_workers, address=address)
-        elif acceptors.saturated_since is not None:
-            log.event("unsaturated", address=address, seconds=self._end_saturation(acceptors, now))
+        elif acceptors.told_saturated is not None:
+            if acceptors.saturated_since is not None:
+                acceptors.told_saturated += self._end_saturation(acceptors, now)
+                acceptors.unsaturated_at = now
+            if now < acceptors.unsaturated_at + UNSATURATED_FOR:
+                acceptors.wake(acceptors.unsaturated_at + UNSATURATED_FOR)
+                return
+            seconds, acceptors.told_saturated = acceptors.told_saturated, None
+            log.event("unsaturated", address=address, seconds=seconds)
 
     def _end_saturation(self, acceptors: Acceptors, now: float) -> float:
         """The listener is not at the ceiling any more. Returns the seconds that it was."""

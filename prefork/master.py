@@ -200,9 +200,8 @@ class Master:
     def _sleep(self) -> bool:
         """Wait for the next event or deadline, and pass events on. Whether a signal has come."""
         daemon = self.daemon
+        daemon.listen_to_all()
         planned = self._wake_at()
-        for generation in daemon.generations():
-            daemon.listen_to(generation)
         daemon.lost += max(0.0, daemon.clock() - daemon.now - OVERSLEPT)
         before = daemon.clock()
         # epoll takes at most 2**31 milliseconds.

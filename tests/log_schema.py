@@ -114,6 +114,7 @@ EVENT_FIELDS = {
     "worker_early": ["slot", "generation", "pid", "what", "cause", "failures", "seconds"],
     "deaths_flood": ["generation", "most"],
     "flood": ["what", "rate"],
+    "deaf": ["what", "reason"],
     "fork_failed": ["reason", "failures", "seconds"],
     "fork_again": ["failures"],
     "saturated": ["max_workers", "address"],

@@ -131,6 +131,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "worker {slot} of generation {generation} (pid {pid}) could not accept any more and is replaced: {cause}; {count} so far",
     ),
     "flood": (Level.WARNING, "a flood of {what}: the master hears of it {rate} times a second as long as that goes on"),
+    "deaf": (Level.ERROR, "can't hear {what} for now: {reason} (see fs.epoll.max_user_watches); trying again every second"),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
     "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),

@@ -18,7 +18,7 @@ from typing import Any
 
 from prefork import log
 from prefork.net.unix import inode_of, open_unix, remove
-from prefork.pool.throttle import Throttle
+from prefork.pool.throttle import REGISTER_AGAIN, Throttle
 from prefork.system import process
 
 REQUEST_LIMIT = 4096
@@ -105,6 +105,15 @@ class ControlServer:
         """Take nobody in for a while: clients wait in the queue."""
         self.selector.unregister(self.sock)
         self.resume_at = until
+
+    def _resume(self, now: float) -> None:
+        try:
+            self.selector.register(self.sock, selectors.EVENT_READ, self.accept)
+        except OSError as error:
+            log.event("control_refused", reason=error.strerror)
+            self.resume_at = now + REGISTER_AGAIN
+        else:
+            self.resume_at = None
 
     def _took_a_turn(self, now: float) -> None:
         if self.turns.spend(now):
@@ -204,8 +213,7 @@ class ControlServer:
     def tend(self, now: float) -> None:
         """Tell outcomes that are known now, drop those who take too long, accept again after a pause."""
         if self.resume_at is not None and self.resume_at <= now:
-            self.resume_at = None
-            self.selector.register(self.sock, selectors.EVENT_READ, self.accept)
+            self._resume(now)
         for entry in list(self.waiting):
             client, deadline, outcome = entry
             answer = outcome(now) if client in self.clients else None

@@ -7,6 +7,9 @@ reaped); the caller sees to it that what is level is looked at when the pause is
 
 from dataclasses import dataclass
 
+# Where the kernel has no watch (fs.epoll.max_user_watches) or no memory to hear a source again by, it is tried again after so long.
+REGISTER_AGAIN = 1.0
+
 
 @dataclass(slots=True)
 class Throttle:

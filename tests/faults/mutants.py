@@ -352,6 +352,20 @@ MUTANTS = [
         ("tests/unit/test_floods.py::test_a_doorbell_that_rings_without_end_is_heard_so_often_and_told_once[one]",),
     ),
     Mutant(
+        "a look at everything that costs what any turn does",
+        "floods.py",
+        "            self._spend(now, max(0.0, cost / TURN - 1))\n",
+        "",
+        ("tests/unit/test_floods.py::test_a_look_that_costs_more_comes_more_seldom_and_is_told_once",),
+    ),
+    Mutant(
+        "ends that wait behind stops",
+        "system/process.py",
+        "            if not changes:\n                options = os.WNOHANG\n",
+        "            if not changes:\n                break\n",
+        ("tests/unit/test_floods.py::test_ends_do_not_wait_behind_the_stops_of_older_children",),
+    ),
+    Mutant(
         "a channel at its end that is heard again and again",
         "generation.py",
         "        return self._deaf_until is None and not self.link.hung_up\n",

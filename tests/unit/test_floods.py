@@ -1,11 +1,13 @@
 """Floods of what wakes the master: how often it is heard, on a clock that we turn."""
 
+import errno
 import os
 import selectors
 import signal
 import socket
+import time
 from collections.abc import Iterator
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, cast
 
@@ -21,6 +23,7 @@ from prefork.net.listener import Listener
 from prefork.ops import control
 from prefork.ops.control import Client, ControlServer
 from prefork.pool import wire
+from prefork.pool.throttle import REGISTER_AGAIN
 from prefork.system import process
 from tests.unit.test_generation import Peer
 
@@ -100,6 +103,51 @@ def test_a_doorbell_that_rings_without_end_is_heard_so_often_and_told_once(
     assert door.pool.rings == before + 1, "it is heard again as soon as it is calm"
 
 
+def test_a_look_that_costs_more_comes_more_seldom_and_is_told_once(
+    door: Door, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    """As where there are a hundred addresses."""
+    seconds, cost = 10, 0.0036
+    monkeypatch.setattr(time, "thread_time", lambda: cost * door.pool.looks)
+    for millisecond in range(seconds * 1000):
+        door.rings(b"garbage")
+        door.turn(millisecond / 1000)
+    assert door.pool.looks > seconds, "it is heard all the same"
+    assert cost * door.pool.looks <= floods.TURN * (floods.TURNS + floods.TURNS_A_SECOND * seconds) + cost
+    assert capfd.readouterr().err.count("a flood of rings (garbage") == 1
+
+
+class Refusing(selectors.DefaultSelector):
+    """A selector whose kernel has no watch left when it is told so."""
+
+    refuses = False
+
+    def register(self, fileobj: Any, events: int, data: Any = None) -> selectors.SelectorKey:
+        if self.refuses:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return super().register(fileobj, events, data)
+
+
+def test_a_doorbell_that_can_not_be_registered_again_is_tried_again(door: Door, capfd: pytest.CaptureFixture[str]) -> None:
+    door.daemon.selector.close()
+    with Refusing() as door.daemon.selector:
+        door.doorbell = Doorbell(door.daemon, door.looked.append)
+        door.rings(b"garbage")
+        door.turn(1.0)
+        assert door.doorbell.paused_until == 1.0 + floods.REST
+        door.daemon.selector.refuses = True
+        door.turn(1.1)
+        assert door.doorbell.paused_until == 1.1 + REGISTER_AGAIN
+        door.turn(2.2)
+        door.daemon.selector.refuses = False
+        door.rings(RING)
+        door.turn(3.3)
+        before = door.pool.rings
+        door.turn(3.4)
+        assert door.pool.rings == before + 1
+    assert capfd.readouterr().err.count("can't hear the workers' rings for now: No space left on device") == 1
+
+
 def test_rings_with_forks_behind_them_are_no_flood(door: Door, capfd: pytest.CaptureFixture[str]) -> None:
     for millisecond in range(5_000):
         door.rings(RING)
@@ -173,9 +221,9 @@ def test_ends_do_not_wait_behind_the_stops_of_older_children(monkeypatch: pytest
     monkeypatch.setattr(process, "CHANGES_AT_ONCE", 2)
     told: list[int] = []
     before = signal.signal(signal.SIGCHLD, lambda signo, _: told.append(signo))
+    older = [os.posix_spawn("/bin/sleep", ["sleep", "60"], {}) for _ in range(3)]
+    younger = os.posix_spawn("/bin/true", ["true"], {})
     try:
-        older = [os.posix_spawn("/bin/sleep", ["sleep", "60"], {}) for _ in range(3)]
-        younger = os.posix_spawn("/bin/true", ["true"], {})
         for pid in older:
             os.kill(pid, signal.SIGSTOP)
             os.waitid(os.P_PID, pid, os.WSTOPPED | os.WNOWAIT)
@@ -187,10 +235,12 @@ def test_ends_do_not_wait_behind_the_stops_of_older_children(monkeypatch: pytest
         told.clear()
         assert process.reap(stops=True) == [process.Changed(older[2], stopped=True)]
         assert not told
+    finally:
         for pid in older:
             os.kill(pid, signal.SIGKILL)
-            os.waitpid(pid, 0)
-    finally:
+        for pid in (*older, younger):
+            with suppress(ChildProcessError):  # reaped, as it should be
+                os.waitpid(pid, 0)
         signal.signal(signal.SIGCHLD, before)
 
 
@@ -213,6 +263,29 @@ def test_a_channel_at_its_end_is_not_heard_again() -> None:
     wake_at = peer.generation.wake_at()
     assert wake_at is not None
     assert wake_at > 1.0
+    peer.close()
+
+
+def test_a_channel_that_can_not_be_registered_again_is_tried_again(capfd: pytest.CaptureFixture[str]) -> None:
+    peer = Peer(1)
+    peer.boot(1)
+    daemon = Daemon(Sources({}))
+    daemon.current = peer.generation
+    with Refusing() as daemon.selector:
+        daemon.selector.refuses = True
+        for daemon.now in (1.0, 2.0, 3.0):
+            daemon.listen_to_all()
+            assert not peer.generation.is_heard
+            assert peer.generation.wake_at() == daemon.now + REGISTER_AGAIN
+            peer.generation.tend(daemon.now + REGISTER_AGAIN, 0)
+        daemon.selector.refuses = False
+        daemon.listen_to_all()
+        assert peer.generation.is_heard
+        peer.end.send(b"nonsense")
+        (key, _), *_ = daemon.selector.select(0)
+        key.data(4.0)
+    assert peer.generation.gossip == 1
+    assert capfd.readouterr().err.count("can't hear the fork server of generation 1 for now") == 1
     peer.close()
 
 
@@ -278,7 +351,7 @@ class Control:
 
     def __init__(self, stack: ExitStack, folder: Path) -> None:
         self.now, self.turns = 0.0, 0
-        self.selector = stack.enter_context(selectors.DefaultSelector())
+        self.selector = stack.enter_context(Refusing())
         self.server: ControlServer = control.serve(f"{folder}/control", self.selector, self.obey)
         stack.callback(self.server.close)
 
@@ -331,6 +404,18 @@ def test_control_clients_without_end_are_heard_so_often(
     assert served.turns <= control.TURNS + control.TURNS_A_SECOND * seconds + 2
     assert answered >= control.TURNS_A_SECOND * seconds / 3, "each that comes is answered, if later"
     assert capfd.readouterr().err.count("a flood of control clients") == 1
+
+
+def test_a_control_socket_that_can_not_be_registered_again_is_tried_again(served: Control) -> None:
+    served.server._pause(1.0)
+    served.selector.refuses, served.now = True, 1.0
+    served.turn()
+    assert served.server.wake_at() == 1.0 + REGISTER_AGAIN
+    served.selector.refuses, served.now = False, 1.0 + REGISTER_AGAIN
+    served.turn()
+    with _connected(served):
+        served.turn()
+        assert len(served.server.clients) == 1
 
 
 def test_a_request_in_many_pieces_is_none(served: Control) -> None:

@@ -16,7 +16,7 @@ import pytest
 
 from prefork.accepting import EXIT_CANT_ACCEPT
 from prefork.config import Sources
-from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, PATIENCE, Generation
+from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, PATIENCE, UNSATURATED_FOR, Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
@@ -521,6 +521,26 @@ def test_a_fork_server_that_was_killed_is_not_waited_for_again_and_again(peer: P
     generation.link.kill()  # in state D it is not reaped
     assert generation.wake_at() == before
     generation.note_stop(os.getpid(), 1.0, stopped=False)
+
+
+def test_a_ceiling_that_comes_and_goes_is_told_once_and_its_seconds_are_exact(
+    peer: Peer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generation, acceptors, now = peer.generation, peer.generation._acceptors[0], 10.0
+    for _ in range(100):
+        for saturated in (True, False):
+            acceptors.memory = replace(acceptors.memory, saturated=saturated)
+            generation._note_saturation(acceptors, now)
+            now += 0.25
+    assert generation.saturated_for(now) == 25.0
+    assert acceptors.look_at is not None, "the end has to be told without an event"
+    said = capfd.readouterr().err
+    assert (said.count("max_workers = 256 reached"), said.count("acceptors again")) == (1, 0)
+    generation._note_saturation(acceptors, now - 0.25 + UNSATURATED_FOR)
+    assert "has acceptors again, after 25.0 s at the ceiling" in capfd.readouterr().err
+    acceptors.memory = replace(acceptors.memory, saturated=True)
+    generation._note_saturation(acceptors, now + 2)
+    assert "max_workers = 256 reached" in capfd.readouterr().err
 
 
 def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates() -> None:
