@@ -255,7 +255,7 @@ MUTANTS = [
     Mutant(
         "workers that leave with their fork server",
         "worker.py",
-        "        if not self._is_orphan():\n            return  # somebody has sent it\n",
+        "        if not self._is_orphan():\n            return  # user code has sent it\n",
         "",
         ("tests/faults/test_faults.py::test_one_instance_of_each_fault[killed_fork_server]",),
     ),
