@@ -209,9 +209,11 @@ class Master:
         events = daemon.selector.select(timeout)
         if timeout is not None and (overslept := daemon.clock() - max(daemon.now, before + timeout) - OVERSLEPT) > 0:
             daemon.lost += overslept
-            # SIGCONT interrupts epoll_wait(2), and Python does not ask again once the time is over: what has come is there unseen.
-            events = events or daemon.selector.select(0)
         daemon.now = daemon.clock()
+        if planned is not None and daemon.now >= planned:
+            # A master that was stopped may have events from before that, or none: SIGCONT interrupts epoll_wait(2), and Python does
+            # not ask again once the time is over. Nothing is found to be late that has come before the deadline.
+            events = daemon.selector.select(0)
         for key, _ in events:
             key.data(daemon.now)
         return any(key.fileobj is self.inbox for key, _ in events)

@@ -231,9 +231,9 @@ MUTANTS = [
     Mutant(
         "events that a stopped master does not see",
         "master.py",
+        "            events = daemon.selector.select(0)\n",
         "            events = events or daemon.selector.select(0)\n",
-        "",
-        ("tests/integration/test_reload.py::test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late",),
+        ("tests/unit/test_master.py",),
     ),
     Mutant(
         "a reload that is ready, but found so late",

@@ -263,7 +263,7 @@ def test_idle_workers_leave_when_new_code_serves(prefork_server: Start) -> None:
 
 
 HELD = """
-import fcntl
+import fcntl, os
 from prefork.examples.echo import loop
 
 def wait():
@@ -272,24 +272,43 @@ def wait():
 
 def start():
     {started}
+    done("started")
+
+def done(what):
+    os.close(os.open(f"{{what}} {{os.getpid()}}", os.O_CREAT))
 
 {imported}
+done("imported")
 """
 
 
-@pytest.mark.parametrize(("imported", "started", "comes"), [("wait()", "pass", "gen 2"), ("", "wait()", "gen 2 worker")])
+def _named(server: Server, names: list[str]) -> list[psutil.Process] | None:
+    """The daemon's processes of these names, once all are there."""
+    ends = tuple(f" {name}" for name in names)
+    found = [child for child in watch.family(server.pid) if (child.cmdline() or [""])[0].endswith(ends)]
+    return found if len(found) == len(names) else None
+
+
+@pytest.mark.parametrize(
+    ("imported", "started", "comes", "done"),
+    [("wait()", "pass", ["gen 2"], "imported"), ("", "wait()", ["gen 2 worker 0", "gen 2 worker 1"], "started")],
+)
 def test_a_master_that_was_stopped_hears_what_has_come_before_it_finds_a_reload_late(
-    prefork_server: Start, module: Module, gate: Gate, imported: str, started: str, comes: str
+    prefork_server: Start, module: Module, gate: Gate, imported: str, started: str, comes: list[str], done: str
 ) -> None:
     timeout = 2.0
     folder = module(HELD.format(imported=imported, started=started))
     server = prefork_server("mine:loop", folder=folder, workers=2, boot_timeout=timeout, on_worker_start="mine:start")
     with gate.closed():
         os.kill(server.pid, signal.SIGHUP)
-        watch.until(f"{comes} is there", lambda: any(comes in child.name() for child in watch.family(server.pid)))
+        newcomers = watch.until(f"{comes} are there", lambda: _named(server, comes))
         os.kill(server.pid, signal.SIGSTOP)
         watch.until("the master has stopped", lambda: psutil.Process(server.pid).status() == psutil.STATUS_STOPPED)
-    time.sleep(1.5 * timeout)  # it sleeps until boot_timeout, and what it waits for comes meanwhile: the gate is open
+        late = time.monotonic() + timeout
+    # The gate is open, and what the master waits for comes while it is stopped. Who has done that and sleeps has told of it.
+    watch.until(f"they have {done}", lambda: all((folder / f"{done} {child.pid}").exists() for child in newcomers))
+    watch.until("they have told", lambda: all(child.status() == psutil.STATUS_SLEEPING for child in watch.family(server.pid)))
+    watch.until("boot_timeout is over", lambda: time.monotonic() > late)
     os.kill(server.pid, signal.SIGCONT)
     watch.until("the reload has ended", lambda: (server.status()["reload"] or {}).get("result"))
     reload = server.status()["reload"]
