@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from prefork.errors import RefusedError
+from prefork.log.files import CarriedLog
 from prefork.net.address import Address
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Counts, Layout
@@ -132,7 +133,7 @@ class CarriedWiring:
     doorbell_read: int
     doorbell_write: int
     devnull: int
-    logs: tuple[tuple[str, int], ...]  # paths and descriptors
+    logs: tuple[CarriedLog, ...]
     strangers: tuple[int, ...]
     credentials: Credentials | None
 
@@ -195,7 +196,8 @@ class State:
     def descriptors(self) -> list[int]:
         """Every descriptor that has to outlive the exec."""
         wiring = self.wiring
-        found = [wiring.doorbell_read, wiring.doorbell_write, wiring.devnull, *(fd for _, fd in wiring.logs), *self.inherited]
+        found = [wiring.doorbell_read, wiring.doorbell_write, wiring.devnull, *self.inherited]
+        found += [fd for file in wiring.logs for fd in (file.write_end, file.read_end, file.control)]
         found += [file.fd for file in (self.control, self.pid_file) if file is not None]
         found += [listener.fd for listener in self.listeners]
         for generation in self.generations:

@@ -186,7 +186,7 @@ class ForkServer:
         systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
         os.dup2(brief.devnull, 0)
-        log.begin_fork_server(brief.config, f"gen {brief.generation}", self.board.order_words)
+        log.begin_fork_server(brief.config, f"gen {brief.generation}")
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull, brief.stacks}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
@@ -270,7 +270,7 @@ class ForkServer:
             devnull=brief.devnull,
             devnull_stat=os.fstat(brief.devnull),
             stacks=brief.stacks,
-            reopen=(process.reopening(brief.doorbell), process.reopening(brief.stacks)),
+            reopen=tuple(process.reopening(fd) for fd in (brief.doorbell, brief.stacks, *log.pipes())),
             offer=self.offer,
             part=self.part,
             schedule=self.schedule,
@@ -330,8 +330,6 @@ class ForkServer:
             case Order.LEAVE:
                 # Who is still serving a connection becomes the master's child, and costs only itself.
                 self.leaving = True
-            case Order.REOPEN:
-                log.follow_master()
             case Order.QUIT:
                 for pid in self.children:
                     process.signal_child(pid, signal.SIGKILL)

@@ -768,12 +768,6 @@ class Generation:
         self.retire_all(now, None)
         self.quit(now)
 
-    def reopen_log(self) -> None:
-        """The master has opened the log files again: so do the others, the fork server now and workers before their next line."""
-        self.board.order_words[scoreboard.LOG_EPOCH] = time.monotonic_ns()  # any other number
-        if self.link.pid is not None:
-            self.link.send(Order.REOPEN)
-
     def announce_stop(self) -> None:
         """From now on ``conn.stopping`` is true, and a closed listener no surprise; with drain = "eof" connections end now.
 

@@ -2,8 +2,7 @@
 
 One thread, one selector, no user code, and it waits for no other process: `Master.run` is the whole loop. What happens is folded
 into the state (`prefork.daemon`); `_tend` then looks at the state and does what is due; the selector sleeps until the next event
-or deadline. What it must not do: import a handler, block, or die of what a worker, a client or a file does. (It does wait in
-write(2) for a log file whose file system hangs: ARCHITECTURE.md, invariant 9.)
+or deadline. What it must not do: import a handler, block, or die of what a worker, a client or a file does.
 """
 
 import os
@@ -122,8 +121,7 @@ class Master:
         daemon.activated = activated(os.environ)
         conf = daemon.config = daemon.load()
         who = credentials.wanted(conf.user, conf.group)
-        if who is not None and who.uid != 0:
-            log.give_to(who.uid)
+        log.of_master(strangers, who.uid if who is not None and who.uid != 0 else None)
         log.use(conf)
         daemon.name = conf.instance
         process.set_title(f"prefork: master {daemon.name}")
@@ -154,6 +152,7 @@ class Master:
         daemon.selector = daemon.resources.enter_context(selectors.DefaultSelector())
         self.inbox = daemon.resources.enter_context(closing(signals.Inbox(HANDLED)))
         daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
+        log.watch(daemon.selector)
         self.doorbell = Doorbell(daemon, self.mending.look)
 
     def _go_on(self, fd: int, reason: str) -> None:
@@ -249,6 +248,7 @@ class Master:
                     ours = True
                     self._fork_server_ended(generation, process.describe(change.status))
             self.upgrading.ended(change.pid, change.status)
+            log.child_ended(change.pid, process.describe(change.status), daemon.now)
             daemon.wiring.strangers.discard(change.pid)
         return ours
 
@@ -308,6 +308,7 @@ class Master:
         self.child_signals.tend(daemon.now)
         if daemon.control is not None:
             daemon.control.tend(daemon.now)
+        log.tend(daemon.now)
         self.notifying.tend()
 
     def _wake_at(self) -> float | None:
@@ -315,7 +316,7 @@ class Master:
         times = [generation.wake_at() for generation in daemon.generations()]
         times += [self.doorbell.paused_until, self.child_signals.paused_until]
         times += [self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
-        times += [self.stopping.wake_at(), self.notifying.wake_at()]
+        times += [self.stopping.wake_at(), self.notifying.wake_at(), log.wake_at()]
         if daemon.control is not None:
             times.append(daemon.control.wake_at())
         return min((at for at in times if at is not None), default=None)
@@ -341,12 +342,11 @@ class Master:
     # -- log files
 
     def _reopen_logs(self) -> None:
-        """A rotation has renamed them: make new ones, then let everybody follow."""
+        """A rotation has renamed them: make new ones."""
         if not log.has_files():
             log.event("ignored", what="SIGUSR1", why="the log goes to standard error, there is no file to be opened again")
-        elif log.reopen():
-            for generation in self.daemon.generations():
-                generation.reopen_log()
+        else:
+            log.reopen()
 
     # -- the end
 
@@ -375,6 +375,7 @@ class Master:
             daemon.control.close()
         if daemon.pid_file is not None:
             daemon.pid_file.remove()
+        log.finish()
 
     # -- the control socket
 

@@ -308,8 +308,9 @@ class Upgrading:
         counted = state.tally
         daemon.tally = Tally(counted.counts, list(counted.histogram), counted.forked, counted.exited, counted.saturated)
         daemon.tally.deaths.extend(counted.deaths)
-        who = state.wiring.credentials
-        log.adopt(state.wiring.logs, who.uid if who is not None and who.uid != 0 else None)
+        strangers, who = set(state.wiring.strangers), state.wiring.credentials
+        log.of_master(strangers, who.uid if who is not None and who.uid != 0 else None)
+        log.adopt(state.wiring.logs)
         if state.pid_file is not None:
             daemon.pid_file = PidFile(state.pid_file.path, state.pid_file.fd)
         # In loops, because what is made belongs to this frame then: if the rest fails, the way back needs it open.
@@ -329,7 +330,7 @@ class Upgrading:
             doorbell_read=wiring.doorbell_read,
             doorbell_write=wiring.doorbell_write,
             devnull=wiring.devnull,
-            strangers=set(wiring.strangers),
+            strangers=strangers,
             credentials=wiring.credentials,
         )
         adopted: list[Generation] = []
@@ -349,6 +350,7 @@ class Upgrading:
             return
         self.changeover.wanted = None  # the reload that follows is the one that was wanted
         log.event("upgraded", version=__version__, before=before, pid=daemon.pid)
+        log.renew()
         self.reload_before = daemon.last_reload
         self.changeover.reload("reload after the upgrade")
 

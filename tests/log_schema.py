@@ -64,6 +64,8 @@ EVENT_FIELDS = {
     "dropped": ["count"],
     "reopened": ["paths"],
     "log_kept": ["path", "reason"],
+    "log_writer_died": ["path", "cause"],
+    "log_lost": ["path", "reason"],
     "unknown_variable": ["name", "remedy"],
     "control_failed": ["reason"],
     "control_refused": ["reason"],

@@ -110,6 +110,17 @@ def fork_server(server: Server, generation: int | None = None) -> int:
     raise AssertionError(f"no fork server of generation {number}: {family(server.pid)}")
 
 
+def named(pid: int, title: str) -> list[int]:
+    """The children of a process whose titles begin so."""
+    return [child.pid for child in psutil.Process(pid).children() if (child.cmdline() or [""])[0].startswith(title)]
+
+
+def log_writer(server: Server, path: Path) -> int:
+    """The pid of the process that writes a log file."""
+    [found] = [pid for pid in named(server.pid, "prefork: log ") if psutil.Process(pid).cmdline()[0].endswith(f" {path}")]
+    return found
+
+
 def descriptors(pid: int) -> dict[int, str]:
     """The open descriptors of a process, and what they are. Those of a master and a fork server are root's to see."""
     if os.geteuid() != 0 and pid != os.getpid() and not os.access(f"/proc/{pid}/fd", os.R_OK):

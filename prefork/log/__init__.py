@@ -1,15 +1,16 @@
 """The log: the one place that turns events into lines. Code says ``log.event("worker_died", slot=3, ...)``.
 
-`events` names what can happen, `formats` makes lines of it, `sink` gets them out (without waiting, but for a file), `prints` turns
-what handlers print into events. Here is what this process logs, how, and where. A line is one write(2); one that can't be written
-is counted, and the count is told with the next one that can: the log stops the daemon no longer than its file system hangs.
+`events` names what can happen, `formats` makes lines of it, `sink` gets them out without waiting, `prints` turns what handlers
+print into events. Here is what this process logs, how, and where. A line is one write(2); one that can't be written is counted, and
+the count is told with the next one that can.
 
-Files are opened by the master, before anything depends on them; its forks find them open. When the master has opened them again
-it counts up a word in the orders of every generation, and whoever writes next looks at it first.
+A log file is written by a process of its own (`writer`), to which everybody has a `pipe`: a disk that hangs stops nobody else. The
+master starts these processes, before anything depends on them (`files`); its forks find the pipes open.
 """
 
 import errno
 import os
+import selectors
 import time
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -18,10 +19,12 @@ from typing import Any, Protocol
 from prefork.errors import ConfigError
 from prefork.log import formats, prints
 from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level
+from prefork.log.files import FLUSH, RELOAD, START, CarriedLog, LogFile
 from prefork.log.formats import Entry
-from prefork.log.sink import Sink, give
-from prefork.pool.scoreboard import LOG_EPOCH
-from prefork.system import forks
+from prefork.log.pipe import Pipe
+from prefork.log.sink import Sink
+from prefork.log.writer import Ask
+from prefork.system import forks, process
 
 __all__ = ["ALWAYS", "EVENTS", "RESERVED", "Level", "Output", "Sink", "event"]
 
@@ -68,8 +71,11 @@ class Output:
                 entries.append(_entry("output", level, sentence.format_map(fields), "", fields))
         self._write(self.log, entries)
 
+    def catch_up(self, sink: Sink) -> None:
+        """Tell how many lines it lacks."""
+        self._write(sink, [])
+
     def _write(self, sink: Sink, entries: Sequence[Entry]) -> None:
-        follow_master()
         sink.settle()
         told = sink.dropped
         lines = [line for entry in entries for line in self._render(sink, entry)]
@@ -89,7 +95,7 @@ class Output:
         if self.format == "json":
             if sink.journal:
                 return formats.as_journal_json(entry, sink.room)
-            return formats.as_json(entry, None if sink.whole else sink.room)
+            return formats.as_json(entry, sink.most)
         if sink.journal:
             return formats.as_journal(entry)
         return formats.as_text(entry, coloured=sink.terminal and colours_wanted())
@@ -109,16 +115,23 @@ _role: str | Callable[[], str] = "master"
 # Every sink that is open, by its path.
 _sinks: dict[str, Sink] = {"": Sink()}
 _output = Output(Level.INFO, "text", _sinks[""], None)
+# The files, by their paths; in the master only.
+_files: dict[str, LogFile] = {}
 # Whose files shall be: who runs the handler, when that is not us.
 _owner: int | None = None
-# The orders of this process' generation, and how often the master had opened the files again when this process last did.
-_orders: memoryview | None = None
-_epoch = 0
+# The pids of the master's children that are no workers, and what hears them.
+_strangers: set[int] = set()
+_selector: selectors.BaseSelector | None = None
 
 
 def event(name: str, /, *, text: str = "", **fields: Any) -> None:
     """Log the event ``name``, as `Output.event` does, the way this process logs."""
     _output.event(name, text=text, **fields)
+
+
+def _catch_up(sink: Sink) -> None:
+    """Tell what is missing, although there is nothing else to be told."""
+    _output.catch_up(sink)
 
 
 def access_is_logged() -> bool:
@@ -135,24 +148,40 @@ def configure(*, role: str | Callable[[], str]) -> None:
     _role = role
 
 
-def open_for(settings: Settings) -> Output:
-    """The output that settings ask for, with its files opened, unless they are. Raises ConfigError naming key, value, remedy."""
-    log = _sink("log_file", "" if settings.log_file == "stderr" else settings.log_file)
+def of_master(strangers: set[int], owner: int | None) -> None:
+    """This process starts those that write files. ``strangers`` get their pids.
+
+    ``owner``: who runs the handler, when that is another user. Files are theirs; one that they may have put a link in the place of
+    is refused.
+    """
+    global _strangers, _owner
+    _strangers, _owner = strangers, owner
+
+
+def open_for(settings: Settings, patience: float = RELOAD) -> Output:
+    """The output that settings ask for, with its files opened, unless they are. Raises ConfigError naming key, value, remedy.
+
+    A file that is not open after ``patience`` seconds can't be opened.
+    """
+    log = _sink("log_file", "" if settings.log_file == "stderr" else settings.log_file, patience)
     access = None
     if settings.access_log != "off":
-        access = log if settings.access_log == "-" else _sink("access_log", settings.access_log)
+        access = log if settings.access_log == "-" else _sink("access_log", settings.access_log, patience)
     return Output(Level[settings.log_level.upper()], settings.log_format, log, access)
 
 
-def _sink(key: str, path: str) -> Sink:
+def _sink(key: str, path: str, patience: float) -> Sink:
     found = _sinks.get(path)
     if found is None:
-        found = Sink(path)
+        file = LogFile(path, _owner, event, _catch_up, _strangers)
         try:
-            found.open(create=True, owner=_owner)
+            file.open(patience)
         except OSError as error:
             raise ConfigError(f"{key} = {path!r}: {_remedy(path, error)}") from None
-        _sinks[path] = found
+        if _selector is not None:
+            file.watch(_selector)
+        _files[path] = file
+        found = _sinks[path] = file.pipe
     return found
 
 
@@ -175,7 +204,7 @@ def _remedy(path: str, error: OSError) -> str:
 def use(settings: Settings) -> None:
     """Log as the settings say. Raises ConfigError when their files are not open and can't be opened."""
     global _output
-    _output = open_for(settings)
+    _output = open_for(settings, START)
     for sink in (_output.log, _output.access):
         reason = sink.shield() if sink is not None else None
         if reason is not None:
@@ -186,31 +215,37 @@ def keep_only(in_use: Iterable[Settings]) -> None:
     """Close the files that none of these settings asks for."""
     wanted = {path for settings in in_use for path in (settings.log_file, settings.access_log)}
     for path in [path for path in _sinks if path and path not in wanted]:
-        _sinks.pop(path).close()
+        sink, file = _sinks.pop(path), _files.pop(path, None)
+        if file is None:
+            sink.close()
+        else:
+            file.close()
 
 
-def carry() -> list[tuple[str, int]]:
-    """The log files that are open, as path and descriptor, for another program of this process."""
-    return [(path, sink.fd) for path, sink in _sinks.items() if path and sink.is_open]
+def carry() -> list[CarriedLog]:
+    """The log files, for another program of this process."""
+    return [file.carry() for file in _files.values()]
 
 
-def adopt(files: Iterable[tuple[str, int]], owner: int | None) -> None:
-    """Go on with what was `carry`'s; ``owner`` as in `give_to`, which was done. Raises OSError."""
-    global _owner
-    _owner = owner
-    for path, fd in files:
-        _sinks[path] = Sink(path)
-        _sinks[path].adopt(fd)
+def adopt(files: Iterable[CarriedLog]) -> None:
+    """Go on with what was `carry`'s; after `of_master`. Raises OSError."""
+    for carried in files:
+        _files[carried.path] = LogFile.adopted(carried, _owner, event, _catch_up, _strangers)
+        _sinks[carried.path] = _files[carried.path].pipe
 
 
-def begin_fork_server(settings: Settings, role: str, orders: memoryview) -> None:
-    """Log as a process that runs user code, and so do its forks: what it prints is logged, and the master is followed."""
-    global _orders, _epoch
+def begin_fork_server(settings: Settings, role: str) -> None:
+    """Log as a process that runs user code, and so do its forks: what it prints is logged."""
+    global _selector
     configure(role=role)
+    _files.clear()
+    _selector = None
     keep_only([settings])
     use(settings)
+    for pipe in _pipes():
+        process.reopening(pipe.fd)()
+        pipe.begin_to_wait()
     _output.log.stand_in()
-    _orders, _epoch = orders, 0
     prints.install(_output.printed)
     # What the parent has dropped is the parent's to tell.
     forks.in_child(_forget_dropped)
@@ -232,59 +267,76 @@ def finish_prints() -> None:
     prints.finish()
 
 
+def _pipes() -> list[Pipe]:
+    return [sink for sink in _sinks.values() if isinstance(sink, Pipe)]
+
+
+def pipes() -> list[int]:
+    """Writing ends of the pipes to those who write files."""
+    return [pipe.fd for pipe in _pipes()]
+
+
 def descriptors() -> set[int]:
     """What a process must keep open to be heard."""
     return {1, 2, *(sink.fd for sink in (_output.log, _output.access) if sink is not None)}
 
 
-# -- opening again
+# -- the files, in the master
 
 
-def give_to(uid: int) -> None:
-    """The handler runs as this user: files are theirs from now on, so that workers can open them again. Raises ConfigError.
+def watch(selector: selectors.BaseSelector) -> None:
+    """Hear by this selector what the processes that write files have to tell."""
+    global _selector
+    _selector = selector
+    for file in _files.values():
+        file.watch(selector)
 
-    The best time is before `use`: a file that is opened after is also refused when that user may have put a link there.
-    """
-    global _owner
-    _owner = uid
-    for path, sink in _sinks.items():
-        if path:
-            try:
-                give(sink.fd, uid)
-            except OSError as error:
-                raise ConfigError(f"log file {path!r}: can't be given to user {uid}: {error.strerror}") from None
+
+def child_ended(pid: int, cause: str, now: float) -> None:
+    """A child of this process has ended, one of those perhaps."""
+    for file in _files.values():
+        file.ended(pid, cause, now)
+
+
+def tend(now: float) -> None:
+    """Start those that have ended again, when it is time."""
+    for file in _files.values():
+        file.tend(now)
+
+
+def wake_at() -> float | None:
+    """When it will be."""
+    return min((file.again_at for file in _files.values() if file.again_at is not None), default=None)
 
 
 def has_files() -> bool:
     """Whether anything is open that can be opened again."""
-    return any(_sinks)
+    return bool(_files)
 
 
-def reopen() -> bool:
-    """Open the files by their paths again, making them: for the master, before it tells the others. False if none was."""
-    done = _open_again(create=True)
-    if done:
-        event("reopened", paths=", ".join(done))
-    return bool(done)
+def reopen() -> None:
+    """Have the files opened again by their paths. Events tell when that is done, or why a file is written on as it is."""
+    for file in _files.values():
+        if not file.ask(Ask.REOPEN):
+            event("log_kept", path=file.path, reason="the process that writes it does not hear")
 
 
-def follow_master() -> None:
-    """Open the files again if the master has; it has made them. Who can't, goes on with the old ones and says so."""
-    global _epoch
-    if _orders is None or _orders[LOG_EPOCH] == _epoch:
-        return
-    _epoch = _orders[LOG_EPOCH]
-    _open_again(create=False)
+def renew() -> None:
+    """Have other processes write the files: those of another program that this process was."""
+    for file in _files.values():
+        file.ask(Ask.LEAVE)
 
 
-def _open_again(*, create: bool) -> list[str]:
-    done = []
-    for path, sink in _sinks.items():
-        if path:
-            try:
-                sink.open(create=create, owner=_owner if create else None)
-            except OSError as error:
-                event("log_kept", path=path, reason=error.strerror)
-            else:
-                done.append(path)
-    return done
+def finish() -> None:
+    """The daemon ends: what was logged gets a moment to be written. Standard error is the log again."""
+    global _output, _selector
+    deadline = time.monotonic() + FLUSH
+    asked = [file for file in _files.values() if file.ask(Ask.FLUSH)]
+    for file in asked:
+        file.flushed(deadline)
+    for file in _files.values():
+        file.end()
+        del _sinks[file.path]
+    _files.clear()
+    _selector = None
+    _output = Output(_output.level, _output.format, _sinks[""], None)

@@ -37,6 +37,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "dropped": (Level.WARNING, "{count} log lines could not be written"),
     "reopened": (Level.INFO, "log files opened again: {paths}"),
     "log_kept": (Level.WARNING, "{path} can't be opened again ({reason}): the file that is open is written on"),
+    "log_writer_died": (Level.WARNING, "the process that writes {path} has ended ({cause}); another one takes its place"),
+    "log_lost": (
+        Level.ERROR,
+        "{path} can't be written ({reason}); it is tried again, and lines are dropped when they are too many",
+    ),
     "not_batch": (Level.INFO, "workers keep the usual scheduling policy, another can't be had here: {reason}"),
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (

@@ -1,4 +1,4 @@
-"""Where lines go: standard error or a file, and what happens when they can't go there.
+"""Where lines go: standard error, or a file, and what happens when they can't go there.
 
 A line that can't be written is given up, whole, and counted; nothing raises out of `Sink.write`. How each kind of file is kept from
 making a writer wait:
@@ -7,8 +7,8 @@ making a writer wait:
 * a socket, the journal's or a container's, is written with MSG_DONTWAIT (send(2)), because it can't be opened anew; when it is
   the journal's, entries with fields go to that one's other socket, one datagram each
   (https://systemd.io/JOURNAL_NATIVE_PROTOCOL);
-* a disk that is full fails by itself. One that hangs (frozen, NFS without its server) is waited for: write(2) to a file has no
-  O_NONBLOCK, and RWF_NOWAIT (pwritev2(2)) is EOPNOTSUPP on ext4 and tmpfs (tried on 6.18).
+* a disk that is full fails by itself. One that hangs is waited for, by a process that has nothing else to do: all others write to
+  that one's pipe (`prefork.log.pipe`, `prefork.log.writer`).
 
 Lines of many processes do not mix: a write of at most PIPE_BUF bytes to a pipe is one piece (pipe(7)), one to a file opened
 with O_APPEND is one at any length (write(2)). Where a write came out short, all processes know it from a byte that they share,
@@ -53,7 +53,7 @@ class Sink:
         self.fd = 2
         self.dropped = 0
         self.whole = self.journal = self.native = self.terminal = False
-        self._socket = self._shielded = self._stands_in = False
+        self._socket = self._shielded = False
         self._identity: tuple[int, int] | None = None
         self._place = next(_places) % len(_torn)
 
@@ -75,8 +75,6 @@ class Sink:
         try:
             if owner is not None:
                 give(fd, owner)
-            if self._stands_in:
-                self._replace_standard(fd)
         except OSError:
             os.close(fd)
             raise
@@ -144,16 +142,7 @@ class Sink:
             self._identity = None  # lines are counted until it can be opened
 
     def stand_in(self) -> None:
-        """Be standard output and error too, now and when opened again: what C libraries and subprocesses write lands here."""
-        if self.path:
-            self._stands_in = True
-            for number in (1, 2):
-                os.dup2(self.fd, number, inheritable=True)
-
-    def _replace_standard(self, fd: int) -> None:
-        for number in (1, 2):
-            if self._is_ours(number):  # else user code has put something of its own there
-                os.dup2(fd, number, inheritable=True)
+        """Be standard output and error too, which this one is."""
 
     def close(self) -> None:
         """Let go of the descriptor, if it is still ours."""
@@ -214,6 +203,11 @@ class Sink:
             _mask(signal.SIG_SETMASK, blocked)
 
     @property
+    def most(self) -> int | None:
+        """How long an entry may be, when it may be longer than a line: None for any length."""
+        return None if self.whole else self.room
+
+    @property
     def room(self) -> int:
         """How long a line may be and still arrive in one piece."""
         return FILE_LINE if self.whole or self.native else PIPE_BUF
@@ -222,10 +216,14 @@ class Sink:
         """Whole lines, joined as long as the pieces are written in one go."""
         if self.whole:
             yield b"".join(lines)
-            return
+        else:
+            yield from self._joined(lines, PIPE_BUF)
+
+    @staticmethod
+    def _joined(lines: Sequence[bytes], most: int) -> Iterator[bytes]:
         piece = b""
         for line in lines:
-            if piece and len(piece) + len(line) > PIPE_BUF:
+            if piece and len(piece) + len(line) > most:
                 yield piece
                 piece = b""
             piece += line

@@ -99,8 +99,8 @@ RECENT_SHIFT = 17
 _SLOT_MASK = 0xFFFFFFFF
 
 # The orders' words: the generation's (word 0 is the magic), each listener's, then rows.
-# LOG_EPOCH counts how often the master has opened log files again; COMMITTED spares a worker the gate.
-STOPPING, LAST_LOOK, LOG_EPOCH, COMMITTED = 1, 2, 3, 4
+# COMMITTED spares a worker the gate.
+STOPPING, LAST_LOOK, COMMITTED = 1, 2, 4
 _GENERATION_WORDS = 8
 _LISTENER_WORDS = 8
 RING_BELOW, HIGH = 0, 1

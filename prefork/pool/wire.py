@@ -63,7 +63,6 @@ class Order(IntEnum):
     KILL = 3
     LEAVE = 4
     QUIT = 5
-    REOPEN = 6
     DUMP = 7
 
 

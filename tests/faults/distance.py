@@ -269,13 +269,18 @@ class Distant:
         self._add("canary = 3600")  # whose answer comes at the canary's end
         self._note("roll_back")
         with self._gone():
-            before = self.server.log().count(" taken back, generation ")
+            taken_back, killed, crashes = " taken back, generation ", self._killed(), 0
+            before = self.server.log().count(taken_back)
             # As many as it takes: right after the commit an idle worker of the last generation may get one.
-            for _ in range(MOST_CRASHES):
+            while crashes < MOST_CRASHES and self.server.log().count(taken_back) == before:
                 self._crash()
-                if self.server.log().count(" taken back, generation ") > before:
-                    break
+                crashes += 1
+            # A stop that follows cuts nobody.
+            watch.until("all are counted", lambda: self._killed() >= killed + crashes)
             self._write(STAYS)
+
+    def _killed(self) -> int:
+        return int(self.server.status()["totals"]["killed"])
 
     def _crash(self) -> None:
         with socket.create_connection((line.HERE, STAYS)) as sock:

@@ -59,7 +59,8 @@ def _is_true(ring: Arena) -> bool:
     """Whether there are as many workers as the board says, and acceptors among them."""
     shown = watch.workers(ring.server)
     accepting = [worker for worker in shown if worker["state"] in ("idle", "busy")]
-    return len(shown) == len(watch.family(ring.server.pid)) - 1 and len(accepting) >= ring.workers
+    there = [child for child in watch.family(ring.server.pid) if " worker " in (child.cmdline() or [""])[0]]
+    return len(shown) == len(there) and len(accepting) >= ring.workers
 
 
 def garbage_on_the_doorbell(rounds: Rounds, workload: str) -> Figures:

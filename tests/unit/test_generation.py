@@ -298,7 +298,6 @@ def test_no_byte_of_boards_and_orders_ends_the_master_or_keeps_it_from_going_on(
             os.pwrite(fd, b"\xff" * size, 0)
 
     spoil()
-    generation.reopen_log()
     generation.announce_stop()
     peer.say(Report(Kind.EXITED, 0, PID, status=9), 1.0)
     generation.tend(1.0, 0)

@@ -20,10 +20,8 @@ import pytest
 import prefork
 from prefork import log
 from prefork.config import Config
-from prefork.errors import ConfigError
 from prefork.log import EVENTS, RESERVED, Level, Output, Sink, formats, prints, sink
 from prefork.log.events import ALWAYS
-from prefork.pool.scoreboard import LOG_EPOCH
 from tests import log_schema
 
 
@@ -49,13 +47,12 @@ class Lines:
 @pytest.fixture(autouse=True)
 def _fresh_log(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     plain = Sink()
-    sinks = {"": plain}
-    state = {"_role": "master", "_sinks": sinks, "_output": Output(Level.INFO, "text", plain, None), "_owner": None}
-    for name, value in {**state, "_orders": None, "_epoch": 0}.items():
+    state = {"_role": "master", "_sinks": {"": plain}, "_output": Output(Level.INFO, "text", plain, None), "_files": {}}
+    for name, value in state.items():
         monkeypatch.setattr(log, name, value)
     yield
-    for opened in sinks.values():
-        opened.close()
+    log.finish()
+    plain.close()
 
 
 def use(**settings: Any) -> None:
@@ -286,6 +283,7 @@ def test_a_long_traceback_is_whole_in_a_file_and_in_parts_on_a_pipe(tmp_path: Pa
         assert "".join(entry["text"] for entry in entries) == text
     use(log_format="json", log_file=str(tmp_path / "log"))
     log.event("bug", where="x", text=text)
+    log.finish()
     [entry] = log_schema.read((tmp_path / "log").read_text())
     assert entry["text"] == text
     assert "part" not in entry
@@ -319,10 +317,11 @@ def test_the_access_log_may_be_the_log_or_a_file_of_its_own(tmp_path: Path) -> N
         use(access_log=str(path), log_format="json")
         log.event("access", **fields_of("access"))
         assert stderr.writes() == []
-        assert json.loads(path.read_text())["event"] == "access"
-        assert path.stat().st_mode & 0o777 == 0o600
         use(log_file=str(path), access_log=str(path))
         assert log._output.access is log._output.log
+        log.finish()
+        assert json.loads(path.read_text())["event"] == "access"
+        assert path.stat().st_mode & 0o777 == 0o600
 
 
 # -- terminals and the journal
@@ -374,6 +373,7 @@ def test_levels_are_coloured_nowhere_else(monkeypatch: pytest.MonkeyPatch, tmp_p
         assert "\x1b" not in stderr.line()
     use(log_file=str(tmp_path / "log"))
     log.event("bug", where="x")
+    log.finish()
     assert "\x1b" not in (tmp_path / "log").read_text()
 
 
@@ -588,9 +588,16 @@ def messages(path: Path) -> list[str]:
     return [line.partition("]: ")[2] or line for line in path.read_text().splitlines()]
 
 
+def to_a_file(path: Path) -> Output:
+    """Lines are written to it by this process itself."""
+    file = Sink(str(path))
+    file.open(create=True)
+    return Output(Level.INFO, "text", file, None)
+
+
 def test_a_line_that_was_torn_is_ended_and_counted(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    use(log_file=str(path))
+    log = to_a_file(path)
     log.event("listening", address="one")
     before = resource.getrlimit(resource.RLIMIT_FSIZE)
     resource.setrlimit(resource.RLIMIT_FSIZE, (path.stat().st_size + 20, before[1]))
@@ -601,6 +608,7 @@ def test_a_line_that_was_torn_is_ended_and_counted(tmp_path: Path) -> None:
         resource.setrlimit(resource.RLIMIT_FSIZE, before)
     log.event("listening", address="two")
     log.event("listening", address="three")
+    log.log.close()
     first, torn, *rest = messages(path)
     assert first == "listening on one"
     assert len(torn) == 20
@@ -609,7 +617,7 @@ def test_a_line_that_was_torn_is_ended_and_counted(tmp_path: Path) -> None:
 
 def test_a_line_that_another_process_tore_is_ended_too(tmp_path: Path) -> None:
     path = tmp_path / "log"
-    use(log_file=str(path))
+    log = to_a_file(path)
     log.event("listening", address="one")
     pid = os.fork()
     if pid == 0:
@@ -620,91 +628,12 @@ def test_a_line_that_another_process_tore_is_ended_too(tmp_path: Path) -> None:
             os._exit(0)
     os.waitpid(pid, 0)
     log.event("listening", address="two")
+    log.log.close()
     assert [len(line) if at == 1 else line for at, line in enumerate(messages(path))] == [
         "listening on one",
         20,
         "listening on two",
     ]
-
-
-@pytest.mark.parametrize(
-    ("make", "remedy"),
-    [
-        (lambda path: path.mkdir(), "is a directory: give the path of a file"),
-        (lambda path: path.write_text("a file"), None),
-        (os.mkfifo, "a socket, or a FIFO that nobody reads: give the path of a file"),
-    ],
-)
-def test_a_log_file_that_can_not_be_opened_is_named_with_a_remedy(tmp_path: Path, make: Any, remedy: str | None) -> None:
-    path = tmp_path / "log"
-    make(path)
-    place = str(path if remedy else path / "below")
-    remedy = remedy or f"{path} is no directory: make it, or give another path"
-    for key, settings in (("log_file", {"log_file": place}), ("access_log", {"access_log": place})):
-        with pytest.raises(ConfigError) as caught:
-            use(**settings)
-        assert str(caught.value) == f"{key} = {place!r}: {remedy}"
-
-
-def test_a_descriptor_that_user_code_has_closed_and_used_again_is_not_written_to(tmp_path: Path) -> None:
-    path, theirs = tmp_path / "log", tmp_path / "theirs"
-    use(log_file=str(path))
-    log.event("listening", address="one")
-    os.close(log._sinks[str(path)].fd)
-    with theirs.open("w") as file:
-        assert file.fileno() == log._sinks[str(path)].fd
-        log.event("listening", address="two")
-    assert theirs.read_text() == ""
-    assert messages(path) == ["listening on one", "listening on two"]
-
-
-def test_files_are_opened_again_by_whoever_writes_next(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = tmp_path / "log"
-    orders = memoryview(bytearray(64)).cast("Q")
-    use(log_file=str(path))
-    monkeypatch.setattr(log, "_orders", orders)
-    path.rename(tmp_path / "old")
-    log.event("listening", address="old")
-    path.touch()
-    orders[LOG_EPOCH] += 1
-    log.event("listening", address="new")
-    assert messages(path) == ["listening on new"]
-    # The master has not made it, or we may not open it.
-    path.rename(tmp_path / "older")
-    orders[LOG_EPOCH] += 1
-    log.event("listening", address="kept")
-    log.event("listening", address="kept too")
-    assert not path.exists()
-    reason = f"{path} can't be opened again (No such file or directory): the file that is open is written on"
-    assert messages(tmp_path / "older")[1:] == [reason, "listening on kept", "listening on kept too"]
-
-
-def test_files_that_are_not_asked_for_any_more_are_closed(tmp_path: Path) -> None:
-    wanted, other = Config(log_file=str(tmp_path / "a")), Config(access_log=str(tmp_path / "b"))
-    log.use(wanted)
-    log.open_for(other)
-    opened = [sink.fd for path, sink in log._sinks.items() if path]
-    log.keep_only([wanted])
-    assert [os.path.exists(f"/proc/self/fd/{fd}") for fd in opened] == [True, False]
-    assert log.descriptors() == {1, 2, opened[0]}
-
-
-def test_files_are_given_to_who_runs_the_handler_but_links_and_devices_are_not(tmp_path: Path) -> None:
-    if os.geteuid() != 0:
-        pytest.skip("only root can give files away")
-    made_before, made_after, named_twice = tmp_path / "before", tmp_path / "after", tmp_path / "twice"
-    log.open_for(Config(log_file=str(made_before)))
-    log.give_to(12345)
-    log.open_for(Config(log_file=str(made_after), access_log="/dev/null"))
-    assert [path.stat().st_uid for path in (made_before, made_after)] == [12345, 12345]
-    assert os.stat("/dev/null").st_uid == 0
-    (tmp_path / "link").symlink_to(made_after)
-    named_twice.touch()
-    (tmp_path / "second").hardlink_to(named_twice)
-    for path, why in ((tmp_path / "link", "a symbolic link"), (named_twice, "the file has several names")):
-        with pytest.raises(ConfigError, match=why):
-            log.open_for(Config(log_file=str(path)))
-    assert named_twice.stat().st_uid == 0
 
 
 # -- prints
