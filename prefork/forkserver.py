@@ -219,8 +219,8 @@ class ForkServer:
         handler.refuse_threads(self.brief.config.module)
         # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
-            for timer, alarm in signals.TIMERS.items():
-                signal.setitimer(timer, 0)
+            signals.stop_timers()
+            for alarm in signals.TIMERS.values():
                 signal.signal(alarm, signal.SIG_IGN)  # one that has rung, and waits behind a mask, would end us
             signals.fresh()
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})

@@ -524,8 +524,7 @@ class Worker:
         while True:
             try:
                 signals.block()
-                for timer in signals.TIMERS:
-                    signal.setitimer(timer, 0)
+                signals.stop_timers()
                 handlers()
                 if not stacks.SIGNALS.isdisjoint(signals.replaced()):
                     stacks.tell_again()

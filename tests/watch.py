@@ -92,6 +92,11 @@ def family(pid: int) -> list[psutil.Process]:
         return []
 
 
+def family_of(pid: int, size: int, what: str) -> None:
+    """Wait until there are exactly so many descendants, as long as surplus acceptors may stay (`settled`)."""
+    until(what, lambda: len(family(pid)) == size, 2 * DEADLINE)
+
+
 def children() -> set[psutil.Process]:
     """The descendants of this process, without the residents and theirs."""
     found = set(psutil.Process().children(recursive=True))

@@ -6,6 +6,7 @@ handler). In loops a handler does nothing: the number arrives through ``set_wake
 """
 
 import _signal  # type: ignore[import-not-found]
+import faulthandler
 import functools
 import os
 import signal
@@ -27,6 +28,7 @@ handle: Callable[[int, Any], Any] = _signal.signal  # knows 0 and 1 as the defau
 _set_mask: Callable[[int, Iterable[int]], set[int]] = _signal.pthread_sigmask
 # As it was before `watch`.
 _set_wakeup_fd: Callable[..., int] = signal.set_wakeup_fd
+_cancel_dump: Callable[[], None] = faulthandler.cancel_dump_traceback_later
 # What CPython itself sets at start: everything else has the default action.
 _IGNORED_BY_PYTHON = frozenset({signal.SIGPIPE, signal.SIGXFSZ})
 
@@ -151,15 +153,23 @@ def _marking(function: Callable[..., Any]) -> Callable[..., Any]:
 
 
 def watch() -> None:
-    """From now on notice when user code changes handlers, mask, timers or wakeup descriptor: cheaper than asking after each
-    connection.
+    """From now on notice when user code changes handlers, mask, timers (faulthandler's, too) or wakeup descriptor: cheaper than
+    asking after each connection.
 
     Called before the user's module is imported, so that ``from signal import alarm`` is noticed too.
     """
     for changing in ("setitimer", "alarm", "pthread_sigmask", "siginterrupt"):
         setattr(signal, changing, _marking(getattr(signal, changing)))
+    faulthandler.dump_traceback_later = _marking(faulthandler.dump_traceback_later)
     signal.signal = _remembering(signal.signal)
     signal.set_wakeup_fd = _remembering_wakeup(signal.set_wakeup_fd)
+
+
+def stop_timers() -> None:
+    """No alarm rings any more that user code has set, nor does faulthandler end the process later."""
+    for timer in TIMERS:
+        signal.setitimer(timer, 0)
+    _cancel_dump()
 
 
 def _remembering(function: Callable[..., Any]) -> Callable[..., Any]:

@@ -256,7 +256,7 @@ def test_a_worker_that_does_not_end_its_cleaning_up_is_cut_at_drain_timeout(pref
         assert sock.recv(1) == b"x"
     os.kill(server.pid, signal.SIGHUP)
     watch.logged(server, "its time to finish is over")
-    watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
+    watch.family_of(server.pid, 2, "it has gone")
     assert server.status()["totals"]["killed"] == 0
 
 

@@ -168,7 +168,7 @@ def test_a_worker_that_was_forked_by_a_fork_server_that_died_and_comes_late_serv
         assert len(watch.family(server.pid)) == 5
     finally:
         hold.unlink()
-    watch.until("it has gone", lambda: len(watch.family(server.pid)) == 4)
+    watch.family_of(server.pid, 4, "it has gone")
     watch.settled(server, 3)
 
 

@@ -72,7 +72,7 @@ def test_new_code_that_crashes_is_taken_back_and_who_asked_is_told(prefork_serve
     assert "SIGSEGV" in status["reload"]["reason"]
     assert "reload taken back, generation 1 serves again in the place of 2" in server.log()
     assert says(server.address) == b"old"
-    watch.until("generation 2 has gone", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "generation 2 has gone")
     # The next one is a reload like any other.
     module(GOOD.format("mended"))
     os.kill(server.pid, signal.SIGHUP)
@@ -123,7 +123,7 @@ def test_fewer_crashes_are_no_reason(prefork_server: Start, module: Module) -> N
         assert asked.result() == {"ok": True, "generation": 2, "suspended": False}
     assert server.status()["reload"]["result"] == "ok"
     watch.logged(server, "generation 2 has passed its trial, with 2 crashes")
-    watch.until("generation 1 has gone", lambda: len(watch.family(server.pid)) == 5)
+    watch.family_of(server.pid, 5, "generation 1 has gone")
 
 
 def test_connections_of_the_old_code_go_on_through_trial_and_return(prefork_server: Start, module: Module) -> None:

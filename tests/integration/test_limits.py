@@ -57,7 +57,7 @@ def test_the_master_has_no_more_descriptors_than_is_reckoned_with(prefork_server
         assert held[-1].recv(1) == b"x"
         assert server.command("reload")["ok"]
     # What is left of a generation when its fork server has gone and a connection has not.
-    watch.until("old fork servers have left", lambda: len(watch.family(server.pid)) == 2 + len(held))
+    watch.family_of(server.pid, 2 + len(held), "old fork servers have left")
     assert len(watch.descriptors(server.pid)) - before <= len(held) * limits.GENERATION_DESCRIPTORS
     for sock in held:
         sock.close()

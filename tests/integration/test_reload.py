@@ -71,7 +71,7 @@ def test_an_old_connection_ends_in_peace_while_new_code_serves(prefork_server: S
         with server.connect() as new:
             assert b'"generation": 2' in new.recv(4096)
         watch.until("the old one is all that is served", lambda: server.status()["totals"]["serving"] == 1)
-    watch.until("the old worker has gone", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "the old worker has gone")
     assert server.status()["totals"]["ok"] == 2
 
 
@@ -105,7 +105,7 @@ def test_a_bad_reload_changes_nothing_and_says_why(prefork_server: Start, module
     assert status["reload"]["result"] == "refused"
     assert reason in status["reload"]["reason"]
     assert {w["pid"] for w in status["workers"]} == before
-    watch.until("what was tried has gone", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "what was tried has gone")
     assert says(server) == b"old"
     module(SAYS.format("new"))
     assert server.command("reload")["ok"]
@@ -140,7 +140,7 @@ def test_new_code_serves_nobody_before_all_its_workers_are_ready(prefork_server:
         heard.add(says(server))
     assert heard == {b"old"}
     assert "its workers are not ready after boot_timeout = 2 s" in server.log()
-    watch.until("what was tried has gone", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "what was tried has gone")
 
 
 def test_a_file_with_an_invalid_value_is_refused_and_a_mended_one_taken(prefork_server: Start, tmp_path: Path) -> None:

@@ -77,7 +77,7 @@ def test_an_upgrade_under_load_loses_nobody_and_keeps_pid_counters_and_connectio
     totals = watch.quiet(server)
     assert (load.failures, load.refused) == ([], 0)
     assert totals["accepted"] == totals["ok"] == load.connections + 1
-    watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 5)
+    watch.family_of(server.pid, 5, "the old generations have gone")
     watch.settled(server, 4)
     assert len(watch.descriptors(server.pid)) == fds
     assert server.process.poll() is None
@@ -280,7 +280,7 @@ def test_a_successor_that_hangs_is_given_up(tmp_path: Path, module: Module, firs
         script.write_text(SUCCESSOR.format(f"{first}\nimport time; time.sleep(600)"))
         assert upgrade(server)["reason"] == "the new program's check has not ended in time"
         assert says(address(server)) == b"x"
-        watch.until("it has gone", lambda: len(watch.family(server.pid)) == 2)
+        watch.family_of(server.pid, 2, "it has gone")
 
 
 @pytest.mark.parametrize(
@@ -440,7 +440,7 @@ def test_a_fork_server_that_dies_during_the_trial_is_replaced_before_the_upgrade
     os.kill(watch.fork_server(server), signal.SIGKILL)
     assert server.command("outcome", upgrade=number)["generation"] == 3
     watch.settled(server, 2)
-    watch.until("only one generation is left", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "only one generation is left")
 
 
 def test_who_has_asked_nothing_yet_is_told_to_ask_again(prefork_server: Start) -> None:

@@ -17,6 +17,7 @@ from tests import watch
 from tests.conftest import HANDLERS
 
 Start = Callable[..., Server]
+Module = Callable[[str], Path]
 
 
 def tell(server: Server, line: str) -> bytes:
@@ -62,7 +63,7 @@ def test_a_reload_leaves_no_descriptor_of_its_client_or_of_older_generations(pre
     before = len(watch.descriptors(server.pid)), len(watch.descriptors(watch.fork_server(server)))
     for _ in range(3):
         assert server.command("reload")["ok"]
-    watch.until("the old generations have gone", lambda: len(watch.family(server.pid)) == 3)
+    watch.family_of(server.pid, 3, "the old generations have gone")
     assert (len(watch.descriptors(server.pid)), len(watch.descriptors(watch.fork_server(server)))) == before
 
 
@@ -139,6 +140,24 @@ def test_a_child_that_raises_late_is_told_with_its_own_client(prefork_server: St
 
 def _ended(child: psutil.Process) -> bool:
     return watch.is_gone(child.pid)
+
+
+ENDS_LATER = """
+import faulthandler, time
+
+def loop(sock):
+    if sock.recv(5) == b"leave":
+        faulthandler.dump_traceback_later(0.5, exit=True)
+    else:
+        time.sleep(1.0)
+    sock.sendall(b"done")
+"""
+
+
+def test_a_time_limit_that_a_handler_leaves_does_not_end_the_next_client(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(ENDS_LATER), workers=1, max_workers=1)
+    assert [tell(server, line) for line in ("leave", "other")] == [b"done", b"done"]
+    assert server.status()["totals"]["exited"] == 0
 
 
 def test_an_alarm_that_a_handler_leaves_harms_neither_the_next_client_nor_retiring(prefork_server: Start) -> None:
