@@ -103,6 +103,7 @@ class Generation:
         self.exhausted = 0  # workers that have served clients and then could not accept any more
         self._why_exhausted = ""  # the latest word of such a worker
         self.saturated_seconds = 0.0
+        self._denied: set[int] = set()  # free slots whose last fork has failed, as the fork server says
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
         self._untold: list[Callable[[], object]] = []  # of deaths: clients wait for a replacement, and for the log nobody does
@@ -231,6 +232,8 @@ class Generation:
                 self.failure = report.text
             case Kind.FORKED:
                 if not self._may_be_a_worker(report.slot, report.pid) or not self._born(report.slot, report.pid):
+                    if report.slot in self._denied:  # so it had not failed, and what was forked is nobody's
+                        self.link.send(Order.RETIRE, report.slot)
                     return False
                 if now >= self.fork_trouble.until:  # before, it was ordered together with one that failed
                     self.fork_trouble = self._overcome(self.fork_trouble)
@@ -239,6 +242,8 @@ class Generation:
                 if worker is None:
                     return False
                 self._forget(worker)
+                self._denied.add(report.slot)
+                self.board.retire[report.slot] = 1  # should it have happened: it leaves before it accepts
                 self._fork_failed(OSError(report.status, os.strerror(report.status)), now)
                 self.look_soon(worker.listener, now)
             case Kind.EXITED if os.WIFEXITED(report.status) or os.WIFSIGNALED(report.status):
@@ -651,6 +656,8 @@ class Generation:
         board.keep_account(slot, counted)  # what the worker goes on from
         board.restore(slot, counted)  # a stray write may have been here
         board.states[slot] = STARTING
+        board.retire[slot] = 0
+        self._denied.discard(slot)
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
         self.link.send(Order.FORK, slot)
 

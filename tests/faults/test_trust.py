@@ -241,6 +241,19 @@ def test_workers_that_live_are_not_believed_to_have_ended(start: Start, folder: 
         logged(server, "reports from processes of generation 1 made no sense")
 
 
+def test_forks_that_are_said_to_have_failed_leave_no_process(start: Start, folder: Path) -> None:
+    with start(f"--chdir={folder}", "--max-workers=8") as server:
+        for more in range(3):
+            watch.settled(server, 2 + more)
+            (folder / "run" / "forge").write_text("failed 0")
+            os.kill(server.pid, signal.SIGTTIN)
+            until("it was told", lambda: not (folder / "run" / "forge").exists())
+            logged(server, "fork failed: Resource temporarily unavailable")
+        watch.settled(server, 5)
+        watch.family_of(server.pid, 1 + 5, "those that were denied have left")
+        assert server.stop() == 0
+
+
 # -- what the master sees of others
 
 

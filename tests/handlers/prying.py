@@ -137,7 +137,9 @@ LAYOUT = Layout(1, 512)  # of one address and the default max_workers
 
 
 def forge() -> None:
-    """WHAT PID: this process is a worker, by a report (``forked``) or on the ``board``, or all have ended; ``then die``."""
+    """WHAT PID: this process is a worker, by a report (``forked``) or on the ``board``; or forks have ``failed``, or all workers
+    have ended; ``then die``.
+    """
     try:
         with open("run/forge") as file:
             what, pid, *then = file.read().split()
@@ -150,6 +152,8 @@ def forge() -> None:
         if what == "board":
             at = LAYOUT.records_at + (slot * scoreboard.RECORD_WORDS + scoreboard.PID) * 8
             ctypes.memmove(low + at, int(pid).to_bytes(8, "little"), 8)
+        elif what == "failed":
+            channel.send(pack_report(Report(Kind.FORK_FAILED, slot, status=errno.EAGAIN)))
         elif what == "forked":
             channel.send(pack_report(Report(Kind.FORKED, slot, int(pid))))
         else:
