@@ -115,6 +115,14 @@ def fork_server(server: Server, generation: int | None = None) -> int:
     raise AssertionError(f"no fork server of generation {number}: {family(server.pid)}")
 
 
+def cut(sock: socket.socket) -> bool:
+    """Whether the connection is ended before it says anything more: by a reset when its worker had not read everything."""
+    try:
+        return not sock.recv(64)
+    except ConnectionResetError:
+        return True
+
+
 def named(pid: int, title: str) -> list[int]:
     """The children of a process whose titles begin so."""
     return [child.pid for child in psutil.Process(pid).children() if (child.cmdline() or [""])[0].startswith(title)]
