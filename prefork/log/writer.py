@@ -22,7 +22,7 @@ from prefork.system import process, signals
 
 # Read at once. A read that was shorter has emptied the pipe: then we sleep, and the next write is of more lines than one.
 CHUNK = 1 << 18
-PAUSE = 0.01
+PAUSE = 0.05
 # A line that was not ended is ended by us after so long: those of C libraries and subprocesses come in pieces.
 UNENDED = 1.0
 LONGEST = 1 << 16
