@@ -316,7 +316,7 @@ class Master:
         times = [generation.wake_at() for generation in daemon.generations()]
         times += [self.doorbell.paused_until, self.child_signals.paused_until]
         times += [self.changeover.wake_at(), self.upgrading.wake_at(), daemon.listeners.wake_at(daemon.now)]
-        times += [self.stopping.wake_at(), self.notifying.wake_at(), log.wake_at()]
+        times += [self.stopping.wake_at(), self.notifying.wake_at(), log.wake_at(daemon.now)]
         if daemon.control is not None:
             times.append(daemon.control.wake_at())
         return min((at for at in times if at is not None), default=None)

@@ -19,7 +19,7 @@ from typing import Any, Protocol
 from prefork.errors import ConfigError
 from prefork.log import formats, prints
 from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level
-from prefork.log.files import FLUSH, RELOAD, START, CarriedLog, LogFile
+from prefork.log.files import FLUSH, LEAVE, RELOAD, START, CarriedLog, LogFile, Says
 from prefork.log.formats import Entry
 from prefork.log.pipe import Pipe
 from prefork.log.sink import Sink
@@ -71,17 +71,17 @@ class Output:
                 entries.append(_entry("output", level, sentence.format_map(fields), "", fields))
         self._write(self.log, entries)
 
-    def catch_up(self, sink: Sink) -> None:
-        """Tell how many lines it lacks."""
-        self._write(sink, [])
+    def missing(self, sink: Sink, count: int) -> bytes:
+        """The line that tells how many lines it lacks."""
+        level, sentence = EVENTS["dropped"]
+        return b"".join(self._render(sink, _entry("dropped", level, sentence.format(count=count), "", {"count": count})))
 
     def _write(self, sink: Sink, entries: Sequence[Entry]) -> None:
         sink.settle()
         told = sink.dropped
         lines = [line for entry in entries for line in self._render(sink, entry)]
         if told:
-            level, sentence = EVENTS["dropped"]
-            lines[:0] = self._render(sink, _entry("dropped", level, sentence.format(count=told), "", {"count": told}))
+            lines[:0] = [self.missing(sink, told)]
         lost = sink.write(lines)
         # The first line was the one that tells.
         sink.dropped = told + lost - 1 if told and lost == len(lines) else lost
@@ -89,7 +89,10 @@ class Output:
     def _render(self, sink: Sink, entry: Entry) -> list[bytes]:
         if sink.native:
             return formats.as_entries(entry, json_message=self.format == "json")
-        return [(line + "\n").encode("utf-8", "backslashreplace") for line in self._lines(sink, entry)]
+        lines = self._lines(sink, entry)
+        if isinstance(sink, Pipe) and self.format == "text":
+            lines = [piece for line in lines for piece in formats.pieces(line, sink.most)]
+        return [(line + "\n").encode("utf-8", "backslashreplace") for line in lines]
 
     def _lines(self, sink: Sink, entry: Entry) -> list[str]:
         if self.format == "json":
@@ -129,9 +132,9 @@ def event(name: str, /, *, text: str = "", **fields: Any) -> None:
     _output.event(name, text=text, **fields)
 
 
-def _catch_up(sink: Sink) -> None:
-    """Tell what is missing, although there is nothing else to be told."""
-    _output.catch_up(sink)
+def _missing(sink: Sink, count: int) -> bytes:
+    """The line that tells how many are."""
+    return _output.missing(sink, count)
 
 
 def access_is_logged() -> bool:
@@ -173,7 +176,7 @@ def open_for(settings: Settings, patience: float = RELOAD) -> Output:
 def _sink(key: str, path: str, patience: float) -> Sink:
     found = _sinks.get(path)
     if found is None:
-        file = LogFile(path, _owner, event, _catch_up, _strangers)
+        file = LogFile(path, _owner, Says(event, _missing), _strangers)
         try:
             file.open(patience)
         except OSError as error:
@@ -204,7 +207,11 @@ def _remedy(path: str, error: OSError) -> str:
 def use(settings: Settings) -> None:
     """Log as the settings say. Raises ConfigError when their files are not open and can't be opened."""
     global _output
-    _output = open_for(settings, START)
+    try:
+        _output = open_for(settings, START)
+    except ConfigError:
+        finish()
+        raise
     for sink in (_output.log, _output.access):
         reason = sink.shield() if sink is not None else None
         if reason is not None:
@@ -230,7 +237,7 @@ def carry() -> list[CarriedLog]:
 def adopt(files: Iterable[CarriedLog]) -> None:
     """Go on with what was `carry`'s; after `of_master`. Raises OSError."""
     for carried in files:
-        _files[carried.path] = LogFile.adopted(carried, _owner, event, _catch_up, _strangers)
+        _files[carried.path] = LogFile.adopted(carried, _owner, Says(event, _missing), _strangers)
         _sinks[carried.path] = _files[carried.path].pipe
 
 
@@ -304,9 +311,10 @@ def tend(now: float) -> None:
         file.tend(now)
 
 
-def wake_at() -> float | None:
+def wake_at(now: float) -> float | None:
     """When it will be."""
-    return min((file.again_at for file in _files.values() if file.again_at is not None), default=None)
+    times = [file.wake_at(now) for file in _files.values()]
+    return min((at for at in times if at is not None), default=None)
 
 
 def has_files() -> bool:
@@ -331,11 +339,13 @@ def finish() -> None:
     """The daemon ends: what was logged gets a moment to be written. Standard error is the log again."""
     global _output, _selector
     deadline = time.monotonic() + FLUSH
-    asked = [file for file in _files.values() if file.ask(Ask.FLUSH)]
-    for file in asked:
-        file.flushed(deadline)
     for file in _files.values():
-        file.end()
+        file.flush()
+    for file in _files.values():
+        file.flushed(deadline)
+    deadline = time.monotonic() + LEAVE
+    for file in _files.values():
+        file.end(deadline)
         del _sinks[file.path]
     _files.clear()
     _selector = None

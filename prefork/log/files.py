@@ -18,11 +18,13 @@ from prefork.system import process, signals
 
 # A file system that does not open a file in so long hangs. At a start nobody waits to be served.
 START, RELOAD = 10.0, 1.0
-# At the end what was logged gets so long to be written, and then the process that writes it to leave.
+# At the end what was logged gets so long to be written, and then the processes that write it to leave.
 FLUSH, LEAVE = 2.0, 0.2
 # A process that lives so long has overcome what killed the one before.
 SETTLED = 10.0
-MESSAGE = 1 << 17
+# What the kernel does not watch for us now is tried again after so long.
+WATCH_AGAIN = 1.0
+MESSAGE = 1 << 18
 
 
 @dataclass(frozen=True, slots=True)
@@ -36,21 +38,32 @@ class CarriedLog:
     pid: int
 
 
+@dataclass(frozen=True, slots=True)
+class Says:
+    """How a log file says something: ``event`` logs it, ``missing`` makes the line that tells how many lines a file lacks."""
+
+    event: Callable[..., None]
+    missing: Callable[[Pipe, int], bytes]
+
+
 class LogFile:
     """A log file, and the process that writes it. Of the master: its forks have only the ``pipe``."""
 
-    def __init__(
-        self, path: str, owner: int | None, event: Callable[..., None], catch_up: Callable[[Pipe], None], strangers: set[int]
-    ) -> None:
-        """``event`` logs what is to be told, ``catch_up`` into this file how many lines it lacks; ``strangers`` get the pid."""
+    def __init__(self, path: str, owner: int | None, says: Says, strangers: set[int]) -> None:
+        """``strangers`` get the process' pid."""
         self.path, self.owner = path, owner
         self.pid = 0
-        self.event, self._catch_up, self._strangers = event, catch_up, strangers
+        self.pipe: Pipe
+        self.event, self._missing = says.event, says.missing
+        self._strangers = strangers
         self._control: socket.socket | None = None
         self._selector: selectors.BaseSelector | None = None
-        self._is_open = self._reopening = self._leaving = False
+        self._watched = False
+        self._watch_at = 0.0
+        self._is_open = self._reopening = self._leaving = self._lost = False
+        self._dropped = 0  # lines that the last process has not told of
         self._failures, self._started = 0, 0.0
-        self.again_at: float | None = None  # there is no process: when there is to be another one
+        self._again_at: float | None = None  # there is no process: when there is to be another one
 
     # -- its beginning
 
@@ -59,20 +72,18 @@ class LogFile:
         self._read_end, write_end = pipe.make()
         try:
             self.pipe = Pipe(self.path, write_end)
-            self._wait_until_open(self._start(), patience)
+            self._wait_until_open(self._start(first=True), patience)
         except OSError:
             os.close(write_end)
             os.close(self._read_end)
             self._hang_up()
             if self.pid:
                 process.signal_child(self.pid, signal.SIGKILL)  # one whose file system hangs is gone when that goes on
-            self._wait_for_end()
+            self._reap(time.monotonic() + LEAVE)
             raise
 
     def _wait_until_open(self, control: socket.socket, patience: float) -> None:
-        poll = select.poll()
-        poll.register(control, select.POLLIN)
-        if not poll.poll(patience * 1000):
+        if not _readable(control, time.monotonic() + patience):
             raise TimeoutError(errno.ETIMEDOUT, f"its file system has not opened it in {patience:g} s")
         said = control.recv(MESSAGE)
         if said[:1] == Tell.FAILED.value:
@@ -82,22 +93,15 @@ class LogFile:
         self._is_open = True
 
     @classmethod
-    def adopted(
-        cls,
-        carried: CarriedLog,
-        owner: int | None,
-        event: Callable[..., None],
-        catch_up: Callable[[Pipe], None],
-        strangers: set[int],
-    ) -> "LogFile":
+    def adopted(cls, carried: CarriedLog, owner: int | None, says: Says, strangers: set[int]) -> "LogFile":
         """The file that another program of this process has opened, and goes on with. Raises OSError."""
-        self = cls(carried.path, owner, event, catch_up, strangers)
+        self = cls(carried.path, owner, says, strangers)
         self._is_open = True
         self._read_end, self.pid = carried.read_end, carried.pid
         self.pipe = Pipe(self.path, carried.write_end)
         if carried.control != -1:
             self._control = socket.socket(fileno=carried.control)
-        self.again_at = None if self.pid else 0.0
+        self._again_at = None if self.pid else 0.0
         return self
 
     def carry(self) -> CarriedLog:
@@ -105,24 +109,24 @@ class LogFile:
         control = -1 if self._control is None else self._control.fileno()
         return CarriedLog(self.path, self.pipe.fd, self._read_end, control, self.pid)
 
-    def _start(self) -> socket.socket:
+    def _start(self, *, first: bool = False) -> socket.socket:
         ours, theirs = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
         with theirs:
             try:
                 with signals.blocked():
                     pid = os.fork()
                     if pid == 0:
-                        writer.main(self.pipe, self.owner, self._read_end, theirs)
+                        writer.main(self.pipe, self.owner, self._read_end, theirs, self._dropped, first=first)
             except OSError:
                 ours.close()
                 raise
         ours.setblocking(False)
-        self.pid, self._control, self.again_at = pid, ours, None
+        self.pid, self._control, self._again_at = pid, ours, None
         self._is_open = self._leaving = False
-        self._started = time.monotonic()
+        self._dropped, self._started = 0, time.monotonic()
         self._strangers.add(pid)
-        if self._selector is not None:
-            self.watch(self._selector)
+        self._watch_at = 0.0
+        self._watch(self._started)
         return ours
 
     # -- its life
@@ -130,10 +134,20 @@ class LogFile:
     def watch(self, selector: selectors.BaseSelector) -> None:
         """Hear the process by this selector."""
         self._selector = selector
-        if self._control is not None:
-            selector.register(self._control, selectors.EVENT_READ, lambda _: self._hear())
+        self._watch(time.monotonic())
 
-    def _hear(self) -> None:
+    def _watch(self, now: float) -> None:
+        if self._selector is None or self._control is None or self._watched or now < self._watch_at:
+            return
+        try:
+            self._selector.register(self._control, selectors.EVENT_READ, lambda _: self.hear())
+            self._watched = True
+        except OSError as error:
+            self._watch_at = now + WATCH_AGAIN
+            self.event("deaf", what=f"the process that writes {self.path}", reason=error.strerror)
+
+    def hear(self) -> None:
+        """Take in what the process has told."""
         while self._control is not None:
             try:
                 said = self._control.recv(MESSAGE)
@@ -144,40 +158,47 @@ class LogFile:
             if not said:
                 self._hang_up()
                 return
-            self._told(Tell(said[:1]), said)
+            self._told(said)
 
-    def _told(self, what: Tell, said: bytes) -> None:
+    def _told(self, said: bytes) -> None:
+        what = Tell(said[:1])
         match what:
             case Tell.OPENED:
-                self._is_open = True
-                if self._reopening:
+                if self._reopening or self._lost:
                     self.event("reopened", paths=self.path)
-            case Tell.FAILED if self._is_open:
-                self.event("log_kept", path=self.path, reason=_error(said).strerror)
-            case Tell.FAILED if self._failures <= 1:
-                self.event("log_lost", path=self.path, reason=_error(said).strerror)
-            case Tell.DROPPED:
-                self.pipe.dropped += int(said[1:])
-                self._catch_up(self.pipe)
+                self._is_open, self._reopening, self._lost = True, False, False
+            case Tell.FAILED:
+                if self._is_open:
+                    self.event("log_kept", path=self.path, reason=_error(said).strerror)
+                elif not self._lost:
+                    self.event("log_lost", path=self.path, reason=_error(said).strerror)
+                    self._lost = True
+                self._reopening = False
+            case Tell.MISSING:
+                count = int(said[1:])
+                self.ask(Ask.WRITE, b"%d %b" % (count, self._missing(self.pipe, count)))
+            case Tell.LEAVES:
+                self._dropped = int(said[1:])
+            case Tell.STAYS:
+                self._leaving = False
             case Tell.BUG:
                 self.event("bug", where="log", text=said[1:].decode(errors="replace"))
-        if what in (Tell.OPENED, Tell.FAILED):
-            self._reopening = False
 
     def _hang_up(self) -> None:
         if self._control is not None:
-            if self._selector is not None:
+            if self._watched and self._selector is not None:
                 self._selector.unregister(self._control)
+            self._watched = False
             self._control.close()
             self._control = None
 
-    def ask(self, what: Ask) -> bool:
+    def ask(self, what: Ask, rest: bytes = b"") -> bool:
         """Ask the process for something. False when there is none, or it has not heard for so long that no more can be asked."""
         self._reopening |= what is Ask.REOPEN  # who comes opens it, too
         if self._control is None:
             return what is Ask.REOPEN
         try:
-            self._control.send(what.value, socket.MSG_NOSIGNAL)
+            self._control.send(what.value + rest, socket.MSG_NOSIGNAL)
         except OSError:
             return False
         self._leaving |= what is Ask.LEAVE
@@ -187,77 +208,110 @@ class LogFile:
         """A child of ours has ended; when it was the process, there is to be another one."""
         if pid != self.pid:
             return
-        self._hear()  # its last words
+        self.hear()  # its last words
         self._hang_up()
-        self.pid, self.again_at = 0, now
+        self.pid, self._again_at = 0, now
         if self._leaving:
             return
-        if self._is_open:
-            self.event("log_writer_died", path=self.path, cause=cause)
-            self._failures = self._failures + 1 if time.monotonic() - self._started < SETTLED else 0
-        else:
+        self.event("log_writer_died", path=self.path, cause=cause)
+        if time.monotonic() - self._started < SETTLED:
             self._failures += 1
-        self.again_at = now + (policy.backoff(self._failures) if self._failures else 0.0)
+            self._again_at += policy.backoff(self._failures)
+        else:
+            self._failures = 0
 
     def tend(self, now: float) -> None:
-        """Start another process when it is time."""
-        if self.again_at is None or now < self.again_at:
-            return
-        try:
-            self._start()
-        except OSError as error:
-            self._failures += 1
-            if self._failures == 1:
-                self.event("log_lost", path=self.path, reason=error.strerror)
-            self.again_at = now + policy.backoff(self._failures)
+        """Start another process, and hear it, when it is time."""
+        if self._again_at is not None and now >= self._again_at:
+            try:
+                self._start()
+            except OSError as error:
+                self._failures += 1
+                self._again_at = now + policy.backoff(self._failures)
+                if not self._lost:
+                    self.event("log_lost", path=self.path, reason=error.strerror)
+                    self._lost = True
+        self._watch(time.monotonic())
+
+    def wake_at(self, now: float) -> float | None:
+        """When to `tend` to it."""
+        deaf = self._selector is not None and self._control is not None and not self._watched
+        return now + WATCH_AGAIN if deaf else self._again_at
 
     # -- its end
 
     def close(self) -> None:
         """Nobody here logs to it any more. The process stays for those of our children who do."""
+        self._ensure()
         self.pipe.close()
         os.close(self._read_end)
         self._hang_up()
 
-    def flushed(self, deadline: float) -> None:
-        """Wait until what was logged before `Ask.FLUSH` is written."""
+    def _ensure(self) -> None:
+        """Somebody is to write what is in the pipe, although the process has died and it is not time for another one yet."""
+        if self._control is not None:
+            self.hear()  # it may have ended
         if self._control is None:
-            return
-        poll = select.poll()
-        poll.register(self._control, select.POLLIN)
-        while poll.poll(1000 * max(0.0, deadline - time.monotonic())):
+            self._reap(0.0)
+            try:
+                self._start()
+            except OSError as error:
+                self.event("log_lost", path=self.path, reason=error.strerror)
+
+    def flush(self) -> None:
+        """Ask for it; see `flushed`."""
+        self._ensure()
+        self.ask(Ask.FLUSH)
+
+    def flushed(self, deadline: float) -> None:
+        """Wait until what was logged before `flush` is written."""
+        asked = 1
+        while asked and self._control is not None and _readable(self._control, deadline):
             try:
                 said = self._control.recv(MESSAGE)
-            except (BlockingIOError, ConnectionResetError):
+            except ConnectionResetError:
                 return
-            if said in (b"", Tell.FLUSHED.value):
+            if not said:
                 return
+            self._told(said)
+            asked -= said == Tell.FLUSHED.value
+            # The line that tells of them is to be there as well.
+            asked += said[:1] == Tell.MISSING.value and self.ask(Ask.FLUSH)
 
-    def end(self) -> None:
+    def end(self, deadline: float) -> None:
         """The same as `close`, at the daemon's end: the process leaves at once, unless somebody has been left behind who logs."""
-        self.close()
-        self._wait_for_end()
+        self.pipe.close()
+        os.close(self._read_end)
+        self._hang_up()
+        self._reap(deadline)
 
-    def _wait_for_end(self) -> None:
-        """Reap the process if it ends now."""
+    def _reap(self, deadline: float) -> None:
+        """Reap the process if it ends until then."""
         if not self.pid:
             return
         try:
             fd = os.pidfd_open(self.pid)
         except OSError:  # it has been reaped
+            self.pid = 0
             return
         try:
-            poll = select.poll()
-            poll.register(fd, select.POLLIN)
-            poll.poll(LEAVE * 1000)
+            _readable(fd, deadline)
         finally:
             os.close(fd)
         try:
-            if os.waitpid(self.pid, os.WNOHANG)[0]:
-                self._strangers.discard(self.pid)
-                self.pid = 0
+            ended = os.waitpid(self.pid, os.WNOHANG)[0]
         except ChildProcessError:
+            ended = self.pid
+        if ended:
+            self._strangers.discard(self.pid)
             self.pid = 0
+
+
+def _readable(what: socket.socket | int, deadline: float) -> bool:
+    """Wait until then for something to be heard. Whether there is."""
+    poll = select.poll()
+    poll.register(what, select.POLLIN)
+    return bool(poll.poll(1000 * max(0.0, deadline - time.monotonic())))
 
 
 def _error(said: bytes) -> OSError:

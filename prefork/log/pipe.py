@@ -10,18 +10,17 @@ import errno
 import fcntl
 import mmap
 import os
-import select
 import struct
 import termios
 import time
 from collections.abc import Iterator, Sequence
 
-from prefork.log.sink import PIPE_BUF, Sink
+from prefork.log.sink import FILE_LINE, PIPE_BUF, Sink
 from prefork.system import process
 
 # What the kernel lets everybody have (/proc/sys/fs/pipe-max-size, pipe(7)).
 SIZE = 1 << 20
-# A worker waits for room so long, and looks so often whether there is enough for a line that is not written in one piece.
+# A worker waits for room so long, and looks so often.
 PATIENCE, LOOK = 1.0, 0.005
 
 # One byte for each pipe, 1 when somebody has waited for room in vain. Forks share it; a stray write of user code costs a wait.
@@ -43,9 +42,11 @@ class Pipe(Sink):
 
     def __init__(self, path: str, fd: int) -> None:
         super().__init__(path)
+        # Who writes it opens it. Made here, before any fork, because all know by it that a line is torn.
+        self.file = Sink(path)
         self._patience = 0.0
         self.adopt(fd)
-        self._capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        self.capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
     def adopt(self, fd: int) -> None:
         """Write to this end from now on. Raises OSError."""
@@ -68,9 +69,14 @@ class Pipe(Sink):
         """This process and its forks may wait for room."""
         self._patience = PATIENCE
 
-    def was_read(self) -> None:
-        """There is room again."""
+    def was_read(self, read_end: int) -> None:
+        """There is room again, and as much as there was."""
         _stuck[self._place] = 0
+        if fcntl.fcntl(read_end, fcntl.F_GETPIPE_SZ) != self.capacity:
+            try:
+                fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, self.capacity)
+            except OSError:  # this user has too many by now
+                self.capacity = fcntl.fcntl(read_end, fcntl.F_GETPIPE_SZ)
 
     def stand_in(self) -> None:
         """Be standard output and error too: what C libraries and subprocesses write lands here.
@@ -90,45 +96,53 @@ class Pipe(Sink):
         if self._is_ours(self.fd):
             return super().write(lines)
         # Nothing of the pipe is left: the file itself, for this once, because nobody would tell us of a rotation.
-        file = Sink(self.path)
         try:
-            file.open(create=False)
+            self.file.open(create=False)
         except OSError:
             return len(lines)
         try:
-            return file.write(lines)
+            return self.file.write(lines)
         finally:
-            file.close()
+            self.file.close()
 
     def _put(self, data: bytes) -> int:
-        if len(data) > PIPE_BUF:
-            self._find_room(len(data))
-        try:
-            return os.write(self.fd, data)
-        except BlockingIOError:
-            if not self._patience or _stuck[self._place]:
-                raise
-        poll = select.poll()
-        poll.register(self.fd, select.POLLOUT)
-        if not poll.poll(self._patience * 1000):
-            _stuck[self._place] = 1
-        return os.write(self.fd, data)
-
-    def _find_room(self, size: int) -> None:
-        """What is longer than PIPE_BUF is torn when there is not enough room (pipe(7)): wait for it. Raises BlockingIOError."""
         end = time.monotonic() + self._patience
-        # Its pages need not be full: when half of them are too little we wait, and give up when they are but for an eighth.
-        while self._patience and not _stuck[self._place] and 2 * unread(self.fd) + size > self._capacity:
+        while True:
+            if len(data) <= PIPE_BUF or self._has_room(len(data)):
+                try:
+                    written = os.write(self.fd, data)
+                except BlockingIOError:
+                    pass  # others have taken it
+                else:
+                    if _stuck[self._place]:
+                        _stuck[self._place] = 0
+                    return written
+            if not self._patience or _stuck[self._place]:
+                raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
             if time.monotonic() > end:
                 _stuck[self._place] = 1
             time.sleep(LOOK)
-        if unread(self.fd) + size + self._capacity // 8 > self._capacity:
-            raise BlockingIOError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def _has_room(self, size: int) -> bool:
+        """Whether there is enough for what is longer than PIPE_BUF: else it would be torn (pipe(7)).
+
+        Raises OSError when there never is.
+        """
+        capacity = fcntl.fcntl(self.fd, fcntl.F_GETPIPE_SZ)  # whoever has the pipe may change that
+        most = capacity - capacity // 8  # its pages need not be full
+        if size > most:
+            raise OSError(errno.EMSGSIZE, os.strerror(errno.EMSGSIZE))
+        return unread(self.fd) + size <= most
 
     @property
     def most(self) -> int:
         """How long an entry may be."""
-        return self._capacity // 4
+        return max(PIPE_BUF, self.capacity // 4)
+
+    @property
+    def room(self) -> int:
+        """How long a line of several may be."""
+        return min(FILE_LINE, self.most)
 
     def _pieces(self, lines: Sequence[bytes]) -> Iterator[bytes]:
         """Whole lines, joined: what is logged at once stays together. Linux does not mix writes of those who do not wait."""

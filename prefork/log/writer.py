@@ -8,16 +8,17 @@ text.
 """
 
 import errno
+import gc
 import os
 import select
 import signal
 import socket
+import time
 import traceback
 from enum import Enum
 from typing import NoReturn
 
-from prefork.log.pipe import Pipe, unread
-from prefork.log.sink import Sink
+from prefork.log.pipe import SIZE, Pipe, unread
 from prefork.system import process, signals
 
 # Read at once. A read that was shorter has emptied the pipe: then we sleep, and the next write is of more lines than one.
@@ -25,7 +26,10 @@ CHUNK = 1 << 18
 PAUSE = 0.05
 # A line that was not ended is ended by us after so long: those of C libraries and subprocesses come in pieces.
 UNENDED = 1.0
-LONGEST = 1 << 16
+# No line of prefork's own is longer: what is, has no end.
+LONGEST = 2 * SIZE
+# A file that can't be opened any more is tried again so often, when there is something to be written.
+RETRY = 1.0
 # What the master may send, or anybody to a group of processes.
 _IGNORED = (
     signal.SIGHUP,
@@ -40,11 +44,12 @@ _IGNORED = (
 
 
 class Ask(Enum):
-    """What the master wants."""
+    """What the master wants, as the first byte of a message."""
 
     REOPEN = b"R"
     FLUSH = b"F"
     LEAVE = b"L"  # unless the file can't be opened by its path any more
+    WRITE = b"W"  # the line that tells how many are missing: the number, a space, the line
 
 
 class Tell(Enum):
@@ -52,18 +57,23 @@ class Tell(Enum):
 
     OPENED = b"O"
     FAILED = b"E"
-    DROPPED = b"D"
+    STAYS = b"S"
+    MISSING = b"M"  # so many lines, in a file that can be written again
+    LEAVES = b"L"  # and so many lines are still to be told of
     FLUSHED = b"F"
     BUG = b"B"
 
 
-def main(pipe: Pipe, owner: int | None, read_end: int, control: socket.socket) -> NoReturn:
-    """Be the process. Called in the child, with all signals blocked; never returns."""
+def main(pipe: Pipe, owner: int | None, read_end: int, control: socket.socket, dropped: int, *, first: bool) -> NoReturn:
+    """Be the process. Called in the child, with all signals blocked; never returns.
+
+    ``first``: the file must be opened, or the process ends. ``dropped`` lines are missing that nobody was told of.
+    """
     status = 1
     try:
-        status = Writer(pipe, owner, read_end, control).run()
+        status = Writer(pipe, owner, read_end, control, dropped).run(first=first)
     except BaseException:
-        tell(control, Tell.BUG, traceback.format_exc()[:LONGEST])
+        tell(control, Tell.BUG, traceback.format_exc()[:CHUNK])
     finally:
         os._exit(status)
 
@@ -80,15 +90,18 @@ def tell(control: socket.socket, what: Tell, rest: object = "") -> bool:
 class Writer:
     """The process that writes one file."""
 
-    def __init__(self, pipe: Pipe, owner: int | None, read_end: int, control: socket.socket) -> None:
-        self.pipe, self.owner, self.read_end, self.control = pipe, owner, read_end, control
-        self.file = Sink(pipe.path)
+    def __init__(self, pipe: Pipe, owner: int | None, read_end: int, control: socket.socket, dropped: int) -> None:
+        self.pipe, self.file, self.owner = pipe, pipe.file, owner
+        self.read_end, self.control = read_end, control
         self.begun = b""  # a line that is not ended yet
-        self.dropped = 0
+        self.dropped, self.told = dropped, False  # the master was told of them, and has not answered
+        self.tried = 0.0
         self.alone = False  # the master has gone, or does not want the file any more
+        self.leaving = False
 
-    def run(self) -> int:
+    def run(self, *, first: bool) -> int:
         """Write until nobody is left. Returns the exit status."""
+        gc.disable()  # what of the master's would be collected closes numbers that are ours by now
         process.set_title(f"prefork: log {self.pipe.path}")
         os.chdir("/")
         signals.fresh()
@@ -96,23 +109,24 @@ class Writer:
             signal.signal(signo, signal.SIG_IGN)
         process.close_all_but({0, 1, 2, self.read_end, self.control.fileno()})
         signals.unblock()
-        if not self._open():
+        if not self._open() and first:
             return 0
         paused = False
-        while True:
+        while not (self.leaving and not self.begun):
             events = self._wait(paused=paused)
-            if self.control.fileno() in events and not self._obey():
-                return 0
+            if self.control.fileno() in events:
+                self._obey()
             if self.read_end in events:
                 taken = self._take()
                 if taken == 0:
                     break
-                paused = taken < CHUNK
+                paused = taken < CHUNK and not self.leaving
             elif paused:
                 paused = False
             elif not events:
                 self._end_line()
         self._end_line()
+        tell(self.control, Tell.LEAVES, self.dropped)
         return 0
 
     def _wait(self, *, paused: bool) -> set[int]:
@@ -125,29 +139,54 @@ class Writer:
         return {fd for fd, _ in poll.poll(None if wait is None else wait * 1000)}
 
     def _open(self) -> bool:
+        self.tried = time.monotonic()
         try:
             self.file.open(create=True, owner=self.owner)
+            os.set_blocking(self.file.fd, True)  # a FIFO or a terminal, too: it is for us to wait
         except OSError as error:
             tell(self.control, Tell.FAILED, f"{error.errno or errno.EIO} {error.strerror}")
             return False
+        self._leave_standard_descriptors()
         tell(self.control, Tell.OPENED)
         return True
 
-    def _obey(self) -> bool:
-        """Do what the master asks. False when that is to leave."""
-        asked = self.control.recv(1)
-        if not asked:
-            self.alone = True
-        elif asked == Ask.REOPEN.value:
-            self._end_line()
-            self._open()
-        elif asked == Ask.FLUSH.value:
-            left = unread(self.read_end)
-            while left > 0 and (taken := self._take()) > 0:
-                left -= taken
-            self._end_line()
-            tell(self.control, Tell.FLUSHED)
-        return asked != Ask.LEAVE.value or not self._can_be_opened_again()
+    def _leave_standard_descriptors(self) -> None:
+        """They are the terminal's, or a pipe's at whose end somebody waits; but /dev/stdout and its like lead to them."""
+        itself = os.fstat(self.file.fd)
+        if any(os.path.samestat(itself, os.fstat(number)) for number in (0, 1, 2)):
+            return
+        null = os.open(os.devnull, os.O_RDWR | os.O_CLOEXEC)
+        for number in (0, 1, 2):
+            os.dup2(null, number, inheritable=True)
+        os.close(null)
+
+    def _obey(self) -> None:
+        """Do what the master asks."""
+        try:
+            asked = self.control.recv(SIZE)
+        except ConnectionResetError:  # it has gone, with something unread that we told it
+            asked = b""
+        match asked[:1]:
+            case b"":
+                self.alone = True
+            case Ask.REOPEN.value:
+                self._end_line()
+                self._open()
+            case Ask.FLUSH.value:
+                left = unread(self.read_end)
+                while left > 0 and (taken := self._take()) > 0:
+                    left -= taken
+                self._end_line()
+                tell(self.control, Tell.FLUSHED)
+            case Ask.LEAVE.value:
+                self.leaving = self._can_be_opened_again()
+                if not self.leaving:
+                    tell(self.control, Tell.STAYS)
+            case Ask.WRITE.value:
+                count, _, line = asked[1:].partition(b" ")
+                self.told = False
+                if not self.file.write([line]):
+                    self.dropped -= int(count)
 
     def _can_be_opened_again(self) -> bool:
         """Whether another process would write to the same file: its folder may have gone, and ours is the last way to it."""
@@ -162,7 +201,7 @@ class Writer:
             data = os.read(self.read_end, CHUNK)
         except BlockingIOError:
             return -1
-        self.pipe.was_read()
+        self.pipe.was_read(self.read_end)
         whole, newline, self.begun = (self.begun + data).rpartition(b"\n")
         if newline:
             self._write([line + b"\n" for line in whole.split(b"\n")])
@@ -176,7 +215,9 @@ class Writer:
             self._write([begun + b"\n"])
 
     def _write(self, lines: list[bytes]) -> None:
+        if not self.file.is_open and time.monotonic() > self.tried + RETRY:
+            self._open()
         lost = self.file.write(lines)
         self.dropped += lost
-        if self.dropped and not lost and tell(self.control, Tell.DROPPED, self.dropped):
-            self.dropped = 0
+        if self.dropped and not self.told and not lost:
+            self.told = tell(self.control, Tell.MISSING, self.dropped)

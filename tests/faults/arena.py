@@ -15,6 +15,7 @@ import math
 import random
 import re
 import shutil
+import signal
 import tempfile
 import threading
 import time
@@ -148,6 +149,7 @@ class Arena:
     victims: list[int] = field(default_factory=list)  # pids of workers that were killed
     figures: Figures = field(default_factory=dict)
     exact: bool = True  # whether the daemon's counts have to be the clients'
+    access: Path | None = None  # the log of connections, when it is a file
     alone: bool = False  # whether waits and memory are held to their bounds
     module: str = MODULE
     module_lock: threading.Lock = field(default_factory=threading.Lock)  # one strike at a time spoils the module
@@ -173,17 +175,22 @@ class Arena:
         watch.quiet(self.server)
 
     def log(self) -> str:
-        """Everything that was logged, also to files that were rotated."""
-        while True:
-            files = self._log_files()
-            with suppress(FileNotFoundError):
-                text = "".join(file.read_text(errors="replace") for file in files)
-                if files == self._log_files():
-                    return text
-            # It was rotated meanwhile.
+        """Everything that was logged: to standard error, which is a file, and has each line as soon as it is logged."""
+        return self.server.log()
 
-    def _log_files(self) -> list[Path]:
-        return [*sorted(self.folder.glob("log.*")), *self.folder.glob("log")]
+    def rotate(self) -> None:
+        """Have the log of connections written to a new file. On a small disk the old one is gone."""
+        if self.access is not None:
+            with suppress(FileNotFoundError):  # the last rotation is not done yet
+                if self.access.parent == self.folder:
+                    self.access.rename(f"{self.access}.{time.monotonic_ns()}")
+                else:
+                    self.access.unlink()
+        self.server.process.send_signal(signal.SIGUSR1)
+
+    def accesses(self) -> str:
+        """The log of connections, with what was rotated."""
+        return "".join(file.read_text(errors="replace") for file in sorted(self.folder.glob("access*")))
 
     def generation(self) -> int:
         """The number of the generation that serves."""
@@ -280,6 +287,7 @@ def arena(
     first: str = "",
     module: str = MODULE,
     place: Path | None = None,
+    logged: bool = False,
     exact: bool = True,
     patience: float = 10.0,
     **options: Any,
@@ -287,8 +295,9 @@ def arena(
     """A daemon with this load, and the checks at the end. Options are the daemon's.
 
     ``rounds`` gives the seed, and is told in the figures. ``first``: see `Arena.write_module`; ``module``: what follows it.
-    ``place``: where the daemon's folder is, for everybody to read. With ``exact`` off the daemon need not have counted what the
-    clients have, nor know whom who died has served. ``patience``: how long clients wait for their answer.
+    ``place``: where the daemon's folder is, for everybody to read. ``logged``: connections are, in that folder. With ``exact`` off
+    the daemon need not have counted what the clients have, nor know whom who died has served. ``patience``: how long clients wait
+    for their answer.
     """
     with tempfile.TemporaryDirectory(dir=place) as name:
         folder = Path(name)
@@ -297,7 +306,9 @@ def arena(
         for handler in ("target.py", "bad.py", "hostile.py", "spoiling.py", "floods.py", "everything.py"):
             shutil.copy(HANDLERS / handler, folder)
         (folder / "mine.py").write_text(first + module)
-        settings = {"spare_timeout": 0.5, "boot_timeout": 10, "log_file": f"{folder}/log", **options}
+        settings = {"spare_timeout": 0.5, "boot_timeout": 10, **options}
+        if logged:
+            settings["access_log"] = f"{folder}/access"
         with serve("mine:loop", folder=folder, workers=workers, **settings) as server:
             watch.settled(server, workers)
             before = holdings(server)
@@ -305,6 +316,8 @@ def arena(
                 loads = stack.enter_context(clients(server.address, workload, patience))
                 ring = Arena(server, folder, workers, loads, random.Random(rounds.seed), before, exact=exact, module=module)
                 ring.alone = rounds.alone
+                access = Path(settings.get("access_log", "-"))
+                ring.access = None if access == Path("-") or access.is_fifo() else access
                 ring.figures["workload"] = workload
                 with _told(ring):
                     serving(server, loads)

@@ -326,22 +326,43 @@ MUTANTS = [
     Mutant(
         "workers that wait for a disk that hangs at each line",
         "log/pipe.py",
-        "        if not poll.poll(self._patience * 1000):\n            _stuck[self._place] = 1\n",
-        "        poll.poll(self._patience * 1000)\n",
+        "            if time.monotonic() > end:\n                _stuck[self._place] = 1\n",
+        "            if time.monotonic() > end:\n                raise BlockingIOError\n",
         ("tests/integration/test_log_files.py::test_who_may_wait_waits_once_for_a_disk_that_hangs",),
     ),
     Mutant(
-        "a disk that is taken for hanging for good",
+        "a burst that is taken for a disk that hangs",
         "log/pipe.py",
-        "        _stuck[self._place] = 0\n",
-        "        pass\n",
-        ("tests/integration/test_log_files.py::test_who_may_wait_waits_once_for_a_disk_that_hangs",),
+        "            if not self._patience or _stuck[self._place]:\n",
+        "            _stuck[self._place] = 1\n            if not self._patience or _stuck[self._place]:\n",
+        ("tests/integration/test_log_files.py::test_a_burst_of_who_may_wait_is_written_whole",),
+    ),
+    Mutant(
+        "half a line that goes with who has read it",
+        "log/writer.py",
+        "        while not (self.leaving and not self.begun):\n",
+        "        while not self.leaving:\n",
+        ("tests/integration/test_log_files.py::test_what_has_begun_and_what_is_missing_outlive_who_leaves",),
+    ),
+    Mutant(
+        "a log that ends with a master that has not heard it",
+        "log/writer.py",
+        '        except ConnectionResetError:  # it has gone, with something unread that we told it\n            asked = b""\n',
+        "        except ConnectionResetError:  # it has gone, with something unread that we told it\n            raise\n",
+        ("tests/integration/test_log_files.py::test_a_master_that_goes_with_something_unheard_does_not_end_it",),
+    ),
+    Mutant(
+        "a stop that leaves lines in a pipe that nobody reads",
+        "log/files.py",
+        "        self._ensure()\n        self.ask(Ask.FLUSH)\n",
+        "        self.ask(Ask.FLUSH)\n",
+        ("tests/integration/test_log_files.py::test_a_stop_starts_another_one_for_what_waits",),
     ),
     Mutant(
         "log files that nobody opens again",
         "log/writer.py",
-        "        elif asked == Ask.REOPEN.value:\n",
-        "        elif asked == Ask.FLUSH.value and False:\n",
+        "            case Ask.REOPEN.value:\n                self._end_line()\n                self._open()\n",
+        "            case Ask.REOPEN.value:\n                self._end_line()\n",
         ("tests/integration/test_log_files.py::test_a_file_is_opened_again_by_who_writes_it_or_who_comes_next",),
     ),
     Mutant(
@@ -354,8 +375,8 @@ MUTANTS = [
     Mutant(
         "a writer of a log that is not replaced",
         "log/files.py",
-        "        self.again_at = now + (policy.backoff(self._failures) if self._failures else 0.0)\n",
-        "        self.again_at = None\n",
+        "            self._again_at += policy.backoff(self._failures)\n",
+        "            self._again_at = None\n",
         ("tests/integration/test_log_files.py::test_one_that_is_killed_is_replaced_and_what_waited_is_written",),
     ),
     Mutant(
@@ -368,8 +389,8 @@ MUTANTS = [
     Mutant(
         "an upgrade that gives up the only way to a log file",
         "log/writer.py",
-        " or not self._can_be_opened_again()\n",
-        "\n",
+        "                self.leaving = self._can_be_opened_again()\n",
+        "                self.leaving = True\n",
         ("tests/integration/test_log_files.py::test_one_that_nobody_could_take_the_place_of_does_not_leave",),
     ),
     Mutant(

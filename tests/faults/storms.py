@@ -104,14 +104,14 @@ def _storm(rounds: Rounds, workload: str, *signals: Strike) -> Figures:
 
 def rotation(rounds: Rounds, workload: str) -> Figures:
     """The log is rotated, with a line for each connection: none is lost."""
-    with arena(workload, rounds=rounds, access_log="-") as ring:
+    with arena(workload, rounds=rounds, logged=True) as ring:
         for _ in rounds:
-            strikes.usr1(ring)
-            watch.until("there is a new file", (ring.folder / "log").exists)
+            ring.rotate()
+            watch.until("there is a new file", (ring.folder / "access").exists)
         ring.end_load()
         # A worker writes its line after it has counted.
-        watch.until("a line for each connection", lambda: ring.log().count(" ok after ") >= ring.connections)
-        lines = ring.log().count(" ok after ")
+        watch.until("a line for each connection", lambda: ring.accesses().count(" ok after ") >= ring.connections)
+        lines = ring.accesses().count(" ok after ")
         assert lines == ring.connections, f"{lines} lines of {ring.connections} connections"
     return ring.figures
 

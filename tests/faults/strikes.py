@@ -65,9 +65,7 @@ def usr2(ring: Arena) -> None:
 @strike()
 def usr1(ring: Arena) -> None:
     """The log is rotated."""
-    with contextlib.suppress(FileNotFoundError):  # the last rotation is not done yet
-        os.rename(ring.folder / "log", ring.folder / f"log.{time.monotonic_ns()}")
-    os.kill(ring.server.pid, signal.SIGUSR1)
+    ring.rotate()
 
 
 @strike()

@@ -1,9 +1,12 @@
 """The processes that write log files: what they write, what ends them, and that nobody else waits for a disk."""
 
 import errno
+import fcntl
 import os
 import re
 import resource
+import select
+import selectors
 import signal
 import subprocess
 import threading
@@ -20,8 +23,7 @@ from prefork import log
 from prefork.config import Config
 from prefork.errors import ConfigError
 from prefork.log import Level, Output, Sink, files, pipe, writer
-from prefork.log.files import LogFile
-from prefork.log.pipe import Pipe
+from prefork.log.files import LogFile, Says
 from prefork.log.writer import Ask
 from prefork.testing import Server
 from tests import log_schema, watch
@@ -181,20 +183,19 @@ def told() -> list[tuple[str, dict[str, Any]]]:
 @pytest.fixture
 def file(tmp_path: Path, told: list[tuple[str, dict[str, Any]]]) -> Iterator[LogFile]:
     """A file, its process, and its pipe."""
-    lacks: Callable[[Pipe], None] = lambda pipe: told.append(("dropped", {"count": pipe.dropped}))  # noqa: E731
-    log_file = LogFile(str(tmp_path / "log"), None, lambda name, **fields: told.append((name, fields)), lacks, set())
+    says = Says(lambda name, **fields: told.append((name, fields)), lambda _, count: b"%d are missing\n" % count)
+    log_file = LogFile(str(tmp_path / "log"), None, says, set())
     log_file.open(watch.DEADLINE)
     yield log_file
-    log_file.ask(Ask.FLUSH)
+    log_file.flush()
     log_file.flushed(time.monotonic() + watch.DEADLINE)
-    pid = log_file.pid
-    log_file.end()
-    assert watch.is_gone(pid) or os.waitpid(pid, 0)
+    log_file.end(time.monotonic() + watch.DEADLINE)
+    assert log_file.pid == 0
 
 
 def written(file: LogFile) -> str:
     """What is in the file when all that was logged is."""
-    assert file.ask(Ask.FLUSH)
+    file.flush()
     file.flushed(time.monotonic() + watch.DEADLINE)
     return Path(file.path).read_text()
 
@@ -251,7 +252,9 @@ def test_lines_that_come_in_pieces_are_one_and_one_that_is_not_ended_is_ended(fi
     assert written(file) == "one line\nand another\n"
     os.write(file.pipe.fd, b"a prompt: ")
     assert holds(Path(file.path), "a prompt: \n")
-    os.write(file.pipe.fd, b"z" * (3 * writer.LONGEST))
+    for _ in range(48):
+        watch.until("there is room", lambda: pipe.unread(file.pipe.fd) == 0)
+        os.write(file.pipe.fd, b"z" * (writer.LONGEST // 16))
     assert written(file).count("z") == 3 * writer.LONGEST
 
 
@@ -263,7 +266,7 @@ def test_what_is_sent_to_everybody_does_not_end_it(file: LogFile) -> None:
 
 
 def test_it_is_there_until_nobody_can_log_any_more(tmp_path: Path) -> None:
-    log_file = LogFile(str(tmp_path / "log"), None, lambda _: None, lambda _: None, set())
+    log_file = LogFile(str(tmp_path / "log"), None, Says(lambda _: None, lambda *_: b""), set())
     log_file.open(watch.DEADLINE)
     kept = os.dup(log_file.pipe.fd)
     log_file.close()
@@ -288,7 +291,7 @@ def test_one_that_is_killed_is_replaced_and_what_waited_is_written(file: LogFile
         os.kill(file.pid, signal.SIGKILL)
     end(file, 50.0)
     assert told == [("log_writer_died", {"path": file.path, "cause": "status 9"})]
-    waits = [file.again_at]
+    waits = [file.wake_at(0.0)]
     file.tend(51.4)
     assert file.pid == 0
     file.tend(51.5)
@@ -296,7 +299,7 @@ def test_one_that_is_killed_is_replaced_and_what_waited_is_written(file: LogFile
     for _ in range(2):
         os.kill(file.pid, signal.SIGKILL)
         end(file, 50.0)
-        waits.append(file.again_at)
+        waits.append(file.wake_at(0.0))
         file.tend(100.0)
         assert written(file)
     assert waits == [51.5, 52.25, 53.375]
@@ -306,26 +309,31 @@ def test_one_that_lived_long_is_replaced_at_once(file: LogFile, monkeypatch: pyt
     monkeypatch.setattr(files, "SETTLED", 0.0)
     os.kill(file.pid, signal.SIGKILL)
     end(file, 50.0)
-    assert file.again_at == 50.0
+    assert file.wake_at(0.0) == 50.0
     file.tend(50.0)
     assert written(file) == ""
 
 
-def test_one_that_can_not_open_the_file_is_tried_again_and_told_of_once(file: LogFile, told: list[Any], tmp_path: Path) -> None:
+def test_one_that_can_not_open_the_file_drops_and_counts_until_it_can(
+    file: LogFile, told: list[Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(writer, "RETRY", 0.0)
     os.kill(file.pid, signal.SIGKILL)
     end(file, 1.0)
     path = Path(file.path)
     path.rename(tmp_path / "old")
     path.mkdir()
-    for now in (10.0, 20.0, 30.0):
-        file.tend(now)
-        end(file, now)
-    path.rmdir()
+    file.tend(10.0)
+    for _ in range(3):
+        file.pipe.write([b"lost\n"])
+        file.flush()
+        file.flushed(time.monotonic() + watch.DEADLINE)
     assert [name for name, _ in told] == ["log_writer_died", "log_lost"]
     assert told[1][1]["reason"] == os.strerror(errno.EISDIR)
+    path.rmdir()
     file.pipe.write([b"a line\n"])
-    file.tend(100.0)
-    assert written(file) == "a line\n"
+    assert written(file) == "a line\n3 are missing\n"
+    assert told[2:] == [("reopened", {"paths": file.path})]
 
 
 def test_one_that_was_asked_to_leave_is_replaced_in_silence(file: LogFile, told: list[Any]) -> None:
@@ -337,6 +345,108 @@ def test_one_that_was_asked_to_leave_is_replaced_in_silence(file: LogFile, told:
     file.pipe.write([b"a line\n"])
     assert written(file) == "a line\n"
     assert not told
+
+
+def test_what_has_begun_and_what_is_missing_outlive_who_leaves(file: LogFile) -> None:
+    file.pipe.write([b"0123456789\n"])
+    written(file)
+    resource.prlimit(file.pid, resource.RLIMIT_FSIZE, (11, resource.RLIM_INFINITY))
+    file.pipe.write([b"lost\n", b"lost\n"])
+    os.write(file.pipe.fd, b"half a ")
+    watch.until("it has that", lambda: pipe.unread(file.pipe.fd) == 0)
+    assert file.ask(Ask.LEAVE)
+    os.write(file.pipe.fd, b"line\nwhole\n")
+    end(file, 1.0)
+    file.tend(1.0)
+    file.pipe.write([b"there is room\n"])
+    assert written(file) == "0123456789\nthere is room\n4 are missing\n"
+
+
+def test_a_stop_starts_another_one_for_what_waits(file: LogFile) -> None:
+    os.kill(file.pid, signal.SIGKILL)
+    file.pipe.write([b"a line\n"])
+    watch.until("it has ended", lambda: watch.is_gone(file.pid))
+    file.flush()
+    file.flushed(time.monotonic() + watch.DEADLINE)
+    assert Path(file.path).read_text() == "a line\n"
+
+
+def test_a_master_that_goes_with_something_unheard_does_not_end_it(tmp_path: Path) -> None:
+    log_file = LogFile(str(tmp_path / "log"), None, Says(lambda *_, **__: None, lambda *_: b""), set())
+    log_file.open(watch.DEADLINE)
+    kept = os.dup(log_file.pipe.fd)
+    assert log_file.ask(Ask.REOPEN)
+    assert log_file._control is not None
+    poll = select.poll()
+    poll.register(log_file._control, select.POLLIN)
+    assert poll.poll(1000 * watch.DEADLINE)
+    log_file.pipe.close()
+    os.close(log_file._read_end)
+    log_file._hang_up()
+    os.write(kept, b"a line\n")
+    os.close(kept)
+    assert os.waitpid(log_file.pid, 0) == (log_file.pid, 0)
+    assert (tmp_path / "log").read_text() == "a line\n"
+
+
+def test_a_pipe_that_a_handler_has_made_small_is_large_again(file: LogFile) -> None:
+    size = fcntl.fcntl(file.pipe.fd, fcntl.F_GETPIPE_SZ)
+    fcntl.fcntl(file.pipe.fd, fcntl.F_SETPIPE_SZ, 4096)
+    file.pipe.write([b"a line\n"])
+    assert written(file) == "a line\n"
+    assert fcntl.fcntl(file.pipe.fd, fcntl.F_GETPIPE_SZ) == size
+
+
+def test_what_never_fits_is_not_waited_for(file: LogFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "PATIENCE", 10_000.0)
+    file.pipe.begin_to_wait()
+    assert file.pipe.write([b"x" * (2 * file.pipe.capacity) + b"\n"]) == 1
+    assert file.pipe.write([b"a line\n"]) == 0
+    assert written(file) == "a line\n"
+
+
+def test_many_who_wait_get_room_in_turn(file: LogFile, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(pipe, "PATIENCE", 10_000.0)
+    file.pipe.begin_to_wait()
+    children = []
+    for _ in range(8):
+        pid = os.fork()
+        if pid == 0:
+            lost = 1
+            try:
+                lost = sum(file.pipe.write([b"x" * 3_900 + b"\n"]) for _ in range(300))
+            finally:
+                os._exit(lost != 0)
+        children.append(pid)
+    assert [os.waitpid(pid, 0)[1] for pid in children] == [0] * 8
+    assert written(file) == ("x" * 3_900 + "\n") * 2400
+
+
+def test_long_lines_are_whole(file: LogFile) -> None:
+    lines = [b"%d" % number * 100_000 + b"\n" for number in range(1, 9)]
+    file.pipe.begin_to_wait()
+    for line in lines:
+        assert file.pipe.write([line]) == 0
+    assert written(file).encode() == b"".join(lines)
+
+
+def test_a_selector_that_can_not_watch_is_tried_again(file: LogFile, told: list[Any]) -> None:
+    class Full(selectors.DefaultSelector):
+        def register(self, *_: Any, **__: Any) -> selectors.SelectorKey:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with Full() as full, selectors.DefaultSelector() as selector:
+        file.watch(full)
+        assert [name for name, _ in told] == ["deaf"]
+        assert file.wake_at(5.0) == 5.0 + files.WATCH_AGAIN
+        file._selector = selector
+        file._watch_at = 0.0
+        file.tend(0.0)
+        assert [key.fileobj for key in selector.get_map().values()] == [file._control]
+        assert file.wake_at(5.0) is None
+        os.kill(file.pid, signal.SIGKILL)
+        hear_until(file, lambda: not selector.get_map())
+        file._selector = None
 
 
 def test_one_that_nobody_could_take_the_place_of_does_not_leave(file: LogFile, tmp_path: Path) -> None:
@@ -372,7 +482,7 @@ def hear_until(file: LogFile, true: Callable[[], object]) -> None:
     """Hear the process until something has been told."""
 
     def look() -> object:
-        file._hear()
+        file.hear()
         return true()
 
     watch.until("that is told", look)
@@ -400,12 +510,15 @@ def test_what_the_disk_does_not_take_is_counted_and_told(file: LogFile, told: li
     assert written(file) == "a line\n0123\ntorn "
     file.pipe.write([b"lost, too\n"])
     assert written(file) == "a line\n0123\ntorn "
-    assert not told
+    # There is room for a line, and not for the one that tells of the others: it is told of later.
+    resource.prlimit(file.pid, resource.RLIMIT_FSIZE, (len(before) + 10 + 12, resource.RLIM_INFINITY))
+    file.pipe.write([b"some room\n"])
+    assert written(file) == "a line\n0123\ntorn \nsome room\n3"
     resource.prlimit(file.pid, resource.RLIMIT_FSIZE, (resource.RLIM_INFINITY,) * 2)
     file.pipe.write([b"there is room\n"])
-    hear_until(file, lambda: told)
-    assert told == [("dropped", {"count": 3})]
-    assert written(file) == "a line\n0123\ntorn \nthere is room\n"
+    assert written(file) == "a line\n0123\ntorn \nsome room\n3\nthere is room\n3 are missing\n"
+    file.pipe.write([b"another\n"])
+    assert written(file).endswith("\n3 are missing\nanother\n")
 
 
 def test_a_flood_does_not_keep_it_from_saying_what_is_written(file: LogFile) -> None:
