@@ -130,14 +130,10 @@ class Sink:
         if self._is_ours(self.fd):
             return
         try:
-            if self.path:
-                self._identity = None  # nothing of ours is there to be closed
-                self.open(create=False)
-            else:
-                if self.fd != 2:
-                    self.fd, self._shielded, self.native = 2, False, False
-                    self.shield()
-                self._look()
+            if self.fd != 2:
+                self.fd, self._shielded, self.native = 2, False, False
+                self.shield()
+            self._look()
         except OSError:
             self._identity = None  # lines are counted until it can be opened
 
