@@ -332,7 +332,8 @@ class Pipe:
         end = time.monotonic() + BRIEFLY
         with self.lock:
             while (left := end - time.monotonic()) > 0 and _happens(self.reader, select.POLLIN, left):
-                ring.figures["log_bytes"] = ring.figures.get("log_bytes", 0) + len(os.read(self.reader, 1 << 20))
+                with suppress(BlockingIOError):  # nobody had it open to write, and somebody has now
+                    ring.figures["log_bytes"] = ring.figures.get("log_bytes", 0) + len(os.read(self.reader, 1 << 20))
 
     def reader_dies(self, _ring: Arena) -> None:
         """And another one comes."""
