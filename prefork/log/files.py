@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 
-from prefork.log import pipe, writer
+from prefork.log import writer
 from prefork.log.pipe import Pipe
 from prefork.log.writer import Ask, Tell
 from prefork.pool import policy
@@ -69,7 +69,7 @@ class LogFile:
 
     def open(self, patience: float) -> None:
         """Make the pipe and start the process. Raises OSError when that can't open the file, or does not so soon."""
-        self._read_end, write_end = pipe.make()
+        self._read_end, write_end = process.pipe_to_share()
         try:
             self.pipe = Pipe(self.path, write_end)
             self._wait_until_open(self._start(first=True), patience)

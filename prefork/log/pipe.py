@@ -16,7 +16,6 @@ import time
 from collections.abc import Iterator, Sequence
 
 from prefork.log.sink import FILE_LINE, PIPE_BUF, Sink
-from prefork.system import process
 
 # What the kernel lets everybody have (/proc/sys/fs/pipe-max-size, pipe(7)).
 SIZE = 1 << 20
@@ -27,14 +26,12 @@ PATIENCE, LOOK = 1.0, 0.005
 _stuck = mmap.mmap(-1, mmap.PAGESIZE)
 
 
-def make() -> tuple[int, int]:
-    """A pipe for a log file: the reading and the writing end. Raises OSError."""
-    read_end, write_end = process.pipe_to_share()
+def _enlarge(fd: int) -> int:
+    """Have a pipe hold SIZE bytes, if that can be had. Returns how many it holds."""
     try:
-        fcntl.fcntl(write_end, fcntl.F_SETPIPE_SZ, SIZE)
+        return fcntl.fcntl(fd, fcntl.F_SETPIPE_SZ, SIZE)
     except OSError:  # this user has too many large pipes (pipe-user-pages-soft): a smaller one will do
-        pass
-    return read_end, write_end
+        return fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
 
 
 class Pipe(Sink):
@@ -46,7 +43,7 @@ class Pipe(Sink):
         self.file = Sink(path)
         self._patience = 0.0
         self.adopt(fd)
-        self.capacity = fcntl.fcntl(fd, fcntl.F_GETPIPE_SZ)
+        self.capacity = _enlarge(fd)
 
     def adopt(self, fd: int) -> None:
         """Write to this end from now on. Raises OSError."""
@@ -73,10 +70,7 @@ class Pipe(Sink):
         """There is room again, and as much as there was."""
         _stuck[self._place] = 0
         if fcntl.fcntl(read_end, fcntl.F_GETPIPE_SZ) != self.capacity:
-            try:
-                fcntl.fcntl(read_end, fcntl.F_SETPIPE_SZ, self.capacity)
-            except OSError:  # this user has too many by now
-                self.capacity = fcntl.fcntl(read_end, fcntl.F_GETPIPE_SZ)
+            self.capacity = _enlarge(read_end)
 
     def stand_in(self) -> None:
         """Be standard output and error too: what C libraries and subprocesses write lands here.

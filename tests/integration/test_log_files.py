@@ -395,6 +395,8 @@ def test_a_pipe_that_a_handler_has_made_small_is_large_again(file: LogFile) -> N
     file.pipe.write([b"a line\n"])
     assert written(file) == "a line\n"
     assert fcntl.fcntl(file.pipe.fd, fcntl.F_GETPIPE_SZ) == size
+    fcntl.fcntl(file.pipe.fd, fcntl.F_SETPIPE_SZ, 4096)
+    assert pipe.Pipe(file.path, file.pipe.fd).capacity == size, "the next program does not take that for its size"
 
 
 def test_what_never_fits_is_not_waited_for(file: LogFile, monkeypatch: pytest.MonkeyPatch) -> None:
