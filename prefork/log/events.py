@@ -40,7 +40,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "log_writer_died": (Level.WARNING, "the process that writes {path} has ended ({cause}); another one takes its place"),
     "log_lost": (
         Level.ERROR,
-        "{path} can't be written ({reason}); it is tried again, and lines are dropped when they are too many",
+        "{path} can't be written ({reason}); that is tried again, and lines that come meanwhile may be dropped",
     ),
     "not_batch": (Level.INFO, "workers keep the usual scheduling policy, another can't be had here: {reason}"),
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
