@@ -248,7 +248,7 @@ class Master:
                     ours = True
                     self._fork_server_ended(generation, process.describe(change.status))
             self.upgrading.ended(change.pid, change.status)
-            log.child_ended(change.pid, process.describe(change.status), daemon.now)
+            log.child_ended(change.pid, change.status, daemon.now)
             daemon.wiring.strangers.discard(change.pid)
         return ours
 

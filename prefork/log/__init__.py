@@ -299,10 +299,10 @@ def watch(selector: selectors.BaseSelector) -> None:
         file.watch(selector)
 
 
-def child_ended(pid: int, cause: str, now: float) -> None:
-    """A child of this process has ended, one of those perhaps."""
+def child_ended(pid: int, status: int, now: float) -> None:
+    """A child of this process has ended, with this wait status; one of those perhaps."""
     for file in _files.values():
-        file.ended(pid, cause, now)
+        file.ended(pid, status, now)
 
 
 def tend(now: float) -> None:

@@ -60,7 +60,7 @@ class LogFile:
         self._selector: selectors.BaseSelector | None = None
         self._watched = False
         self._watch_at = 0.0
-        self._is_open = self._reopening = self._leaving = self._lost = False
+        self._is_open = self._reopening = self._lost = False
         self._dropped = 0  # lines that the last process has not told of
         self._failures, self._started = 0, 0.0
         self._again_at: float | None = None  # there is no process: when there is to be another one
@@ -122,7 +122,7 @@ class LogFile:
                 raise
         ours.setblocking(False)
         self.pid, self._control, self._again_at = pid, ours, None
-        self._is_open = self._leaving = False
+        self._is_open = False
         self._dropped, self._started = 0, time.monotonic()
         self._strangers.add(pid)
         self._watch_at = 0.0
@@ -179,8 +179,6 @@ class LogFile:
                 self.ask(Ask.WRITE, b"%d %b" % (count, self._missing(self.pipe, count)))
             case Tell.LEAVES:
                 self._dropped = int(said[1:])
-            case Tell.STAYS:
-                self._leaving = False
             case Tell.BUG:
                 self.event("bug", where="log", text=said[1:].decode(errors="replace"))
 
@@ -201,19 +199,18 @@ class LogFile:
             self._control.send(what.value + rest, socket.MSG_NOSIGNAL)
         except OSError:
             return False
-        self._leaving |= what is Ask.LEAVE
         return True
 
-    def ended(self, pid: int, cause: str, now: float) -> None:
-        """A child of ours has ended; when it was the process, there is to be another one."""
+    def ended(self, pid: int, status: int, now: float) -> None:
+        """A child of ours has ended, with this wait status; when it was the process, there is to be another one."""
         if pid != self.pid:
             return
         self.hear()  # its last words
         self._hang_up()
         self.pid, self._again_at = 0, now
-        if self._leaving:
+        if status == 0:  # it was asked to, by another program of ours perhaps
             return
-        self.event("log_writer_died", path=self.path, cause=cause)
+        self.event("log_writer_died", path=self.path, cause=process.describe(status))
         if time.monotonic() - self._started < SETTLED:
             self._failures += 1
             self._again_at += policy.backoff(self._failures)

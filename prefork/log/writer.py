@@ -57,7 +57,6 @@ class Tell(Enum):
 
     OPENED = b"O"
     FAILED = b"E"
-    STAYS = b"S"
     MISSING = b"M"  # so many lines, in a file that can be written again
     LEAVES = b"L"  # and so many lines are still to be told of
     FLUSHED = b"F"
@@ -180,8 +179,6 @@ class Writer:
                 tell(self.control, Tell.FLUSHED)
             case Ask.LEAVE.value:
                 self.leaving = self._can_be_opened_again()
-                if not self.leaving:
-                    tell(self.control, Tell.STAYS)
             case Ask.WRITE.value:
                 count, _, line = asked[1:].partition(b" ")
                 self.told = False

@@ -281,7 +281,7 @@ def test_it_is_there_until_nobody_can_log_any_more(tmp_path: Path) -> None:
 def end(file: LogFile, now: float) -> None:
     """Reap the process, as the master does."""
     pid, status = os.waitpid(file.pid, 0)
-    file.ended(pid, f"status {status}", now)
+    file.ended(pid, status, now)
 
 
 def test_one_that_is_killed_is_replaced_and_what_waited_is_written(file: LogFile, told: list[Any]) -> None:
@@ -290,7 +290,7 @@ def test_one_that_is_killed_is_replaced_and_what_waited_is_written(file: LogFile
             file.pipe.write([b"line %d\n" % number])
         os.kill(file.pid, signal.SIGKILL)
     end(file, 50.0)
-    assert told == [("log_writer_died", {"path": file.path, "cause": "status 9"})]
+    assert told == [("log_writer_died", {"path": file.path, "cause": "signal 9 (SIGKILL)"})]
     waits = [file.wake_at(0.0)]
     file.tend(51.4)
     assert file.pid == 0
