@@ -259,10 +259,12 @@ def test_lines_that_come_in_pieces_are_one_and_one_that_is_not_ended_is_ended(fi
 
 
 def test_what_is_sent_to_everybody_does_not_end_it(file: LogFile) -> None:
+    pid = file.pid
     for signo in (1, 2, 3, 10, 12, 15, 21, 22):
-        os.kill(file.pid, signo)
+        os.kill(pid, signo)
     os.write(file.pipe.fd, b"a line\n")
     assert written(file) == "a line\n"
+    assert file.pid == pid, "it is no other one"
 
 
 def test_it_is_there_until_nobody_can_log_any_more(tmp_path: Path) -> None:
