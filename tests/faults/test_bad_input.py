@@ -442,6 +442,7 @@ def test_half_a_line_is_waited_for_and_keeps_nobody(prefork_server: Start) -> No
         assert b'"ok": true' in data
 
 
+@pytest.mark.slow
 def test_a_thousand_silent_control_clients_keep_no_command_out(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2)
     with unharmed(server), ExitStack() as stack:
@@ -457,6 +458,7 @@ def test_a_thousand_silent_control_clients_keep_no_command_out(prefork_server: S
                 assert done.returncode == 0, done.stderr
 
 
+@pytest.mark.slow
 def test_control_clients_that_never_stop_coming_keep_no_command_out(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=2)
     ended = threading.Event()

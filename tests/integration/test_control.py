@@ -238,6 +238,7 @@ def test_a_hundred_megabytes_are_not_taken_in(prefork_server: Start) -> None:
     assert watch.pss_kib(server.pid) < before + 4096
 
 
+@pytest.mark.slow
 def test_a_thousand_clients_that_say_nothing_do_not_keep_it_from_serving(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=1)
     before = len(watch.descriptors(server.pid))

@@ -176,6 +176,7 @@ def send(port: int, sender: str) -> tuple[int, bytes]:
     return 250, b""
 
 
+@pytest.mark.slow
 def test_a_real_postfix_greylists_by_the_policy_service(prefork_server: Start, tmp_path: Path, open_folder: Path) -> None:
     server = prefork_server(
         "policy:loop",

@@ -572,11 +572,11 @@ def test_a_daemon_whose_log_hangs_serves_reloads_upgrades_and_ends(prefork_serve
     server = prefork_server("mine:loop", folder=module(HANDLER), **options)
     pids = [watch.log_writer(server, path), watch.log_writer(server, tmp_path / "access")]
     with stopped(pids[0]), stopped(pids[1]):
-        for _ in range(3):
-            for _ in range(8):
-                assert ask(server, "lines") == b"done"
-            os.kill(server.pid, signal.SIGUSR1)
-            assert server.command("reload")["ok"]
+        for _ in range(16):
+            assert ask(server, "lines") == b"done"
+        os.kill(server.pid, signal.SIGUSR1)
+        assert server.command("reload")["ok"]
+        assert ask(server, "lines") == b"done"
         assert server.command("upgrade")["ok"]
         assert server.command("scale", workers=3)["ok"]
         watch.settled(server, 3)
@@ -605,18 +605,15 @@ def test_lines_of_a_killed_masters_workers_are_written_to_the_last(prefork_serve
 def test_a_killed_writer_costs_a_daemon_no_line(prefork_server: Start, module: Module, tmp_path: Path) -> None:
     path = tmp_path / "log"
     server = prefork_server("mine:loop", folder=module(HANDLER), workers=2, log_file=str(path), access_log="-")
-    asked = 0
-    for _ in range(3):
-        pid = watch.log_writer(server, path)
-        with stopped(pid):
-            for _ in range(5):
-                assert ask(server, "nothing") == b"done"
-                asked += 1
-            watch.until("all are counted", lambda: server.status()["totals"]["ok"] == asked)  # noqa: B023
-            os.kill(pid, signal.SIGKILL)
-        holds(path, " ok after ", asked)
+    pid, asked = watch.log_writer(server, path), 20
+    with stopped(pid):
+        for _ in range(asked):
+            assert ask(server, "nothing") == b"done"
+        watch.until("all are counted", lambda: server.status()["totals"]["ok"] == asked)
+        os.kill(pid, signal.SIGKILL)
+    holds(path, " ok after ", asked)
     assert (
-        path.read_text().count(f"the process that writes {path} has ended (signal 9 (SIGKILL)); another one takes its place") == 3
+        path.read_text().count(f"the process that writes {path} has ended (signal 9 (SIGKILL)); another one takes its place") == 1
     )
     assert server.stop() == 0
 
