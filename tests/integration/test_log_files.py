@@ -1,5 +1,6 @@
 """The processes that write log files: what they write, what ends them, and that nobody else waits for a disk."""
 
+import array
 import errno
 import fcntl
 import os
@@ -9,6 +10,7 @@ import select
 import selectors
 import signal
 import subprocess
+import termios
 import threading
 import time
 from collections.abc import Callable, Iterator
@@ -349,6 +351,19 @@ def test_one_that_was_asked_to_leave_is_replaced_in_silence(file: LogFile, told:
     assert not told
 
 
+def leave(file: LogFile) -> None:
+    """Ask the process to, and wait until it has heard it."""
+    assert file.ask(Ask.LEAVE)
+    unheard = array.array("i", [1])
+
+    def is_heard() -> bool:
+        assert file._control is not None
+        fcntl.ioctl(file._control, termios.TIOCOUTQ, unheard)
+        return unheard[0] == 0
+
+    watch.until("it has heard it", is_heard)
+
+
 def test_what_has_begun_and_what_is_missing_outlive_who_leaves(file: LogFile) -> None:
     file.pipe.write([b"0123456789\n"])
     written(file)
@@ -356,7 +371,7 @@ def test_what_has_begun_and_what_is_missing_outlive_who_leaves(file: LogFile) ->
     file.pipe.write([b"lost\n", b"lost\n"])
     os.write(file.pipe.fd, b"half a ")
     watch.until("it has that", lambda: pipe.unread(file.pipe.fd) == 0)
-    assert file.ask(Ask.LEAVE)
+    leave(file)
     os.write(file.pipe.fd, b"line\nwhole\n")
     end(file, 1.0)
     file.tend(1.0)
@@ -455,7 +470,7 @@ def test_a_selector_that_can_not_watch_is_tried_again(file: LogFile, told: list[
 
 def test_one_that_nobody_could_take_the_place_of_does_not_leave(file: LogFile, tmp_path: Path) -> None:
     (tmp_path / "log").rename(tmp_path / "away")
-    assert file.ask(Ask.LEAVE)
+    leave(file)
     file.pipe.write([b"a line\n"])
     file.ask(Ask.FLUSH)
     file.flushed(time.monotonic() + watch.DEADLINE)
