@@ -22,7 +22,7 @@ SIZE = 1 << 20
 # A worker waits for room so long, and looks so often.
 PATIENCE, LOOK = 1.0, 0.005
 
-# One byte for each pipe, 1 when somebody has waited for room in vain. Forks share it; a stray write of user code costs a wait.
+# One byte for each pipe, 1 when a worker has waited for room in vain. Forks share it; a stray write of user code costs a wait.
 _stuck = mmap.mmap(-1, mmap.PAGESIZE)
 
 
