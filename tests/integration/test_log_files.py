@@ -233,7 +233,9 @@ def test_who_may_wait_waits_once_for_a_disk_that_hangs(file: LogFile, monkeypatc
             lost = file.pipe.write([line])
         monkeypatch.setattr(pipe, "PATIENCE", 10_000.0)
         file.pipe.begin_to_wait()
-        assert file.pipe.write([line] * 300) > 0, "it is known that nothing is read, and nobody waits"
+        with monkeypatch.context() as known:
+            known.setattr(time, "sleep", lambda _: pytest.fail("it is known that nothing is read, and this waits"))
+            assert file.pipe.write([line] * 300) > 0
     watch.until("there is room", lambda: pipe.unread(file.pipe.fd) == 0)
     assert file.pipe.write([line] * 300) == 0, "and so is that it is read again"
     assert set(written(file).split()) == {line.decode().strip()}
