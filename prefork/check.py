@@ -24,7 +24,7 @@ from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_r
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.ops import instances
 from prefork.printable import printable
-from prefork.system import credentials, process, program, signals, systemd
+from prefork.system import credentials, originals, process, program, signals, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -208,6 +208,7 @@ def _become_like_a_fork_server(parent: int, outcome: int, printing: int) -> None
     # The default action follows, which ends the process.
     faulthandler.register(_WHERE, file=outcome, all_threads=False, chain=True)
     signals.watch()
+    originals.keep()
     signals.unblock()
 
 

@@ -31,7 +31,7 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Kind, Order, Report
-from prefork.system import capabilities, credentials, forks, process, signals, stacks, systemd
+from prefork.system import capabilities, credentials, forks, originals, process, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -195,6 +195,7 @@ class ForkServer:
         signals.watch()
         process.watch_folder(signals.mark)
         credentials.watch(signals.mark)
+        originals.keep()  # with what was just put there to watch user code
         signals.unblock()
 
     def _tie_to_master(self) -> None:

@@ -83,6 +83,8 @@ class Handler:
 
 # Set where workers are forked: what gives the connection that a worker serves, and None in any other process.
 _look: Callable[[], Connection | None] | None = None
+# The thread that calls handlers, there and in their children. gevent's main thread has another number.
+_thread = -1
 
 
 def current() -> Connection:
@@ -90,7 +92,7 @@ def current() -> Connection:
 
     Raises RuntimeError where there is none: outside a handler, or in another thread than its own.
     """
-    if _look is not None and threading.get_ident() != threading.main_thread().ident:
+    if _look is not None and threading.get_ident() != _thread:
         raise RuntimeError("prefork.current(): this is not the handler's thread; call it in the handler and hand the object over")
     connection = _look() if _look is not None else None
     if connection is None:
@@ -102,8 +104,8 @@ def current() -> Connection:
 
 def serve_current(look: Callable[[], Connection | None]) -> None:
     """From now on `current` asks ``look``."""
-    global _look
-    _look = look
+    global _look, _thread
+    _look, _thread = look, threading.get_ident()
 
 
 def _here() -> str:

@@ -258,7 +258,6 @@ class Worker:
         log_access = self._log_access if log.access_is_logged() else None
         limited, wears = bool(conf.max_connections), bool(conf.max_lifetime or conf.max_memory)
         ends_input, more = conf.drain == "eof", log_access is not None or wears
-        starts = "on_worker_start" in self.handler.hooks
         accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         boards = board.words, board.order_words, board.board, board.orders
         indices = (
@@ -272,10 +271,10 @@ class Worker:
         offsets = (scoreboard.SINCE, scoreboard.BEGUN, scoreboard.PORT, scoreboard.OK, scoreboard.ERROR, scoreboard.REJECTED)
         histogram, below_limit, account = scoreboard.HISTOGRAM, scoreboard.COUNT_LIMIT - 1, board.account
         # The C method: the descriptor is closed even when a file made of the socket is still referred to.
-        calls = accept_one, self._call(), _socket.socket.close, close, now_ns, sys.getrefcount, socket.getdefaulttimeout
+        calls = accept_one, self._call(), _socket.socket.close, close, now_ns, sys.getrefcount
+        sockets = socket.socket, socket.getdefaulttimeout
         kinds = int(listener.sock.family), int(listener.sock.type), listener.sock.proto, conf.socket_timeout or None
         constants = IDLE, BUSY, bytes([IDLE]), scoreboard.FEW, listener.sock.family == socket.AF_INET, signals.changes, slice
-        socket_class = socket.socket
 
         def serve(slot: int) -> int:
             # Where clients are few, caches are cold, and what counts is how many cache lines are touched: 1,280 by a connection
@@ -287,7 +286,8 @@ class Worker:
             first_state, first_retire, first_record, first_peer = firsts
             record_words, record_bytes, peer_bytes = lengths
             to_since, to_begun, to_port, to_ok, to_error, to_rejected = offsets
-            accept, call, close_socket, close_fd, now, references, default_timeout = calls
+            accept, call, close_socket, close_fd, now, references = calls
+            new_socket, default_timeout = sockets
             family, kind, protocol, timeout = kinds
             idle, busy, one_idle, few, is_ipv4, changes, piece = constants
             state_at, retire_at, record = first_state + slot, first_retire + slot, first_record + slot * record_words
@@ -303,7 +303,6 @@ class Worker:
             me, slot_number, unseen_at, failing = self, slot + 1, 0, False
             last = self._last_connection(begun) if limited else -1
             worn = self._worn_out() if wears else None
-            new_socket = socket.socket if starts else socket_class  # the hook may have put another one there
             sock: Any = None
             kept_fd, known = -1, 0  # of a connection's object that waits for the next one; references to one that nobody else knows
 

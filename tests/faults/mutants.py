@@ -33,6 +33,13 @@ MUTANTS = [
         ("tests/unit/test_answers.py::test_what_is_no_board_is_not_read",),
     ),
     Mutant(
+        "functions that user code has replaced",
+        "forkserver.py",
+        "        originals.keep()  # with what was just put there to watch user code\n",
+        "",
+        ("tests/integration/test_replaced_functions.py::test_workers_are_served_watched_replaced_and_stopped[no-poll]",),
+    ),
+    Mutant(
         "a long text that is copied again for each piece",
         "log/formats.py",
         "        yield text[at : at + size]\n        at += size\n",

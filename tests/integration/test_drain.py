@@ -163,13 +163,11 @@ def test_a_tls_layer_stays(prefork_server: Start, module: Module) -> None:
 def test_a_signal_that_comes_before_the_connection_can_be_ended_is_not_lost(prefork_server: Start, module: Module) -> None:
     # The socket object is made between "this worker is busy" and "this is its connection".
     source = (
-        "import os, signal, socket\n"
-        "class Socket(socket.socket):\n"
-        "    def __init__(self, *given):\n"
-        "        super().__init__(*given)\n"
-        "        if len(given) == 4:\n"
-        "            os.kill(os.getpid(), signal.SIGTERM)\n"
-        "socket.socket = Socket\n"
+        "import os, signal, socket, sys\n"
+        "def retire(frame, event, arg):\n"
+        "    if event == 'call' and frame.f_code is socket.socket.__init__.__code__:\n"
+        "        os.kill(os.getpid(), signal.SIGTERM)\n"
+        "sys.setprofile(retire)\n"
         "def loop(sock):\n"
         "    while sock.recv(64):\n"
         "        pass\n"
