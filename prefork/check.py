@@ -22,6 +22,7 @@ from prefork import __version__, carried, forkserver, handler
 from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
+from prefork.net import left_open
 from prefork.ops import instances
 from prefork.printable import printable
 from prefork.system import credentials, originals, process, program, signals, systemd
@@ -159,14 +160,14 @@ def _end_all_but(strangers: set[int]) -> None:
 
 
 def _where(text: str) -> str:
-    """The frames of user code in what faulthandler wrote, which begins with the innermost one."""
-    frames = []
+    """The frames of user code in what faulthandler wrote, which begins with the innermost one. Nothing before the import."""
+    frames: list[str] = []
     for line in text.splitlines():
         if handler.__file__ in line:
-            break
+            return "; it was here (most recent call first)\n" + "\n".join(frames) if frames else ""
         if line.startswith("  File ") and "importlib" not in line:
             frames.append(line)
-    return "; it was here (most recent call first)\n" + "\n".join(frames) if frames else ""
+    return ""
 
 
 # -- in the child
@@ -181,8 +182,11 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
         try:
             forkserver.settle(config, who, folder)
             _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
+            sockets = left_open.sockets()
             handler.load(config)
             handler.refuse_threads(config.module)
+            if listening := handler.refuse_connections(config, sockets):
+                _warn(f"{config.module}: the import opens listening sockets, which every worker has: {', '.join(listening)}")
             said = _DONE
         except PreforkError as error:
             said = str(error).encode(errors="backslashreplace")

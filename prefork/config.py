@@ -156,6 +156,12 @@ class Config:
     )
     nodelay: bool = _option(True, values.switch, "TCP_NODELAY: small answers are sent at once.", "on|off")
     keepalive: bool = _option(False, values.switch, "SO_KEEPALIVE: the kernel asks silent peers whether they live.", "on|off")
+    shared_connections: str = _option(
+        "refuse",
+        values.choice("refuse", "allow"),
+        "A connection that the import or on_boot leaves open, which all workers share: refuse it, or allow it.",
+        "refuse|allow",
+    )
     on_boot: str = _target("A hook: called once in the fork server, after the import.")
     on_worker_start: str = _target("A hook: called in each worker before it accepts.")
     on_worker_exit: str = _target("A hook: called in each worker that leaves.")

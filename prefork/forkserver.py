@@ -26,6 +26,7 @@ from typing import NoReturn
 from prefork import handler, log, worker
 from prefork.config import Config
 from prefork.errors import ConfigError, HandlerError, PreforkError
+from prefork.net import left_open
 from prefork.net.handshakes import Cookies, Looks
 from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
@@ -209,6 +210,7 @@ class ForkServer:
         settle(self.brief.config, self.brief.credentials, self.brief.folder)
         self._tie_to_master()  # the kernel has forgotten both if credentials have changed
         process.become_private()
+        sockets = left_open.sockets()
         try:
             loaded = handler.load(self.brief.config)
         finally:
@@ -218,6 +220,8 @@ class ForkServer:
         finally:
             self._end_if_child()
         handler.refuse_threads(self.brief.config.module)
+        if listening := handler.refuse_connections(self.brief.config, sockets):
+            log.event("listening_left", sockets=", ".join(listening))
         # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
             signals.stop_timers()

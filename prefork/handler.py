@@ -12,7 +12,7 @@ import os
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
 from types import ModuleType
@@ -21,6 +21,7 @@ from typing import Any
 import prefork.examples
 from prefork.config import Config
 from prefork.errors import HandlerError
+from prefork.net import left_open
 from prefork.system import process
 
 HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
@@ -138,6 +139,20 @@ def refuse_threads(target: str) -> None:
             f"{target}: the import or on_boot started threads ({names}); a fork copies none of them: start them in the handler, or "
             "in on_worker_start"
         )
+
+
+def refuse_connections(config: Config, before: Container[int]) -> tuple[str, ...]:
+    """Raise HandlerError when import or on_boot have left a connection open. Returns the listening sockets that they have opened.
+
+    ``before``: the sockets that there were before the import.
+    """
+    found = left_open.since(before)
+    if found.connections and config.shared_connections == "refuse":
+        raise HandlerError(
+            f"{config.module}: the import or on_boot left connections open ({', '.join(found.connections)}), which all workers "
+            'would share and get each other\'s answers from: connect in on_worker_start, or set shared_connections = "allow"'
+        )
+    return found.listening
 
 
 def _find(label: str, target: str) -> Any:

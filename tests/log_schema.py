@@ -99,6 +99,7 @@ EVENT_FIELDS = {
     "handing_over": ["version", "program"],
     "upgraded": ["version", "before", "pid"],
     "folder_gone": ["folder"],
+    "listening_left": ["sockets"],
     "not_batch": ["reason"],
     "reload_queued": [],
     "ignored": ["what", "why"],

@@ -98,6 +98,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "upgrading": (Level.INFO, "{what}: trying {program}"),
     "handing_over": (Level.INFO, "prefork {version} becomes what {program} runs now"),
     "upgraded": (Level.INFO, "prefork {version} goes on where prefork {before} was, pid {pid}"),
+    "listening_left": (Level.WARNING, "the import has opened listening sockets, which every worker has: {sockets}"),
     "folder_gone": (Level.WARNING, "the working directory {folder} was removed: nothing is imported from there"),
     "reload_queued": (Level.INFO, "a reload or an upgrade is under way: another one follows it"),
     "ignored": (Level.INFO, "{what} ignored: {why}"),
