@@ -11,7 +11,7 @@ from prefork.config import Config
 from prefork.link import Link
 from prefork.pool import policy, scoreboard
 from prefork.pool.policy import Memory, View
-from prefork.pool.scoreboard import BUSY, FREE, IDLE, PARKED, PAUSED, STARTING, Scoreboard
+from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, PARKED, PAUSED, STARTING, Scoreboard
 from prefork.pool.state import Pool
 from prefork.system import process
 
@@ -36,6 +36,7 @@ class Acceptors:
         self.first = place * slots.pool.capacity  # its lowest slot
         self.target = target
         self.vacated = target  # places known to be empty since the last look
+        self.come = 0  # workers that have reached accept() since then
         self.look_at: float | None = now
         self.looked_at = 0.0
         self.seen_ns = 0  # the same, as workers' clocks have it
@@ -103,7 +104,7 @@ class Acceptors:
         slots, first = self._slots, self.first
         others = row.translate(None, _BUSY)  # one pass through a long row
         idle, busy = others.count(IDLE), len(row) - len(others)
-        tired = sum(row[slot - first] in (IDLE, PAUSED) for slot in slots.tired if 0 <= slot - first < len(row))
+        tired = sum(row[slot - first] == IDLE for slot in slots.tired if 0 <= slot - first < len(row))
         starting = others.count(STARTING) + others.count(PARKED) + others.count(PAUSED)
         for slot in slots.absent:
             if 0 <= slot - first < len(row):
@@ -113,15 +114,15 @@ class Acceptors:
                 starting -= state in (STARTING, PARKED, PAUSED)
         leaving = 0
         if self._recycles or slots.tired:
-            absent = (slots.pool.workers[slot] for slot in slots.absent if 0 <= slot - first < len(row))
-            leaving = sum(worker.retiring and row[worker.slot - first] != BUSY for worker in absent)
+            states = ((slots.pool.workers[slot], row[slot - first]) for slot in slots.absent if 0 <= slot - first < len(row))
+            leaving = sum((worker.retiring and state != BUSY) or state == LEAVING for worker, state in states)
         missing = self.target - idle - starting
         returning, accepted = 0, False
         if missing > 0:
             returning = self._returning(row)
         elif since_ns is not None:
             accepted = bool(self.latest(row, since_ns))
-        return View(self.target, idle, starting, returning, busy, room, self.vacated, tired, leaving, accepted)
+        return View(self.target, idle, starting, returning, busy, room, self.vacated, self.come, tired, leaving, accepted)
 
     def _returning(self, row: bytes) -> int:
         """How many workers are busy and about to be back."""

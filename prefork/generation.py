@@ -25,8 +25,8 @@ from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import lives, policy, scoreboard, wire
 from prefork.pool.lives import WorkerLives
-from prefork.pool.policy import Memory, View
-from prefork.pool.scoreboard import BUSY, FREE, LEAVING, NOTHING, PARKED, STARTING, Counts, Layout, Scoreboard
+from prefork.pool.policy import Memory, Tired, View
+from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Counts, Layout, Scoreboard
 from prefork.pool.state import Pool, Worker
 from prefork.pool.tally import Death, Overdue, Tally, Trouble
 from prefork.pool.throttle import Throttle
@@ -267,7 +267,13 @@ class Generation:
     def _fork_failed(self, error: OSError, now: float) -> None:
         trouble = self.fork_trouble
         seconds = trouble.add(now, f"fork failed: {error.strerror}", wait=policy.fork_backoff)
-        log.event("fork_failed", reason=error.strerror, failures=trouble.failures, seconds=seconds)
+        if trouble.failures & (trouble.failures - 1) == 0:  # 1, 2, 4, ...: it is tried every second, perhaps for days
+            log.event("fork_failed", reason=error.strerror, failures=trouble.failures, seconds=seconds)
+        self.forks_nothing()
+
+    def forks_nothing(self) -> None:
+        """Until the next look no worker waits for its replacement."""
+        self.board.order_words[scoreboard.FORKS] = 0
 
     def _overcome(self, trouble: Trouble) -> Trouble:
         if trouble.failures:
@@ -303,6 +309,7 @@ class Generation:
     def fork_server_ended(self, now: float) -> None:
         """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
         self.link.ended()
+        self.forks_nothing()
         self._zombie_look_at = self._deaf_until = None
         for worker in list(self.pool.workers.values()):
             if worker.pid and not (process.is_child(worker.pid) and self._may_be_a_worker(worker.slot, worker.pid)):
@@ -348,7 +355,11 @@ class Generation:
 
     def _came(self, slot: int) -> None:
         """A worker is known, and has come as far as accept(): two events, in whichever order."""
-        if self.pool.unready.pop(slot, None) is not None and not self.trouble.until_served:
+        worker = self.pool.unready.pop(slot, None)
+        if worker is None:
+            return
+        self._acceptors[worker.listener].come += 1
+        if not self.trouble.until_served:
             self.trouble = self._overcome(self.trouble)
 
     def exited(self, slot: int, pid: int, status: int | None, cpu: float, max_rss_kib: int, now: float) -> bool:
@@ -363,8 +374,11 @@ class Generation:
         served = self._counted[slot].begun != before
         peer = self.board.peer(slot) if serving else None
         cause, stack, told = self._post_mortem(worker, status, serving=serving)
+        most = self.config.max_connections
+        recycled = status == 0 and 0 < most <= self._counted[slot].begun - before
+        was_expected = worker.retiring or slot in self._tired
         self._forget(worker)
-        if not worker.retiring:
+        if not was_expected:
             self._acceptors[worker.listener].vacated += 1
         if (status != 0 or serving) and self.committed:
             self.tally.deaths.append(
@@ -372,7 +386,7 @@ class Generation:
             )
         who: dict[str, Any] = {"slot": slot, "generation": self.number, "pid": pid, "cause": cause}
         exhausted = served and not serving and _could_not_accept(status)
-        if not worker.retiring and not worker.killed and self._deaths.spend(now):
+        if not worker.retiring and not worker.killed and not recycled and self._deaths.spend(now):
             log.event("deaths_flood", generation=self.number, most=DEATHS_A_SECOND)
         if not worker.retiring and (not was_ready or (not served and self._fails(worker, status, now))):
             self._failed_early(who, now, stack, ready=was_ready)
@@ -382,6 +396,9 @@ class Generation:
             self._note_crash(f"worker {slot} died: {cause}, serving {peer or 'nobody'}\n{stack}".rstrip())
             self._untold.append(lambda: log.event("worker_died", text="" if told else stack, peer=peer or "nobody", **who))
         else:
+            if recycled and not worker.retiring:
+                count = self._counted[slot].begun
+                self._untold.append(lambda: log.event("recycled", slot=slot, generation=self.number, pid=pid, connections=count))
             self._untold.append(lambda: log.event("worker_ended", **who))
         self.look_soon(worker.listener, now)
         return True
@@ -586,10 +603,12 @@ class Generation:
         self.hung.looked(now)
         seen_before, acceptors.seen_ns = acceptors.seen_ns, time.monotonic_ns()
         self.board.order_words[scoreboard.LAST_LOOK] = acceptors.seen_ns
+        quiet_until = max(self.trouble.until, self.fork_trouble.until, self._deaths.until)
+        can_fork = self.link.pid is not None and not self.suspended and now >= quiet_until
+        self.board.order_words[scoreboard.FORKS] = can_fork
         if self.link.pid is None or self.suspended:
             return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
-        quiet_until = max(self.trouble.until, self.fork_trouble.until, self._deaths.until)
-        if now < quiet_until:
+        if not can_fork:
             acceptors.wake(quiet_until)
             return
         row = acceptors.true_row()
@@ -600,7 +619,7 @@ class Generation:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
         view = acceptors.view(room, row, seen_before)
-        acceptors.vacated = 0
+        acceptors.vacated = acceptors.come = 0
         acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
         self._note_saturation(acceptors, now)
         for _ in range(decision.fork):
@@ -616,12 +635,13 @@ class Generation:
         acceptors.arm(decision.ring_below)
 
     def _release_tired(self, acceptors: Acceptors, row: bytes, view: View, now: float) -> None:
-        # By the row that the view was made of: a worker may have ended its connection since, and would be in neither list.
-        tired = acceptors.tired()
-        busy = [slot for slot in tired if row[slot - acceptors.first] == BUSY]
-        idle_may, busy_may = policy.released(view, len(busy))
-        idle = [slot for slot in tired if slot not in busy]
-        for slot in idle[:idle_may] + busy[:busy_may]:
+        # By the row that the view was made of: a worker may have ended its connection since, and would be of no kind.
+        kinds: dict[int, list[int]] = {IDLE: [], PAUSED: [], BUSY: []}
+        for slot in acceptors.tired():
+            kinds.get(row[slot - acceptors.first], []).append(slot)  # any other starts, or has left by itself
+        idle, waiting, busy = kinds[IDLE], kinds[PAUSED], kinds[BUSY]
+        may = policy.released(view, Tired(len(idle), len(waiting), len(busy)))
+        for slot in idle[: may.idle] + waiting[: may.waiting] + busy[: may.busy]:
             self._recycle(self.pool.workers[slot], now)
 
     def _recycle(self, worker: Worker, now: float) -> None:

@@ -235,6 +235,9 @@ class Upgrading:
             self._give_up(f"{how.executable} can't be executed: {error.strerror}")
 
     def _execute(self, how: Program) -> None:
+        generations = self.daemon.generations()
+        for generation in generations:
+            generation.forks_nothing()
         state = self.carry()
         fd = program.keep_state(carried.write(state))
         log.event("handing_over", version=__version__, program=how.executable)
@@ -242,6 +245,8 @@ class Upgrading:
             program.become(how, fd, state.descriptors())
         finally:
             os.close(fd)
+            for generation in generations:
+                generation.look_soon_all(self.daemon.now)
 
     def carry(self) -> State:
         """The daemon, for another program."""

@@ -41,7 +41,7 @@ from prefork.net.address import client_address, parts_text, peer_parts, peer_tex
 from prefork.net.handshakes import Looks
 from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
-from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, Scoreboard
+from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.request import RequestServer
 from prefork.system import process, signals, stacks
 from prefork.values import RLIMITS
@@ -49,6 +49,8 @@ from prefork.values import RLIMITS
 # The master has not looked for this long: ring, whatever the row of states says; it may be a stray writer's.
 UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
+# A worker that has served its last connection waits so long for its replacement's fork, and looks as often whether it can be had.
+RELEASE_PATIENCE, RELEASE_LOOK = 1.0, 0.02
 Steps = tuple[Callable[[], object], ...]
 
 
@@ -257,7 +259,7 @@ class Worker:
         recent_at, recent_mask, recent_shift = board.recent_word(place), scoreboard.RECENT - 1, scoreboard.RECENT_SHIFT
         log_access = self._log_access if log.access_is_logged() else None
         limited, wears = bool(conf.max_connections), bool(conf.max_lifetime or conf.max_memory)
-        ends_input, more = conf.drain == "eof", log_access is not None or wears
+        ends_input, more = conf.drain == "eof", log_access is not None or wears or limited
         accept_one: Callable[[], tuple[int, Any]] = listener.sock._accept  # type: ignore[attr-defined]
         boards = board.words, board.order_words, board.board, board.orders
         indices = (
@@ -395,6 +397,9 @@ class Worker:
                         log_access(parts_text(host, port), took, "error" if failed else "ok")
                     if worn is not None and worn():
                         self._tire()
+                    if begun == last and self._is_released():
+                        status = EXIT_RETIRED
+                        break
 
             words[begun_at], words[ok_at], words[error_at], words[rejected_at] = begun, ended_ok, ended_error, ended_rejected
             return status
@@ -414,6 +419,25 @@ class Worker:
         conf = self.brief.config
         # Not `random`: user code may have seeded it, and then all workers would go at once.
         return begun + conf.max_connections + int.from_bytes(os.urandom(8)) % (conf.max_connections_jitter + 1)
+
+    def _is_released(self) -> bool:
+        """Whether this worker may leave after its last connection. False: none can be forked in its place, so it serves on.
+
+        Until then it accepts nothing. A worker that serves once leaves in any case: its process may be another user's by now.
+        """
+        board = self.board
+        if self.brief.config.max_connections == 1:
+            return True
+        board.states[self.slot] = PAUSED
+        end = time.monotonic() + RELEASE_PATIENCE
+        signals.block()
+        try:
+            while not self._asked_to_leave() and board.order_words[scoreboard.FORKS] and time.monotonic() < end:
+                if signal.sigtimedwait({signal.SIGTERM}, RELEASE_LOOK) is not None:
+                    self.retiring = True
+        finally:
+            signals.unblock()
+        return self._asked_to_leave()
 
     def _worn_out(self) -> Callable[[], bool]:
         """What tells, after a connection, whether this process has become too old or too large."""

@@ -20,9 +20,10 @@ finds that nobody was accepted since the last one, it was the last, and the next
 Surplus acceptors are those that were never needed during a whole ``spare_timeout`` (SHORTEST_WINDOW at least): the low-water mark
 of idle workers, kept exact by asking to be rung below it, not the count at two instants, which makes a steady load flap.
 
-A worker that has reached a limit of its own (connections, age, memory) is *tired*: it serves on until it is told to leave, but
-does not count as an acceptor. So its replacement is forked as for anybody who is missing, and it is told to leave when it is
-not missed any more: `released`.
+A worker that has reached a limit of its own (connections, age, memory) is *tired*: it does not count as an acceptor, so its
+replacement is forked as for any worker that is missing. It leaves when its replacement is there: `released`. Until then a worker
+that is too old or too large serves on, and one that has served its last connection waits. What serves or waits is no acceptor that
+could be missed, so it leaves for each replacement that comes, whether that is idle or has a client already.
 """
 
 from collections.abc import Sequence
@@ -52,7 +53,8 @@ class View:
     busy: int  # serving, not asked to leave; the returning ones included
     room: int  # how many more processes the ceiling leaves to this listener
     vacated: int = 0
-    tired: int = 0  # idle, and to be recycled: no acceptors, but clients do not wait for one meanwhile
+    come: int = 0  # have reached accept() since the last look
+    tired: int = 0  # in accept(), and to be recycled: no acceptors, but clients do not wait for one meanwhile
     leaving: int = 0  # about to go, and to make room
     accepted: bool = False  # somebody was, since the last look
 
@@ -162,15 +164,25 @@ def _enough(memory: Memory, view: View, now: float, spare_timeout: float) -> tup
     return Memory(wait, due, low_water=low, window_at=begun), Decision(0, retire, due, needed)
 
 
-def released(view: View, busy: int) -> tuple[int, int]:
-    """How many tired workers may leave now: of those that are idle, and of the ``busy`` ones, who leave after their connection."""
+@dataclass(frozen=True, slots=True)
+class Tired:
+    """Workers that are to be recycled, or how many of each kind may leave now."""
+
+    idle: int = 0  # in accept()
+    waiting: int = 0  # they have served their last connection, and accept nothing
+    busy: int = 0  # they leave after their connection
+
+
+def released(view: View, tired: Tired) -> Tired:
+    """How many tired workers may leave now."""
     ready = view.idle + view.returning
-    if ready >= view.target:
-        return min(view.tired, ready + view.tired - view.target), busy
-    if view.room <= 0 and not view.starting and not view.leaving:
-        # There is no room for a replacement beside anybody: one makes some.
-        return (1, 0) if view.tired else (0, min(1, busy))
-    return min(view.tired, max(0, ready + view.tired - view.target)), 0
+    if ready < view.target and view.room <= 0 and not view.starting and not view.leaving:
+        # There is no room for a replacement beside them: one makes some.
+        return Tired(waiting=1) if tired.waiting else Tired(idle=1) if tired.idle else Tired(busy=min(1, tired.busy))
+    idle = min(tired.idle, max(0, ready + tired.idle - view.target))
+    replaced = max(view.come, ready + tired.waiting + tired.busy - view.target)
+    waiting = min(tired.waiting, replaced)
+    return Tired(idle, waiting, min(tired.busy, replaced - waiting))
 
 
 def rooms(max_workers: int, targets: Sequence[int], live: Sequence[int], live_elsewhere: int) -> list[int]:

@@ -99,8 +99,8 @@ RECENT_SHIFT = 17
 _SLOT_MASK = 0xFFFFFFFF
 
 # The orders' words: the generation's (word 0 is the magic), each listener's, then rows.
-# COMMITTED spares a worker the gate.
-STOPPING, LAST_LOOK, COMMITTED = 1, 2, 4
+# FORKS: a worker's replacement can be forked, as far as the master knows. COMMITTED spares a worker the gate.
+STOPPING, LAST_LOOK, FORKS, COMMITTED = 1, 2, 3, 4
 _GENERATION_WORDS = 8
 _LISTENER_WORDS = 8
 RING_BELOW, HIGH = 0, 1

@@ -367,7 +367,7 @@ def no_processes(rounds: Rounds, workload: str) -> Figures:
             _limit_processes(pid, "1:")
             os.kill(ring.server.pid, signal.SIGTTIN)
             _verdict(ring, "fork failed: Resource temporarily unavailable")
-            ring.logged("fork failed: Resource temporarily unavailable; 3 in a row", times=number + 1)
+            ring.logged("fork failed: Resource temporarily unavailable; 4 in a row", times=number + 1)
             _limit_processes(pid, "4096:")
             took.append(healed(ring, partial(_forks_again, ring, number + 1)))
             assert ring.server.command("reload")["ok"]

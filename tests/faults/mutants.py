@@ -40,6 +40,30 @@ MUTANTS = [
         ("tests/integration/test_replaced_functions.py::test_workers_are_served_watched_replaced_and_stopped[no-poll]",),
     ),
     Mutant(
+        "a worker that serves once and waits for its replacement",
+        "worker.py",
+        "        if self.brief.config.max_connections == 1:\n            return True\n",
+        "",
+        (
+            "tests/integration/test_recycling.py"
+            "::test_a_worker_that_serves_once_serves_nobody_else_though_nothing_can_take_its_place",
+        ),
+    ),
+    Mutant(
+        "recycled workers that wait for idle acceptors",
+        "pool/policy.py",
+        "    replaced = max(view.come, ready + tired.waiting + tired.busy - view.target)\n",
+        "    replaced = max(0, ready + tired.waiting + tired.busy - view.target)\n",
+        ("tests/unit/test_policy.py::test_tired_workers_leave_as_others_come_in_their_place",),
+    ),
+    Mutant(
+        "a worker that has served its number and does not wait",
+        "worker.py",
+        "        board.states[self.slot] = PAUSED\n        end =",
+        "        return self._asked_to_leave()\n        end =",
+        ("tests/integration/test_recycling.py::test_under_load_no_worker_serves_more",),
+    ),
+    Mutant(
         "a long text that is copied again for each piece",
         "log/formats.py",
         "        yield text[at : at + size]\n        at += size\n",

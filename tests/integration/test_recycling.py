@@ -1,6 +1,13 @@
 """Recycling: a worker leaves when it has done its share, and only after somebody else accepts in its place."""
 
+import collections
+import itertools
+import os
+import select
+import signal
+import threading
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -12,6 +19,11 @@ from tests.conftest import HANDLERS, Gate
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
 
+WHO = """
+import os
+def loop(sock):
+    sock.sendall(b"%d" % os.getpid())
+"""
 # A worker's start waits as long as somebody holds the gate.
 GATED_START = """
 import fcntl, os
@@ -30,30 +42,36 @@ def pid(server: Server) -> int:
 
 
 @pytest.mark.parametrize("max_workers", [1, 4])
-def test_the_replacement_is_ready_before_the_recycled_worker_leaves(
+def test_a_worker_waits_for_its_replacement_and_serves_on_when_that_does_not_come(
     prefork_server: Start, module: Module, gate: Gate, max_workers: int
 ) -> None:
     folder = module(GATED_START)
     server = prefork_server(
-        "mine:loop", folder=folder, workers=1, max_workers=max_workers, max_connections=1, environment=gate.environment
+        "mine:loop", folder=folder, workers=1, max_workers=max_workers, max_connections=2, environment=gate.environment
     )
-    seen = []
-    for _ in range(3):
-        with gate.closed():
-            worn = pid(server)
-            watch.until("its replacement starts", lambda: len(watch.family(server.pid)) == 3)
-            # It serves on, whoever comes.
-            assert [pid(server) for _ in range(3)] == [worn] * 3
-        seen.append(worn)
-        watch.until("it has left", lambda worn=worn: watch.is_gone(worn))  # type: ignore[misc]
-    assert len(set(seen)) == 3
+    with gate.closed():
+        worn = pid(server)
+        assert pid(server) == worn
+        watch.until("its replacement starts", lambda: len(watch.family(server.pid)) == 3)
+        assert [pid(server) for _ in range(3)] == [worn] * 3
+    watch.until("it has left", lambda: watch.is_gone(worn))
     status = watch.settled(server, 1)
-    assert (status["totals"]["ok"], status["totals"]["killed"], status["deaths"]) == (12, 0, [])
+    assert (status["totals"]["ok"], status["totals"]["killed"], status["deaths"]) == (5, 0, [])
+
+
+def test_an_old_worker_serves_on_until_its_replacement_is_ready(prefork_server: Start, module: Module, gate: Gate) -> None:
+    folder = module(GATED_START)
+    server = prefork_server("mine:loop", folder=folder, workers=1, max_lifetime=0.001, environment=gate.environment)
+    with gate.closed():
+        worn = pid(server)
+        assert [pid(server) for _ in range(3)] == [worn] * 3
+    watch.until("it has left", lambda: watch.is_gone(worn))
+    watch.settled(server, 1)
 
 
 def test_at_the_ceiling_there_is_never_more_than_one_process_more(prefork_server: Start, module: Module, gate: Gate) -> None:
     folder = module(GATED_START)
-    server = prefork_server("mine:loop", folder=folder, workers=3, max_workers=3, max_connections=1, environment=gate.environment)
+    server = prefork_server("mine:loop", folder=folder, workers=3, max_workers=3, max_lifetime=0.001, environment=gate.environment)
     with gate.closed():
         pid(server)
         watch.until("a replacement starts", lambda: len(watch.family(server.pid)) == 5)
@@ -61,6 +79,100 @@ def test_at_the_ceiling_there_is_never_more_than_one_process_more(prefork_server
             pid(server)
             assert len(watch.family(server.pid)) == 5
     watch.settled(server, 3)
+
+
+def test_a_worker_that_serves_once_serves_nobody_else_though_nothing_can_take_its_place(
+    prefork_server: Start, module: Module, gate: Gate
+) -> None:
+    server = prefork_server("mine:loop", folder=module(GATED_START), workers=1, max_connections=1, environment=gate.environment)
+    with gate.closed():
+        first = pid(server)
+        watch.until("it has left", lambda: watch.is_gone(first))
+        waiting = server.connect()
+        assert not select.select([waiting], [], [], 0.1)[0]
+    with waiting:
+        assert int(waiting.makefile("rb").read()) != first
+    totals = watch.quiet(server)
+    assert (totals["ok"], totals["killed"], totals["accepted"]) == (2, 0, 2)
+    assert server.status()["deaths"] == []
+
+
+GATED_IMPORT = """
+import fcntl, os
+with open(os.environ["GATE"]) as gate:
+    fcntl.flock(gate, fcntl.LOCK_SH)
+def loop(sock):
+    sock.sendall(b"%d" % os.getpid())
+"""
+
+
+def test_workers_serve_on_while_there_is_no_fork_server(prefork_server: Start, module: Module, gate: Gate) -> None:
+    folder = module(GATED_IMPORT)
+    server = prefork_server("mine:loop", folder=folder, workers=2, max_connections=3, environment=gate.environment)
+    before = {worker["pid"] for worker in watch.settled(server, 2)["workers"]}
+    with gate.closed():
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "fork server")
+        served = collections.Counter(pid(server) for _ in range(12))
+        assert set(served) <= before
+    for worker in before:
+        watch.until("it has left", lambda worker=worker: watch.is_gone(worker))  # type: ignore[misc]
+    watch.settled(server, 2)
+    assert watch.quiet(server)["ok"] == 12
+
+
+def test_workers_that_serve_once_leave_clients_in_the_queue_while_there_is_no_fork_server(
+    prefork_server: Start, module: Module, gate: Gate
+) -> None:
+    folder = module(GATED_IMPORT)
+    server = prefork_server("mine:loop", folder=folder, workers=2, max_connections=1, environment=gate.environment)
+    before = {worker["pid"] for worker in watch.settled(server, 2)["workers"]}
+    with gate.closed():
+        os.kill(watch.fork_server(server), signal.SIGKILL)
+        watch.logged(server, "fork server")
+        assert {pid(server), pid(server)} == before
+        waiting = server.connect()
+        assert not select.select([waiting], [], [], 0.1)[0]
+    with waiting:
+        assert int(waiting.makefile("rb").read()) not in before
+    assert watch.quiet(server)["ok"] == 3
+
+
+@pytest.mark.parametrize(("limit", "clients", "each"), [(1, 4, 20), (1, 64, 2), (10, 4, 100), (10, 64, 10)])
+def test_under_load_no_worker_serves_more(prefork_server: Start, module: Module, limit: int, clients: int, each: int) -> None:
+    server = prefork_server("mine:loop", folder=module(WHO), workers=4, max_connections=limit)
+
+    def client() -> list[int]:
+        return [int(pid(server)) for _ in range(each)]
+
+    with ThreadPoolExecutor(clients) as pool:
+        pids = [future.result() for future in [pool.submit(client) for _ in range(clients)]]
+    served = collections.Counter(itertools.chain.from_iterable(pids))
+    assert max(served.values()) <= limit
+    totals = watch.quiet(server)
+    assert (totals["ok"], totals["accepted"]) == (clients * each, clients * each)
+
+
+def test_workers_that_serve_once_do_so_during_an_upgrade(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(WHO), workers=2, max_connections=1)
+    done = threading.Event()
+
+    def client() -> list[int]:
+        seen = []
+        while not done.is_set():
+            seen.append(pid(server))
+        return seen
+
+    with ThreadPoolExecutor(3) as pool:
+        clients = [pool.submit(client) for _ in range(3)]
+        try:
+            number = server.command("upgrade")["upgrade"]
+            assert server.command("outcome", upgrade=number)["ok"]
+        finally:
+            done.set()
+    served = collections.Counter(itertools.chain.from_iterable(future.result() for future in clients))
+    assert set(served.values()) == {1}
+    assert watch.quiet(server)["ok"] == len(served)
 
 
 def test_a_worker_leaves_after_its_number_of_connections(prefork_server: Start) -> None:

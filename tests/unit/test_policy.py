@@ -20,6 +20,7 @@ from prefork.pool.policy import (
     YOUNG,
     Decision,
     Memory,
+    Tired,
     View,
     backoff,
     decide,
@@ -44,30 +45,34 @@ def view(target: int, idle: int, **more: Any) -> View:
 
 
 @pytest.mark.parametrize(
-    ("idle", "returning", "tired_idle", "tired", "leave"),
+    ("seen", "tired", "leave"),
     [
-        (0, 0, 4, 4, (0, 0)),  # nobody has come in their place yet
-        (1, 0, 4, 4, (1, 0)),
-        (4, 0, 4, 4, (4, 0)),
-        (3, 1, 1, 1, (1, 0)),  # one who is about to be back is as good as here
-        (4, 0, 1, 3, (1, 2)),
-        (3, 0, 0, 1, (0, 0)),  # its replacement starts
-        (9, 0, 2, 2, (2, 0)),  # a burst has left more than enough
-        (4, 0, 0, 0, (0, 0)),
+        (view(4, 0), Tired(idle=4), Tired()),  # nobody has come in their place yet
+        (view(4, 1), Tired(idle=4), Tired(idle=1)),
+        (view(4, 4), Tired(idle=4), Tired(idle=4)),
+        (view(4, 3, returning=1), Tired(idle=1), Tired(idle=1)),  # one that is about to be back is as good as here
+        (view(4, 4), Tired(idle=1, busy=2), Tired(idle=1, busy=2)),
+        (view(4, 3), Tired(busy=1), Tired()),  # its replacement starts
+        (view(4, 9), Tired(idle=2), Tired(idle=2)),  # a burst has left more than enough
+        (view(4, 4), Tired(), Tired()),
+        (view(4, 3), Tired(waiting=1), Tired()),
+        (view(4, 0), Tired(waiting=3, busy=2), Tired(waiting=1)),
+        # A replacement that serves a client already has come all the same.
+        (view(4, 0, come=2, busy=4), Tired(waiting=1, busy=2), Tired(waiting=1, busy=1)),
+        (view(4, 0, come=9, busy=9), Tired(idle=1, waiting=1, busy=1), Tired(waiting=1, busy=1)),
     ],
 )
-def test_tired_workers_leave_as_others_come_in_their_place(
-    idle: int, returning: int, tired_idle: int, tired: int, leave: tuple[int, int]
-) -> None:
-    assert released(view(4, idle, returning=returning, tired=tired_idle), tired - tired_idle) == leave
+def test_tired_workers_leave_as_others_come_in_their_place(seen: View, tired: Tired, leave: Tired) -> None:
+    assert released(seen, tired) == leave
 
 
 def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
     full = view(4, 0, tired=4, room=0)
-    assert released(full, 2) == (1, 0)
-    assert released(view(4, 0, room=0), 3) == (0, 1), "one that is busy will do, when all are"
-    assert released(view(4, 0, tired=3, room=0, starting=1), 0) == (0, 0)
-    assert released(view(4, 0, tired=3, leaving=1, room=0), 2) == (0, 0), "one is on its way already"
+    assert released(full, Tired(idle=4, busy=2)) == Tired(idle=1)
+    assert released(full, Tired(idle=4, waiting=1, busy=2)) == Tired(waiting=1), "one that accepts nothing is missed least"
+    assert released(view(4, 0, room=0), Tired(busy=3)) == Tired(busy=1), "one that is busy will do, when all are"
+    assert released(view(4, 0, room=0, starting=1), Tired(idle=3)) == Tired()
+    assert released(view(4, 0, leaving=1, room=0), Tired(idle=3, busy=2)) == Tired(), "one is on its way already"
     memory, _ = decide(Memory(), full, 1.0, SPARE)
     assert not memory.saturated, "clients do not wait"
     memory, _ = decide(Memory(), view(4, 0, tired=3, leaving=1, room=0), 1.0, SPARE)
@@ -76,13 +81,25 @@ def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
     assert memory.saturated
 
 
-@given(target=st.integers(1, 20), idle=st.integers(0, 40), returning=st.integers(0, 20), tired_idle=st.integers(0, 20))
+@given(
+    target=st.integers(1, 20),
+    idle=st.integers(0, 40),
+    returning=st.integers(0, 20),
+    tired=st.builds(Tired, st.integers(0, 20), st.integers(0, 20), st.integers(0, 20)),
+    come=st.integers(0, 20),
+)
 def test_recycling_never_leaves_fewer_acceptors_than_it_found_or_than_are_wanted(
-    target: int, idle: int, returning: int, tired_idle: int
+    target: int, idle: int, returning: int, tired: Tired, come: int
 ) -> None:
-    count, _ = released(view(target, idle, returning=returning, tired=tired_idle), 0)
-    assert 0 <= count <= tired_idle
-    assert idle + returning + tired_idle - count >= min(target, idle + returning + tired_idle)
+    may = released(view(target, idle, returning=returning, come=come), tired)
+    assert min(may.idle, may.waiting, may.busy) >= 0
+    assert may.idle <= tired.idle
+    assert may.waiting <= tired.waiting
+    assert may.busy <= tired.busy
+    assert idle + returning + tired.idle - may.idle >= min(target, idle + returning + tired.idle)
+    if idle >= target:
+        assert may == tired, "no recycled worker waits when nobody is missing"
+    assert may.waiting == tired.waiting or not may.busy, "who waits goes before who serves"
 
 
 def test_a_pool_that_starts_is_filled_at_once() -> None:
