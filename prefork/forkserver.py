@@ -43,7 +43,7 @@ REPEAT = 0.02
 # master reads twice as much meanwhile, even when it is tired of hearing it.
 STOPS_AT_ONCE, STOPS_PAUSE = 128, 0.25
 # Orders that are a signal to a worker.
-SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.KILL: signal.SIGKILL, Order.DUMP: stacks.DUMP}
+SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.DUMP: stacks.DUMP}
 _COMMAND = wire.pack_command(Command(Order.FORK, 0))
 
 
@@ -121,6 +121,11 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
             f"can't enter the working directory {folder}{asking}: {error.strerror}: give them access to it, or another one (chdir)"
         ) from None
     handler.prepare_path(folder)
+
+
+def kill(board: Scoreboard, slot: int, pid: int) -> None:
+    """Kill a worker, which is our child. If it serves a connection, its process group holds that, too: children have its socket."""
+    process.kill_child(pid, group=board.states[slot] == scoreboard.BUSY)
 
 
 class ForkServer:
@@ -329,15 +334,18 @@ class ForkServer:
     def _carry_out(self, command: Command) -> None:
         pid = self.by_slot.get(command.slot)
         match command.order:
-            case Order.RETIRE | Order.KILL | Order.DUMP as order:
+            case Order.RETIRE | Order.DUMP as order:
                 if pid is not None:
                     process.signal_child(pid, SIGNALS[order])
+            case Order.KILL:
+                if pid is not None:
+                    kill(self.board, command.slot, pid)
             case Order.LEAVE:
                 # Who is still serving a connection becomes the master's child, and costs only itself.
                 self.leaving = True
             case Order.QUIT:
-                for pid in self.children:
-                    process.signal_child(pid, signal.SIGKILL)
+                for pid, slot in self.children.items():
+                    kill(self.board, slot, pid)
                 self.leaving = True
 
     def _fork(self, slots: Sequence[int]) -> None:

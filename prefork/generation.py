@@ -827,7 +827,7 @@ class Generation:
             worker.retiring = True
             self.killing.note(worker, now)
             if self.link.pid is None and worker.pid:
-                self.link.signal_adopted(worker, signal.SIGKILL)
+                self.link.kill_adopted(worker)
         if self.link.pid is not None:
             if self.ready and not self.link.stopped:
                 self.link.send(Order.QUIT)

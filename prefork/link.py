@@ -5,6 +5,7 @@ Effects only: what is sent and what a report means is `prefork.generation`'s bus
 
 import errno
 import os
+import signal
 import socket
 from collections import deque
 from collections.abc import Sequence
@@ -184,8 +185,10 @@ class Link:
         """RETIRE, KILL or DUMP a worker through whoever is its parent: only that may signal it, a pid may be a stranger's."""
         if self.pid is not None:
             self.send(order, worker.slot)
-        elif worker.pid:
-            self.signal_adopted(worker, forkserver.SIGNALS[order])
+        elif order is Order.KILL:
+            self.kill_adopted(worker)
+        elif self.has_adopted(worker.slot, worker.pid):
+            process.signal_child(worker.pid, forkserver.SIGNALS[order])
 
     # -- whose processes they are
 
@@ -223,10 +226,10 @@ class Link:
             return found is Missing.HIDDEN
         return found.parent == self.pid or (found.parent == os.getpid() and self._has_ended())
 
-    def signal_adopted(self, worker: Worker, signo: int) -> None:
-        """Signal a worker that is the master's child by now. What is not, or not any more, is left alone."""
+    def kill_adopted(self, worker: Worker) -> None:
+        """Kill a worker that is the master's child by now. What is not, or not any more, is left alone."""
         if self.has_adopted(worker.slot, worker.pid):
-            process.signal_child(worker.pid, signo)
+            forkserver.kill(self.board, worker.slot, worker.pid)
 
     def _has_ended(self) -> bool:
         return self.pid is None or process.has_ended(self.pid)
@@ -280,7 +283,7 @@ class Link:
         """SIGKILL to the fork server; its workers become the master's."""
         if self.pid is not None:
             self.killed = True
-            process.signal_child(self.pid, forkserver.SIGNALS[Order.KILL])
+            process.signal_child(self.pid, signal.SIGKILL)
 
     def ended(self) -> None:
         """It was reaped."""

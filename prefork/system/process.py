@@ -282,6 +282,22 @@ def signal_child(pid: int, signo: int) -> bool:
     return True
 
 
+def kill_child(pid: int, *, group: bool) -> None:
+    """SIGKILL to a child of ours that was not reaped yet; with ``group`` also to the process group that it has made.
+
+    That group's number is the child's own pid, which no other process or group can have before the child is reaped. Where the
+    child is now is user code's word: it may have joined another group.
+    """
+    if not is_child(pid):
+        return
+    signal_child(pid, signal.SIGKILL)
+    if group:
+        try:
+            os.killpg(pid, signal.SIGKILL)
+        except (ProcessLookupError, PermissionError):
+            return  # there is no such group (any more), or only programs that have become other users are left in it
+
+
 def state(pid: int) -> bytes:
     """The process's state as proc_pid_stat(5) has it: R (runs, or waits for a CPU), T (stopped), ...; nothing when it has gone."""
     return _stat(pid)[:1]

@@ -64,6 +64,20 @@ MUTANTS = [
         ("tests/integration/test_recycling.py::test_under_load_no_worker_serves_more",),
     ),
     Mutant(
+        "a cut that leaves the client to the handler's child",
+        "forkserver.py",
+        "    process.kill_child(pid, group=board.states[slot] == scoreboard.BUSY)\n",
+        "    process.kill_child(pid, group=False)\n",
+        ("tests/integration/test_cut.py::test_a_handlers_child_ends_with_the_connection[a-time-out-alive]",),
+    ),
+    Mutant(
+        "a cut that ends helpers of idle workers",
+        "forkserver.py",
+        "    process.kill_child(pid, group=board.states[slot] == scoreboard.BUSY)\n",
+        "    process.kill_child(pid, group=True)\n",
+        ("tests/integration/test_cut.py::test_a_helper_is_left_alone_by_an_orderly_end",),
+    ),
+    Mutant(
         "a long text that is copied again for each piece",
         "log/formats.py",
         "        yield text[at : at + size]\n        at += size\n",
