@@ -290,8 +290,8 @@ MUTANTS = [
     Mutant(
         "workers to be recycled that are told apart by a second look",
         "generation.py",
-        "        busy = [slot for slot in tired if row[slot - acceptors.first] == BUSY]\n",
-        "        busy = [slot for slot in tired if self.board.states[slot] == BUSY]\n",
+        "            kinds.get(row[slot - acceptors.first], []).append(slot)",
+        "            kinds.get(self.board.states[slot], []).append(slot)",
         (
             "tests/unit/test_generation.py::"
             "test_a_worker_to_be_recycled_that_changes_between_two_reads_of_the_board_is_asked_to_leave_all_the_same",
@@ -321,9 +321,9 @@ MUTANTS = [
     Mutant(
         "a recycled worker that leaves before its replacement is there",
         "pool/policy.py",
-        "    return min(view.tired, max(0, ready + view.tired - view.target)), 0\n",
-        "    return view.tired, busy\n",
-        ("tests/integration/test_recycling.py::test_the_replacement_is_ready_before_the_recycled_worker_leaves",),
+        "    idle = min(tired.idle, max(0, ready + tired.idle - view.target))\n",
+        "    idle = tired.idle\n",
+        ("tests/integration/test_recycling.py::test_an_old_worker_serves_on_until_its_replacement_is_ready",),
     ),
     Mutant(
         "an address that is closed before the reload that drops it is committed",

@@ -64,6 +64,8 @@ def test_an_old_worker_serves_on_until_its_replacement_is_ready(prefork_server: 
     server = prefork_server("mine:loop", folder=folder, workers=1, max_lifetime=0.001, environment=gate.environment)
     with gate.closed():
         worn = pid(server)
+        watch.until("its replacement starts", lambda: len(watch.family(server.pid)) == 3 or watch.is_gone(worn))
+        assert not watch.is_gone(worn)
         assert [pid(server) for _ in range(3)] == [worn] * 3
     watch.until("it has left", lambda: watch.is_gone(worn))
     watch.settled(server, 1)
