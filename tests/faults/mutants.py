@@ -26,6 +26,20 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a user's home that an upgrade carries under another name",
+        "system/credentials.py",
+        '    home: str = ""\n',
+        '    house: str = ""\n',
+        ("tests/unit/test_carried.py::test_what_is_written_is_read_back",),
+    ),
+    Mutant(
+        "the begin of a listener's end that an upgrade carries under another name",
+        "carried.py",
+        "    begins: float\n",
+        "    starts: float\n",
+        ("tests/unit/test_carried.py::test_what_is_written_is_read_back",),
+    ),
+    Mutant(
         "a scoreboard that may be any file",
         "ops/status.py",
         "            _refuse_strange(fd)\n",

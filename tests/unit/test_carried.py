@@ -1,13 +1,18 @@
 """The state that an upgrade carries: every format ever written is read or refused, and nonsense is told, whatever it is."""
 
+import copy
+import dataclasses
 import json
+import typing
+from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import given
 
 from prefork import carried
-from prefork.carried import StateError
+from prefork.carried import State, StateError
 from tests import states
 from tests.states import LATEST, PLAIN, WAYS, Way
 
@@ -18,7 +23,10 @@ def test_a_file_of_every_format_stays() -> None:
 
 @pytest.mark.parametrize("path", states.FILES, ids=lambda path: path.name)
 def test_what_an_older_prefork_has_written_is_understood(path: Path) -> None:
-    """Recorded from a daemon with two addresses, a connection of an older generation, and a worker that was killed."""
+    """Recorded from a daemon with two addresses, a connection of an older generation, and a worker that was killed.
+
+    What no daemon has all at once was written into it: a fork that has failed, a log file, a listener that is being closed.
+    """
     state = carried.read(path.read_bytes())
     assert [generation.number for generation in state.generations] == [2, 1]
     assert len(state.current_listeners) == 2
@@ -30,6 +38,54 @@ def test_what_is_written_is_read_back() -> None:
     state = carried.read(LATEST)
     assert carried.read(carried.write(state)) == state
     assert json.loads(carried.write(state)) == PLAIN, "this format is not the one that was recorded: count FORMAT up, and record it"
+
+
+def kinds(kind: Any) -> Iterator[type]:
+    """The dataclasses that a value of this type can hold."""
+    if dataclasses.is_dataclass(kind):
+        assert isinstance(kind, type)
+        yield kind
+        for hint in typing.get_type_hints(kind).values():
+            yield from kinds(hint)
+    for inner in typing.get_args(kind):
+        yield from kinds(inner)
+
+
+def held(value: Any) -> Iterator[Any]:
+    """The dataclass instances in a value."""
+    if dataclasses.is_dataclass(value):
+        yield value
+        for field in dataclasses.fields(value):
+            yield from held(getattr(value, field.name))
+    elif isinstance(value, dict | tuple):
+        for inner in value.values() if isinstance(value, dict) else value:
+            yield from held(inner)
+
+
+def test_no_field_of_the_latest_recorded_state_is_empty_everywhere() -> None:
+    """What is null or an empty list in the file says nothing of its fields: they could be renamed, and no test would know."""
+    filled = {
+        (type(value), field.name)
+        for value in held(carried.read(LATEST))
+        for field in dataclasses.fields(value)
+        if getattr(value, field.name) not in (None, (), {})
+    }
+    known = {(kind, field.name) for kind in kinds(State) for field in dataclasses.fields(kind) if field.init}
+    assert known - filled == set()
+
+
+@pytest.mark.parametrize("name", sorted({field.name for kind in kinds(State) for field in dataclasses.fields(kind) if field.init}))
+def test_a_field_of_another_name_is_refused_wherever_it_stands(name: str) -> None:
+    ways = [way for way in WAYS if way[-1] == name and "config" not in way[:-1]]
+    assert ways
+    for way in ways:
+        plain = copy.deepcopy(PLAIN)
+        inner = plain
+        for key in way[:-1]:
+            inner = inner[key]
+        inner["renamed"] = inner.pop(name)
+        with pytest.raises(StateError, match=r"unknown 'renamed'|writes (format|board|wire) None"):
+            carried.read(json.dumps(plain).encode())
 
 
 @pytest.mark.parametrize("name", ["format", "board", "wire"])
