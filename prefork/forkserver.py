@@ -32,7 +32,7 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Kind, Order, Report
-from prefork.system import capabilities, credentials, forks, originals, process, signals, stacks, systemd
+from prefork.system import capabilities, credentials, forks, originals, process, readable, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
@@ -108,6 +108,8 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
             capabilities.give_up()
         except OSError as error:
             log.event("capabilities_kept", reason=error.strerror)
+    if who is not None and (refusal := readable.refusal(who.name or str(who.uid))) is not None:
+        raise HandlerError(refusal)
     folder = conf.chdir or folder
     try:
         os.chdir(folder)

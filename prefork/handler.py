@@ -22,7 +22,7 @@ import prefork.examples
 from prefork.config import Config
 from prefork.errors import HandlerError
 from prefork.net import left_open
-from prefork.system import process
+from prefork.system import process, readable
 
 HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
 WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass"
@@ -159,6 +159,7 @@ def _find(label: str, target: str) -> Any:
     """Import ``MODULE:ATTR``. Raises HandlerError, which begins with ``label``."""
     module_name, _, attribute = target.partition(":")
     found: Any = None
+    name = ""
     try:
         found = importlib.import_module(module_name)
         for name in attribute.split("."):
@@ -172,14 +173,14 @@ def _find(label: str, target: str) -> Any:
     except HandlerError:
         raise
     except ModuleNotFoundError as error:
-        if error.name is not None and (module_name == error.name or module_name.startswith(error.name + ".")):
+        if isinstance(error.name, str) and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise HandlerError(
-                f"{label}: no module {error.name!r} in {_here()} or on the Python path{_near(module_name)}"
+                f"{label}: no module {error.name!r} in {_here()} or on the Python path{_near(module_name)}{_closed()}"
             ) from None
-        raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
+        raise HandlerError(f"{label}: the import raised{_closed()}\n{what_was_raised(error)}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
-            raise HandlerError(f"{label}: {_lacks(found, str(error.name))}") from None
+            raise HandlerError(f"{label}: {_lacks(found, name)}") from None
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     except BaseException as error:
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
@@ -188,17 +189,33 @@ def _find(label: str, target: str) -> Any:
 
 def _near(module_name: str) -> str:
     """A module that may have been meant: a slip of the finger, or a file's name (mine.py:loop)."""
-    import pkgutil  # noqa: PLC0415 - only needed when something is wrong
-
     top, *inner = module_name.removesuffix(".py").split(".")
     folders = [] if inner or process.is_nowhere() else [os.getcwd(), *prefork.examples.__path__]
-    near = difflib.get_close_matches(top, [module.name for module in pkgutil.iter_modules(folders)], 1)
+    near = difflib.get_close_matches(top, [name for folder in folders for name in _modules_in(folder)], 1)
     return f"; did you mean {near[0]!r}?" if near else ""
 
 
+def _modules_in(folder: str) -> list[str]:
+    """Not by pkgutil: where an import has failed, the next one may fail, too."""
+    try:
+        names = os.listdir(folder)
+    except OSError:  # not ours to read, or gone: then nothing there was meant
+        return []
+    found = [name.removesuffix(".py") for name in names if name.endswith(".py") or os.path.exists(f"{folder}/{name}/__init__.py")]
+    return [name for name in found if name.isidentifier()]
+
+
+def _closed() -> str:
+    """Of the places where modules are looked for those that this user can't read: an import takes such a one for empty."""
+    closed = {readable.closed_at(entry, os.R_OK | os.X_OK) for entry in sys.path if entry}
+    named = ", ".join(sorted(path for path in closed if path is not None))
+    return f"; user {os.geteuid()} can't read {named}, which the Python path leads to" if named else ""
+
+
 def _lacks(module: ModuleType, name: str) -> str:
-    where = getattr(module, "__file__", None) or "a built-in module"
-    near = difflib.get_close_matches(name, vars(module), 1)
+    file = getattr(module, "__file__", None)
+    where = file if isinstance(file, str) and file else "a built-in module"
+    near = difflib.get_close_matches(name, [known for known in list(vars(module)) if isinstance(known, str)], 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     file = os.path.join(_here(), *module.__name__.split(".")) + ".py"
     if os.path.exists(file) and not (os.path.exists(where) and os.path.samefile(file, where)):

@@ -40,6 +40,13 @@ MUTANTS = [
         ("tests/unit/test_carried.py::test_what_is_written_is_read_back",),
     ),
     Mutant(
+        "a user that may find out by itself that Python is closed to it",
+        "forkserver.py",
+        "    if who is not None and (refusal := ",
+        "    if who is None and (refusal := ",
+        ("tests/integration/test_credentials.py::test_a_user_that_can_not_read_python_is_told_at_the_start_and_by_check",),
+    ),
+    Mutant(
         "a scoreboard that may be any file",
         "ops/status.py",
         "            _refuse_strange(fd)\n",

@@ -282,6 +282,71 @@ def test_without_root_what_takes_it_is_refused_with_the_remedy(public: Path, opt
         assert message in server.log()
 
 
+@pytest.fixture(scope="module")
+def closed(public: Path) -> Iterator[Path]:
+    """A folder that is root's alone, with Python in it, and prefork."""
+    home = public / "closed"
+    asked = [PYTHON, "-c", "import os, sys; print(os.path.dirname(os.__file__), os.path.realpath(sys.executable))"]
+    library, python = subprocess.run(asked, capture_output=True, text=True, check=True).stdout.split()
+    (home / "bin").mkdir(parents=True)
+    (home / "lib").mkdir()
+    shutil.copy(python, home / "bin" / "python3")
+    (home / "lib" / Path(library).name).symlink_to(library)
+    (home / "packages").symlink_to(public)
+    home.chmod(0o700)
+    yield home
+    shutil.rmtree(home)
+
+
+@pytest.mark.parametrize("command", ["serve", "check"])
+@pytest.mark.parametrize("what", ["interpreter", "packages"])
+def test_a_user_that_can_not_read_python_is_told_at_the_start_and_by_check(
+    public: Path, closed: Path, what: str, command: str
+) -> None:
+    python, environment = (str(closed / "bin" / "python3"), {"PYTHONHOME": str(closed), "PYTHONPATH": str(public)})
+    missing = [f"the interpreter {python}", f"the standard library {closed}/lib/"]
+    if what == "packages":
+        python, environment, missing = PYTHON, {"PYTHONPATH": str(closed / "packages")}, [f"site-packages {closed}/packages"]
+    line = [python, "-P", "-B", "-m", "prefork", command, "--module=mine:loop", "--user=nobody", "--bind=127.0.0.1:0"]
+    done = subprocess.run(
+        [*line, f"--control={public}/run/control"],
+        cwd=public,
+        env=os.environ | environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert done.returncode == 78, done.stderr
+    assert "user nobody can't read " in done.stderr
+    for one in missing:
+        assert one in done.stderr
+    assert f"have Python where every user can, as in /opt, or let them in (chmod a+rx {closed})" in done.stderr
+    assert "internal error" not in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [("import other", "ours:loop: the import raised; "), (None, "no module 'ours' in {folder} or on the Python path; ")],
+    ids=["what the handler imports", "the handler"],
+)
+def test_a_place_of_modules_that_a_user_can_not_read_is_named_when_one_is_missing(
+    public: Path, closed: Path, source: str | None, message: str
+) -> None:
+    (closed / "more").mkdir(exist_ok=True)
+    (closed / "more" / "other.py").touch()
+    folder = public / "folder"
+    folder.mkdir()
+    (folder / "ours.py").write_text(source or "")
+    folder.chmod(0o755 if source else 0o711)
+    environment = os.environ | {"PYTHONPATH": f"{public}:{closed}/more"}
+    line = [PYTHON, "-P", "-B", "-m", "prefork", "check", "--module=ours:loop", "--user=nobody"]
+    done = subprocess.run(line, cwd=folder, env=environment, capture_output=True, text=True, check=False)
+    shutil.rmtree(folder)
+    named = str(closed) if source else f"{closed}, {folder}"
+    assert f"{message.format(folder=folder)}user 65534 can't read {named}, which the Python path leads to" in done.stderr
+    assert done.returncode == 78
+
+
 BECOMES_ROOT = """
 import os
 def loop(sock):

@@ -467,6 +467,38 @@ def test_a_target_that_is_meant_otherwise_says_how(module: Module, target: str, 
         pass
 
 
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("globals()[1] = 2\n__file__ = 3\ndef loop(sock): pass\n", "has no 'lop'; did you mean 'loop'?"),
+        ("class Odd:\n    def __str__(self): return 5\nraise ModuleNotFoundError('odd', name=Odd())\n", "the import raised\n"),
+        ("import sys\ndef __getattr__(name):\n    raise AttributeError(name=5, obj=sys.modules[__name__])\n", "has no 'lop'"),
+    ],
+    ids=["names that are none", "a module without a name", "an attribute without a name"],
+)
+def test_a_near_name_is_looked_for_whatever_the_module_has_made_of_itself(module: Module, source: str, message: str) -> None:
+    with pytest.raises(StartError, match=re.escape(message)) as caught, serve("mine:lop", folder=module(source)):
+        pass
+    assert caught.value.exit_status == 78
+    assert "internal error" not in str(caught.value)
+
+
+def test_a_folder_that_can_be_entered_and_not_read_is_named(module: Module) -> None:
+    if os.geteuid() == 0:
+        pytest.skip("root reads any folder")
+    folder = module("def loop(sock): pass\n")
+    folder.chmod(0o300)
+    try:
+        with (
+            pytest.raises(StartError, match=r"no module 'mine' in .*; user [0-9]+ can't read") as caught,
+            serve("mine:loop", folder=folder),
+        ):
+            pass
+    finally:
+        folder.chmod(0o700)
+    assert f"can't read {folder}, which the Python path leads to" in str(caught.value)
+
+
 LEAVES_A_WAKEUP = """
 import signal
 

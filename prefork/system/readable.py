@@ -1,0 +1,52 @@
+"""What the user who runs the handler has to be able to read: Python and what is installed for it.
+
+An import takes a folder that it can't read for an empty one, and says that there is no such module. Workers are forked, so all that
+prefork itself needs is there; what the handler imports, now or when it serves, is not.
+"""
+
+import os
+import sys
+
+import prefork
+
+
+def refusal(user: str) -> str | None:
+    """What ``user``, who we are by now, can't read, where the way to it ends, and what helps; None when all can be read."""
+    needed = [
+        ("the interpreter", sys.executable, os.X_OK),
+        ("the standard library", os.path.dirname(os.__file__), os.R_OK | os.X_OK),
+    ]
+    needed += [("site-packages", folder, os.R_OK | os.X_OK) for folder in _installed()]
+    found = [(what, path, closed) for what, path, mode in needed if path and (closed := closed_at(path, mode)) is not None]
+    if not found:
+        return None
+    whats = ", ".join(f"{what} {path}" for what, path, _ in found)
+    doors = " ".join(dict.fromkeys(closed for _, _, closed in found))
+    return f"user {user} can't read {whats}: have Python where every user can, as in /opt, or let them in (chmod a+rx {doors})"
+
+
+def _installed() -> list[str]:
+    """Where prefork is, and what is installed beside the interpreter: not what is root's alone (~/.local)."""
+    ours = os.path.dirname(os.path.dirname(prefork.__file__))
+    roots = tuple(os.path.join(prefix, "") for prefix in {sys.prefix, sys.base_prefix})
+    names = ("site-packages", "dist-packages")
+    return list(dict.fromkeys([ours, *(path for path in sys.path if path.startswith(roots) and path.endswith(names))]))
+
+
+def closed_at(path: str, mode: int) -> str | None:
+    """Where the way to ``path`` ends for this process for want of permission: a folder on it, or itself.
+
+    None when it can be used so, and when it is not there at all.
+    """
+    try:
+        os.stat(path)
+        if os.access(path, mode):
+            return None
+    except PermissionError:
+        pass
+    except OSError:  # not there
+        return None
+    way = real = os.path.realpath(path)
+    while not os.access(os.path.dirname(way), os.X_OK) and way != os.sep:
+        way = os.path.dirname(way)
+    return way if way != real else path
