@@ -18,6 +18,7 @@ import time
 from collections.abc import Callable
 
 from prefork import log
+from prefork.errors import explained
 from prefork.net.listener import ACCEPT_ERRORS, Verdict
 from prefork.net.mending import unblock
 from prefork.pool.scoreboard import IDLE, LEAVING, PAUSED, Scoreboard
@@ -109,7 +110,7 @@ class Accepting:
     def _pause(self, slot: int, error: OSError, seconds: float) -> None:
         """Be no acceptor for a moment, then accept again."""
         if self._paused < PAUSE <= self._paused + seconds:
-            log.event("accept_paused", reason=error.strerror, seconds=PAUSE)
+            log.event("accept_paused", reason=explained(error), seconds=PAUSE)
         self._paused += seconds
         states = self._board.states
         states[slot] = PAUSED

@@ -18,7 +18,7 @@ import click
 
 from prefork import __version__, log, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
-from prefork.errors import PreforkError, RefusedError
+from prefork.errors import PreforkError, RefusedError, explained
 from prefork.ops.instances import ask, closest, find, instances, nearest, process_of
 from prefork.printable import printable
 
@@ -38,7 +38,7 @@ def tell(error: Exception) -> NoReturn:
         sys.exit(error.exit_code)
     if isinstance(error, OSError):
         with contextlib.suppress(OSError):  # standard error may be what is full
-            _say(f"prefork: {error.strerror}" + (f": {error.filename}" if error.filename else ""), err=True)
+            _say(f"prefork: {explained(error)}" + (f": {error.filename}" if error.filename else ""), err=True)
         os._exit(RefusedError.exit_code)  # an ordinary exit would try to flush what can't be written
     text = "".join(traceback.format_exception(error))
     _say(f"prefork: internal error, please report it\n{text}", err=True)

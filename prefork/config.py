@@ -8,6 +8,7 @@ The file is flat TOML, at most 1 MB (tomllib took 6.6 s for 10 MB, and the maste
 supervising). Parsing asks nobody and opens nothing but that file.
 """
 
+import codecs
 import difflib
 import json
 import os
@@ -20,11 +21,13 @@ from socket import AF_UNIX
 from typing import Any
 
 from prefork import values
-from prefork.errors import ConfigError
+from prefork.errors import ConfigError, explained
 from prefork.net.address import INHERITED, UNRESOLVED, Address
 from prefork.system import program
 
 FILE_LIMIT = 1_000_000
+# What some editors put before UTF-8 text; TOML 1.1 has it ignored.
+_BOM = "\ufeff"
 # tomllib's time grows with the square of a dotted key's length: 32 KB of "a.a.a." took it 3 s. No option has a dotted key. What is
 # quoted is one part, or part of a value; the end of it is optional, so that a search does not begin again inside.
 _QUOTED = re.compile(rb"""\"(?:[^\"\\\n]|\\.)*+\"?|'[^'\n]*+'?""")
@@ -258,11 +261,13 @@ def _read_file(path: str, named: str) -> dict[str, Any]:
             raise ConfigError(f"{path}: a key of more than 20 parts; the configuration is flat: each option is a line of its own")
         import tomllib  # noqa: PLC0415 - 0.5 MB that each worker would have a copy of; most have no file
 
-        return tomllib.loads(data.decode())
+        return tomllib.loads(data.decode().removeprefix(_BOM))
     except OSError as error:
-        raise ConfigError(f"{path}{named}: can't read the configuration: {error.strerror}") from None
+        raise ConfigError(f"{path}{named}: can't read the configuration: {explained(error)}") from None
     except UnicodeDecodeError as error:
-        raise ConfigError(f"{path}: not UTF-8 (byte {error.start}); TOML is UTF-8 text") from None
+        is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
+        what = "UTF-16, not UTF-8" if is_utf_16 else f"not UTF-8 (byte {error.start})"
+        raise ConfigError(f"{path}: {what}; TOML is UTF-8 text: save it as that") from None
     except ValueError as error:  # TOMLDecodeError is one; a number of thousands of digits is another
         raise ConfigError(f"{path}: not TOML: {error}") from None
     except RecursionError:

@@ -5,7 +5,6 @@ out what takes its time, `prefork.master` is the loop around them. All clocks ar
 which this process was stopped, so that nobody's deadline passes in it.
 """
 
-import errno
 import os
 import selectors
 import time
@@ -17,7 +16,7 @@ from typing import Any
 from prefork import config, log
 from prefork.carried import Upgrade
 from prefork.config import Config, Sources
-from prefork.errors import PreforkError, RefusedError
+from prefork.errors import PreforkError, RefusedError, explained
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.listeners import Listeners, Plan
@@ -173,7 +172,7 @@ class Daemon:
         except OSError as error:
             generation.link.kill()
             generation.close()
-            raise RefusedError(f"can't start a fork server: {error.strerror}: {_what_is_short(error)}") from None
+            raise RefusedError(f"can't start a fork server: {explained(error)}") from None
         return generation
 
     def listen_to(self, generation: Generation) -> None:
@@ -284,9 +283,3 @@ class Daemon:
         """Answer one as soon as the outcome is known, or at the deadline."""
         if self.control is not None:
             self.control.answer_when(client, deadline, outcome)
-
-
-def _what_is_short(error: OSError) -> str:
-    if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "see RLIMIT_NOFILE (ulimit -n) and fs.file-max"
-    return "see RLIMIT_NPROC (ulimit -u), pids.max and memory"

@@ -15,6 +15,7 @@ from collections.abc import Callable
 
 from prefork import log
 from prefork.daemon import Daemon
+from prefork.errors import explained
 from prefork.net.listener import Listener
 from prefork.pool import wire
 from prefork.pool.throttle import REGISTER_AGAIN, Throttle
@@ -103,7 +104,7 @@ class Doorbell:
         except OSError as error:
             self.paused_until = now + REGISTER_AGAIN
             if not self._deaf:
-                log.event("deaf", what="the workers' rings", reason=error.strerror)
+                log.event("deaf", what="the workers' rings", reason=explained(error))
             self._deaf = True
             return
         self.paused_until, self._deaf = None, False

@@ -25,7 +25,7 @@ from typing import NoReturn
 
 from prefork import handler, log, worker
 from prefork.config import Config
-from prefork.errors import ConfigError, HandlerError, PreforkError
+from prefork.errors import REMEDIES, ConfigError, HandlerError, PreforkError, RefusedError, explained
 from prefork.net import left_open
 from prefork.net.handshakes import Cookies, Looks
 from prefork.net.listener import FAREWELL, Listener
@@ -91,8 +91,10 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
     try:
         if conf.nice:  # a sandbox may forbid setpriority(2), whatever is asked of it
             os.nice(conf.nice)
-    except PermissionError:
-        raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
+    except OSError as error:
+        if conf.nice < 0 and error.errno in (errno.EPERM, errno.EACCES):
+            raise ConfigError(f"nice = {conf.nice}: only root may be less nice than it was started: 0 or more") from None
+        raise ConfigError(f"nice = {conf.nice}: {explained(error)}") from None
     for name, value in conf.rlimit:
         try:
             process.allow_limit(RLIMITS[name], value)
@@ -102,7 +104,9 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
         try:
             credentials.become(who)
         except OSError as error:
-            raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {error.strerror}") from None
+            unmapped = "this user namespace does not have them (/proc/self/uid_map, gid_map): name others"
+            why = f"{error.strerror}: {unmapped}" if error.errno == errno.EINVAL else explained(error)
+            raise ConfigError(f"user = {conf.user!r}: can't become user {who.uid}, group {who.gid}: {why}") from None
     if os.geteuid() != 0:
         try:
             capabilities.give_up()
@@ -119,8 +123,9 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
             handler.prepare_path(folder)
             return
         asking = f" as user {who.name or who.uid}" if who is not None else ""
+        remedy = "give them access to it" if error.errno == errno.EACCES else "make it"
         raise HandlerError(
-            f"can't enter the working directory {folder}{asking}: {error.strerror}: give them access to it, or another one (chdir)"
+            f"can't enter the working directory {folder}{asking}: {error.strerror}: {remedy}, or name another one (chdir)"
         ) from None
     handler.prepare_path(folder)
 
@@ -150,16 +155,18 @@ class ForkServer:
 
     def run(self) -> int:
         """Boot, then serve commands. Returns the exit status."""
-        self._become_a_process()
         try:
+            self._become_a_process()
             try:
                 self._boot()
             finally:
                 log.finish_prints()
         except PreforkError as error:
-            self._send(Report(Kind.FAILED, text=str(error)))
-            self._flush(wait=True)
-            return error.exit_code
+            return self._failed(str(error), error.exit_code)
+        except OSError as error:  # not user code's, which is a HandlerError by now
+            if error.errno not in REMEDIES:
+                raise
+            return self._failed(f"the fork server can't begin: {explained(error)}", RefusedError.exit_code)
         self._send(Report(Kind.READY))
         poll = select.poll()
         inbox = self.inbox.fileno()
@@ -184,6 +191,12 @@ class ForkServer:
                 self._say_farewell(self.orphaned_at)
             elif (signals.PARENT_DIED in arrived and os.getppid() != self.brief.master_pid) or not self._obey():
                 self._orphaned(poll)
+
+    def _failed(self, text: str, status: int) -> int:
+        """Tell the master why there will be no workers. Returns the exit status."""
+        self._send(Report(Kind.FAILED, text=text))
+        self._flush(wait=True)
+        return status
 
     def _become_a_process(self) -> None:
         brief = self.brief

@@ -18,7 +18,7 @@ from prefork.acceptors import Acceptors, Slots
 from prefork.carried import CarriedGeneration, CarriedPool
 from prefork.computing import Computing
 from prefork.config import Config, plain
-from prefork.errors import PreforkError
+from prefork.errors import PreforkError, explained
 from prefork.hung import Hung
 from prefork.killing import Killing
 from prefork.link import Link, Wiring
@@ -266,9 +266,10 @@ class Generation:
 
     def _fork_failed(self, error: OSError, now: float) -> None:
         trouble = self.fork_trouble
-        seconds = trouble.add(now, f"fork failed: {error.strerror}", wait=policy.fork_backoff)
+        reason = explained(error)
+        seconds = trouble.add(now, f"fork failed: {reason}", wait=policy.fork_backoff)
         if trouble.failures & (trouble.failures - 1) == 0:  # 1, 2, 4, ...: it is tried every second, perhaps for days
-            log.event("fork_failed", reason=error.strerror, failures=trouble.failures, seconds=seconds)
+            log.event("fork_failed", reason=reason, failures=trouble.failures, seconds=seconds)
         self.forks_nothing()
 
     def forks_nothing(self) -> None:
@@ -290,7 +291,7 @@ class Generation:
         self._deaf_until = until
         if not self._told_deaf:
             self._told_deaf = True
-            log.event("deaf", what=f"the fork server of generation {self.number}", reason=why.strerror)
+            log.event("deaf", what=f"the fork server of generation {self.number}", reason=explained(why))
 
     def hang_up(self, now: float) -> None:
         """The fork server has closed its end of the channel, or talks nothing but nonsense: it is killed."""

@@ -20,7 +20,7 @@ from prefork.carried import State
 from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
-from prefork.errors import InUseError, PreforkError
+from prefork.errors import InUseError, PreforkError, explained
 from prefork.floods import ChildSignals, Doorbell
 from prefork.generation import Generation
 from prefork.link import Wiring
@@ -389,4 +389,5 @@ class Master:
         except InUseError as error:
             raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None
         except OSError as error:
-            log.event("control_failed", reason=f"{error.filename}: {error.strerror}" if error.filename else error.strerror or error)
+            where = f"{error.filename}: " if error.filename else ""
+            log.event("control_failed", reason=where + explained(error, "give another path (control)"))

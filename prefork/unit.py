@@ -241,6 +241,9 @@ def _socket_lines(conf: Config) -> Iterator[str]:
 def _listen_stream(address: Address) -> str:
     if address.family == AF_INET6 and address.host == "":
         return f"[::]:{address.port}"
+    if address.family == AF_INET6 and "%" in address.host:  # systemd.socket(5) has the interface last
+        host, _, interface = address.host.partition("%")
+        return f"[{host}]:{address.port}%{interface}"
     return address.host if address.family == AF_UNIX else str(address)
 
 

@@ -19,6 +19,7 @@ from prefork.carried import CarriedFile, CarriedListener, CarriedTally, CarriedW
 from prefork.changeover import SETTLED, Changeover
 from prefork.config import Config
 from prefork.daemon import Daemon
+from prefork.errors import explained
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.net.listener import Listener
@@ -90,7 +91,7 @@ class Upgrading:
         try:
             self._try(self._program())
         except OSError as error:
-            self._give_up(f"{self._program().executable} can't be started: {error.strerror}")
+            self._give_up(f"{self._program().executable} can't be started: {explained(error)}")
         daemon.tell(clients, {"ok": True, "upgrade": number})
 
     def _program(self) -> Program:
@@ -127,7 +128,7 @@ class Upgrading:
         try:
             daemon.selector.register(said, selectors.EVENT_READ, self._listen)
         except OSError as error:  # no memory, or fs.epoll.max_user_watches: what is refused must not become this program later
-            self.drop(f"{how.executable} can't be heard: {error.strerror}")
+            self.drop(f"{how.executable} can't be heard: {explained(error)}")
 
     def _listen(self, _now: float) -> None:
         # It was readable: nothing to read is the end.
@@ -232,7 +233,7 @@ class Upgrading:
                 return
             self._execute(how)
         except OSError as error:
-            self._give_up(f"{how.executable} can't be executed: {error.strerror}")
+            self._give_up(f"{how.executable} can't be executed: {explained(error)}")
 
     def _execute(self, how: Program) -> None:
         generations = self.daemon.generations()

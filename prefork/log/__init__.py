@@ -16,7 +16,7 @@ from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
 
-from prefork.errors import ConfigError
+from prefork.errors import ConfigError, explained
 from prefork.log import formats, prints
 from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level
 from prefork.log.files import FLUSH, LEAVE, RELOAD, START, CarriedLog, LogFile, Says
@@ -201,7 +201,7 @@ def _remedy(path: str, error: OSError) -> str:
         case errno.ELOOP:
             return "a symbolic link, which is not followed when the handler runs as another user: give the path of the file itself"
         case _:
-            return f"{error.strerror}: give another path"
+            return explained(error, "give another path")
 
 
 def use(settings: Settings) -> None:

@@ -46,7 +46,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "unknown_variable": (Level.WARNING, "the environment variable {name} is no option: {remedy}"),
     "control_failed": (
         Level.WARNING,
-        "no control socket, serving on without status, reload and stop: {reason}: give another path (control)",
+        "no control socket, serving on without status, reload and stop: {reason}",
     ),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
@@ -137,7 +137,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "worker {slot} of generation {generation} (pid {pid}) could not accept any more and is replaced: {cause}; {count} so far",
     ),
     "flood": (Level.WARNING, "a flood of {what}: the master hears of it {rate} times a second as long as that goes on"),
-    "deaf": (Level.ERROR, "can't hear {what} for now: {reason} (see fs.epoll.max_user_watches); trying again every second"),
+    "deaf": (Level.ERROR, "can't hear {what} for now: {reason}; trying again every second"),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
     "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),

@@ -5,7 +5,9 @@ Parsing asks nobody: a host is numeric or ``localhost``. A name could mean anoth
 would block the master.
 """
 
+import errno
 import ipaddress
+import os
 import re
 import socket
 from dataclasses import dataclass
@@ -15,6 +17,7 @@ from urllib.parse import parse_qsl
 # sun_path is 108 bytes with its NUL (unix(7)); a socket is bound under a temporary name that is TEMPORARY_NAME bytes longer.
 UNIX_PATH_LIMIT = 107
 TEMPORARY_NAME = 5
+INTERFACE_LIMIT = 15  # IFNAMSIZ, with its NUL (netdevice(7))
 DEFAULT_MODE = 0o600
 INHERITED = int(socket.AF_UNSPEC)
 UNRESOLVED = -1
@@ -119,8 +122,20 @@ def parse(text: str) -> Address:
     if host == "localhost":
         return Address(socket.AF_INET, "127.0.0.1", port)
     if host.startswith("[") and host.endswith("]"):
-        return Address(socket.AF_INET6, str(_ip(host[1:-1], 6)), port)
+        return Address(socket.AF_INET6, _ipv6(host[1:-1]), port)
     return Address(socket.AF_INET, str(_ip(host, 4)), port)
+
+
+def _ipv6(host: str) -> str:
+    ip = _ip(host, 6)
+    text, percent, interface = str(ip).partition("%")
+    if ip.is_link_local and not percent:  # bind(2) would say EINVAL
+        raise ValueError(f"a link-local address needs its interface: [{text}%eth0]")
+    if percent and not ip.is_link_local:  # the kernel would ignore it, and one address would have several names
+        raise ValueError(f"only a link-local address (fe80::) has an interface: [{text}]")
+    if len(interface) > INTERFACE_LIMIT:
+        raise ValueError(f"an interface's name has at most {INTERFACE_LIMIT} characters, not {interface[:40]!r}")
+    return str(ip)
 
 
 def _ip(host: str, version: int) -> ipaddress.IPv4Address | ipaddress.IPv6Address:
@@ -172,6 +187,23 @@ def _parse_inherited(text: str) -> Address:
     if not which or len(which) > 255 or not which.isprintable() or ":" in which:
         raise ValueError("systemd:NAME takes a FileDescriptorName (systemd.socket(5))")
     return Address(INHERITED, text, UNRESOLVED)
+
+
+def interface_of(address: Address) -> int:
+    """The number of the interface that a link-local address names; 0 for any other. Raises OSError (ENODEV)."""
+    _, _, name = address.host.partition("%") if address.family == socket.AF_INET6 else ("", "", "")
+    if name == "" or (name.isdecimal() and int(name) < 1 << 31):
+        return int(name or 0)
+    try:
+        return socket.if_nametoindex(name)
+    except OSError:
+        raise OSError(errno.ENODEV, os.strerror(errno.ENODEV)) from None
+
+
+def socket_address(address: Address) -> tuple[str, int] | tuple[str, int, int, int]:
+    """What bind(2) takes for a TCP address: of ``fe80::1%eth0`` alone Python would leave the interface out. As `interface_of`."""
+    host, interface = address.host.partition("%")[0], interface_of(address)
+    return (host, address.port, 0, interface) if interface else (host, address.port)
 
 
 def check_path(path: str) -> None:

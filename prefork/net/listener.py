@@ -25,8 +25,8 @@ from dataclasses import dataclass
 from enum import Enum
 from typing import Any
 
-from prefork.errors import AddressError, NotPermittedError
-from prefork.net.address import Address
+from prefork.errors import AddressError, NotPermittedError, call_of, explained
+from prefork.net.address import Address, socket_address
 from prefork.net.handshakes import Handshakes, Looks
 from prefork.net.mending import SO_BINDTOIFINDEX, is_open
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
@@ -270,7 +270,7 @@ def open_listener(wanted: Address, settings: Settings, owner: tuple[int, int] = 
             if wanted.family == socket.AF_INET6:
                 sock.setsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY, 0 if wanted.host == "" else 1)
             _set_options(sock, settings)
-            sock.bind((wanted.host, wanted.port))
+            sock.bind(socket_address(wanted))
             sock.listen(settings.backlog)
         except BaseException:
             sock.close()
@@ -322,21 +322,52 @@ def _explain(wanted: Address, error: OSError, *, find_holder: bool) -> Exception
             return AddressError(f"{wanted} is in use: `ss -ltnp sport = :{wanted.port}` tells by which process")
         case errno.EADDRINUSE:
             return AddressError(f"{wanted} is in use{_holder(wanted)}")
+        case errno.EADDRNOTAVAIL if "%" in wanted.host:
+            interface = wanted.host.partition("%")[2]
+            return AddressError(
+                f"{wanted}: interface {interface} has no such address: `ip addr show dev {interface}` lists those it has"
+            )
         case errno.EADDRNOTAVAIL:
             return AddressError(f"{wanted}: this machine has no such address; 0.0.0.0 or :{wanted.port} listens on all it has")
+        case errno.ENODEV:
+            return AddressError(
+                f"{wanted}: this machine has no interface {wanted.host.partition('%')[2]}: `ip link` lists those it has"
+            )
+        case errno.EAFNOSUPPORT if wanted.family == socket.AF_INET6:
+            host = "127.0.0.1" if wanted.host == "::1" else "0.0.0.0"  # noqa: S104 - what :PORT means without IPv6
+            return AddressError(
+                f"{wanted}: there is no IPv6 here: take {host}:{wanted.port}, or allow it (ipv6.disable of the kernel, "
+                "RestrictAddressFamilies= in a unit)"
+            )
+        case errno.EACCES | errno.EPERM if wanted.family != socket.AF_UNIX and 0 < wanted.port < _first_free_port():
+            return NotPermittedError(
+                f"{wanted}: only root may bind a port below {_first_free_port()} (net.ipv4.ip_unprivileged_port_start): take a "
+                "higher one, or grant CAP_NET_BIND_SERVICE"
+            )
         case errno.EACCES | errno.EPERM if wanted.family != socket.AF_UNIX:
             return NotPermittedError(
-                f"{wanted}: only root may bind a port below 1024 (net.ipv4.ip_unprivileged_port_start): take a higher one, or "
-                "grant CAP_NET_BIND_SERVICE"
+                f"{wanted}: {error.strerror}: a sandbox forbids {call_of(error)}: see SocketBindDeny= and SystemCallFilter= in a "
+                "unit, SELinux (semanage port) and AppArmor"
             )
         case errno.ENOENT:
             return AddressError(f"{wanted}: the directory {os.path.dirname(wanted.host)} does not exist")
+        case errno.ENOTDIR:
+            return AddressError(f"{wanted}: {os.path.dirname(wanted.host)} is no directory")
         case errno.EACCES | errno.EPERM if wanted.user or wanted.group:
             return NotPermittedError(f"{wanted}: no permission to create a socket there and give it away: {wanted.text}")
         case errno.EACCES | errno.EPERM:
             return NotPermittedError(f"{wanted}: no permission to create a socket there")
         case _:
-            return AddressError(f"{wanted}: {error.strerror}")
+            return AddressError(f"{wanted}: {explained(error)}")
+
+
+def _first_free_port() -> int:
+    """The lowest port that takes no privilege (ip(7))."""
+    try:
+        with open("/proc/sys/net/ipv4/ip_unprivileged_port_start", "rb") as file:
+            return int(file.read())
+    except OSError:  # ProcSubset=pid
+        return 1024
 
 
 def _holder(wanted: Address) -> str:

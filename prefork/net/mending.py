@@ -16,7 +16,7 @@ import select
 import socket
 import struct
 
-from prefork.net.address import Address
+from prefork.net.address import Address, interface_of, socket_address
 
 TIMEVAL = struct.Struct("@ll")  # struct timeval: what SO_RCVTIMEO and SO_SNDTIMEO take
 _SO_DETACH_FILTER = 27
@@ -54,19 +54,19 @@ def mend(sock: socket.socket, address: Address, backlog: int | None) -> list[str
         if sock.family == socket.AF_UNIX:
             raise OSError(errno.ESHUTDOWN, "it was shut down")
         try:
-            sock.bind((address.host, address.port))
+            sock.bind(socket_address(address))
         except OSError as error:
             if error.errno != errno.EINVAL:  # it is bound still
                 raise
         sock.listen(socket.SOMAXCONN if backlog is None else backlog)
         undone.append("shutdown")
     if backlog is not None:
-        undone += _open_to_all(sock)
+        undone += _open_to_all(sock, address)
         sock.listen(backlog)
     return undone
 
 
-def _open_to_all(sock: socket.socket) -> list[str]:
+def _open_to_all(sock: socket.socket, address: Address) -> list[str]:
     undone = []
     try:
         sock.setsockopt(socket.SOL_SOCKET, _SO_DETACH_FILTER, 0)
@@ -75,9 +75,12 @@ def _open_to_all(sock: socket.socket) -> list[str]:
         if error.errno != errno.ENOENT:  # there is none
             raise
     if sock.family != socket.AF_UNIX:
-        name = sock.getsockname()
-        scope = name[3] if sock.family == socket.AF_INET6 else 0  # a link-local address is bound to its interface by bind(2)
-        if sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX) != scope:
-            sock.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, scope)
+        try:
+            # A link-local address is bound to its interface by bind(2); getsockname(2) would say which one it is bound to now.
+            interface = interface_of(address)
+        except OSError:  # it has another name by now, or is gone: the socket is as good as any other
+            return undone
+        if sock.getsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX) != interface:
+            sock.setsockopt(socket.SOL_SOCKET, SO_BINDTOIFINDEX, interface)
             undone.append("SO_BINDTOIFINDEX")
     return undone

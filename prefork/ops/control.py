@@ -17,6 +17,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from prefork import log
+from prefork.errors import explained
 from prefork.net.unix import inode_of, open_unix, remove
 from prefork.pool.throttle import REGISTER_AGAIN, Throttle
 from prefork.system import process
@@ -75,7 +76,7 @@ class ControlServer:
             return
         except OSError as error:
             # Out of descriptors or memory: the client waits in the queue, and asking again at once would spin.
-            log.event("control_refused", reason=error.strerror)
+            log.event("control_refused", reason=explained(error))
             self._pause(now + ACCEPT_PAUSE)
             return
         self._took_a_turn(now)
@@ -96,7 +97,7 @@ class ControlServer:
         try:
             self.selector.register(sock, selectors.EVENT_READ, lambda when: self._ready(client, when))
         except OSError as error:  # fs.epoll.max_user_watches, or memory
-            log.event("control_refused", reason=error.strerror)
+            log.event("control_refused", reason=explained(error))
             sock.close()
             return
         self.clients.add(client)
@@ -110,7 +111,7 @@ class ControlServer:
         try:
             self.selector.register(self.sock, selectors.EVENT_READ, self.accept)
         except OSError as error:
-            log.event("control_refused", reason=error.strerror)
+            log.event("control_refused", reason=explained(error))
             self.resume_at = now + REGISTER_AGAIN
         else:
             self.resume_at = None

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from prefork import values
-from prefork.errors import AddressError, RefusedError
+from prefork.errors import REMEDIES, AddressError, RefusedError, explained
 from prefork.net.mending import TIMEVAL
 from prefork.system import process
 from prefork.system.process import Peer
@@ -246,7 +246,8 @@ def _converse(path: str, line: bytes, patience: float, deadline: float) -> tuple
             case PermissionError():
                 raise RefusedError(f"{path}: it is another user's; a daemon hears only its own user and root") from None
             case OSError():
-                raise RefusedError(f"{path}: {error.strerror or error}; is the daemon running?") from None
+                why = explained(error) if error.errno in REMEDIES else f"{error.strerror or error}; is the daemon running?"
+                raise RefusedError(f"{path}: {why}") from None
             case _:
                 raise
     return bytes(data), descriptors

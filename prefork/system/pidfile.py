@@ -17,7 +17,7 @@ import stat
 import struct
 from dataclasses import dataclass
 
-from prefork.errors import AddressError, ConfigError, NotPermittedError
+from prefork.errors import AddressError, ConfigError, NotPermittedError, explained
 from prefork.system import replacing
 
 _MODE = 0o644
@@ -75,7 +75,7 @@ def write(path: str) -> PidFile:
                     f"pid_file = {path!r}: no permission to write in {folder}: make one for it, or name another path"
                 ) from None
             case _:
-                raise ConfigError(f"pid_file = {path!r}: {error.strerror}: name another path") from None
+                raise ConfigError(f"pid_file = {path!r}: {explained(error, 'name another path')}") from None
 
 
 def _stale(path: str) -> tuple[int, int] | None:

@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Any
 from unittest import SkipTest
 
+from prefork.errors import REMEDIES
 from prefork.net.listener import ACCEPT_ERRORS
 from prefork.pool import policy
 from tests import public, watch
@@ -179,7 +180,7 @@ def no_descriptors_in_master(rounds: Rounds, workload: str) -> Figures:
         for number in rounds:
             resource.prlimit(pid, resource.RLIMIT_NOFILE, (NO_MORE, limits[1]))
             os.kill(pid, signal.SIGHUP)
-            refused = "can't start a fork server: Too many open files: see RLIMIT_NOFILE (ulimit -n) and fs.file-max"
+            refused = "can't start a fork server: Too many open files: see RLIMIT_NOFILE (ulimit -n)"
             ring.logged(refused, times=number + 1)
             with socket.socket(socket.AF_UNIX) as command:
                 command.connect(ring.server.control)
@@ -238,7 +239,7 @@ def _fail_accepts(ring: Arena, orders: Refusals, name: str) -> None:
         return ring.log()[before:].count(text)
 
     if name in WAITED_OUT:
-        paused = f"accept failed: {os.strerror(number)}; trying again every 0.1 s"
+        paused = f"accept failed: {os.strerror(number)}: {REMEDIES[number]}; trying again every 0.1 s"
         watch.until(f"all accept again after {name}", lambda: said("accept works again") == said(paused) > 0)
     elif name in LEFT:
         watch.until("they have left", lambda: ring.server.status()["totals"]["exited"] >= exited + count)
@@ -312,7 +313,7 @@ def fork_errors(rounds: Rounds, workload: str) -> Figures:
     with refusing(rounds, workload) as (ring, orders):
         for number in rounds:
             failure = (errno.EAGAIN, errno.ENOMEM, errno.ENOSYS)[number % 3]
-            reason = os.strerror(failure)
+            reason, remedy = os.strerror(failure), REMEDIES[failure].format(call="fork")
             pid = ring.fork_server()
             assert pid is not None
             orders.forks(pid, failure, failures)
@@ -323,7 +324,7 @@ def fork_errors(rounds: Rounds, workload: str) -> Figures:
             os.kill(ring.server.pid, signal.SIGTTOU)
             orders.forks(ring.server.pid, failure, 1)
             answer = ring.server.command("reload")
-            assert answer["reason"].startswith(f"can't start a fork server: {reason}: see RLIMIT_NPROC"), answer
+            assert answer["reason"].startswith(f"can't start a fork server: {reason}: {remedy}"), answer
             assert ring.server.command("reload")["ok"]
     return ring.figures | {"healed_worst": max(took)}
 
@@ -367,7 +368,7 @@ def no_processes(rounds: Rounds, workload: str) -> Figures:
             _limit_processes(pid, "1:")
             os.kill(ring.server.pid, signal.SIGTTIN)
             _verdict(ring, "fork failed: Resource temporarily unavailable")
-            ring.logged("fork failed: Resource temporarily unavailable; 4 in a row", times=number + 1)
+            ring.logged("kernel.threads-max; 4 in a row", times=number + 1)
             _limit_processes(pid, "4096:")
             took.append(healed(ring, partial(_forks_again, ring, number + 1)))
             assert ring.server.command("reload")["ok"]

@@ -40,11 +40,25 @@ MUTANTS = [
         ("tests/unit/test_carried.py::test_what_is_written_is_read_back",),
     ),
     Mutant(
+        "a link-local address that is bound without its interface",
+        "net/listener.py",
+        "            sock.bind(socket_address(wanted))\n",
+        "            sock.bind((wanted.host, wanted.port))\n",
+        ("tests/integration/test_remedies.py::test_an_interface_that_is_not_there_is_told_with_where_to_look",),
+    ),
+    Mutant(
         "a user that may find out by itself that Python is closed to it",
         "forkserver.py",
         "    if who is not None and (refusal := ",
         "    if who is None and (refusal := ",
         ("tests/integration/test_credentials.py::test_a_user_that_can_not_read_python_is_told_at_the_start_and_by_check",),
+    ),
+    Mutant(
+        "a remedy that is the same for every errno",
+        "errors.py",
+        "    remedy = REMEDIES.get(error.errno)\n",
+        "    remedy = REMEDIES[errno.EAGAIN]\n",
+        ("tests/integration/test_remedies.py::test_the_remedy_of_a_failed_start_is_that_of_its_errno",),
     ),
     Mutant(
         "a scoreboard that may be any file",

@@ -139,7 +139,7 @@ def test_workers_wait_for_what_the_machine_lacks_and_are_no_acceptors_meanwhile(
             ask(server)
         watch.until("all pause", lambda: server.status()["listeners"][0]["workers"]["paused"] == 2)
         watch.until("it is told", lambda: "accept fails in 2 workers" in backoff(server))
-        assert f"accept failed: {os.strerror(errno.ENFILE)}; trying again every 0.1 s" in server.log()
+        assert f"accept failed: {os.strerror(errno.ENFILE)}: see fs.file-max; trying again every 0.1 s" in server.log()
         counted = server.status()["listeners"][0]["workers"]
         assert (counted["starting"], counted["busy"], counted["retiring"]) == (0, 0, 0)
         orders.accepts(errno.ENFILE, 0)
@@ -155,7 +155,7 @@ def test_an_accept_that_is_forbidden_for_good_ends_its_worker(prefork_server: St
     log = watch.logged(server, "could not accept any more and is replaced")
     # RETRIES at once, PATIENCE in pauses, and the last.
     assert f"exit status 71: accept failed: {FORBIDDEN}, 104 times in a row; 1 so far" in log
-    assert f"accept failed: {FORBIDDEN}; trying again every 0.1 s" in log
+    assert f"accept failed: {FORBIDDEN}: a sandbox forbids accept: allow it (SystemCallFilter= in a unit, " in log
     watch.settled(server, 2)
     for _ in range(20):
         ask(server)

@@ -313,6 +313,8 @@ def test_numbers_and_lists_are_written_as_toml_has_them(tmp_path: Path) -> None:
     [
         (b"#" * (FILE_LIMIT + 1), f"larger than {FILE_LIMIT} bytes"),
         (b"name = '\xff'", "not UTF-8 (byte 8)"),
+        (b"\xef\xbb\xbfname = '\xff'", "not UTF-8 (byte 11)"),
+        ("module = 'echo:loop'".encode("utf-16"), "UTF-16, not UTF-8; TOML is UTF-8 text: save it as that"),
         (b"workers: 3", "not TOML"),
         (b"workers = 3\nworkers = 4", "not TOML"),
         (b"workers = " + b"[" * 100_000, "nested too deeply"),
@@ -324,6 +326,12 @@ def test_an_unusable_file_is_told_with_its_name_and_what_is_wrong(data: bytes, s
     message = refusal(Sources(file=str(path)))
     assert message.startswith(f"{path}: ")
     assert says in message
+
+
+def test_the_mark_that_some_editors_put_before_a_text_is_not_part_of_it(tmp_path: Path) -> None:
+    path = tmp_path / "prefork.toml"
+    path.write_bytes(b"\xef\xbb\xbfmodule = 'echo:loop'\r\nworkers = 3\r\n")
+    assert Sources(file=str(path)).load().workers == 3
 
 
 def test_a_file_of_exactly_the_limit_is_read(tmp_path: Path) -> None:

@@ -104,6 +104,7 @@ def test_without_a_control_socket_a_reload_is_a_signal() -> None:
         (["127.0.0.1:7000"], ["ListenStream=127.0.0.1:7000"]),
         ([":80"], ["ListenStream=[::]:80", "BindIPv6Only=both"]),
         (["[::1]:80"], ["ListenStream=[::1]:80", "BindIPv6Only=ipv6-only"]),
+        (["[fe80::1%eth0]:80"], ["ListenStream=[fe80::1]:80%%eth0", "BindIPv6Only=ipv6-only"]),
         (
             ["unix:/run/a%.sock?mode=0660&group=adm", "127.0.0.1:1"],
             ["ListenStream=/run/a%%.sock", "ListenStream=127.0.0.1:1", "SocketMode=0660", "SocketGroup=adm", "RemoveOnStop=yes"],
