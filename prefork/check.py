@@ -30,6 +30,8 @@ from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
 LAST_WORDS = 1.0
+# poll(2) takes at most 2**31 milliseconds, and boot_timeout may be longer.
+LONGEST_POLL = 86400.0
 # Of what the import's process has left for us; the import can make it as large as it likes.
 SAID_LIMIT = 1 << 18
 _WHERE = signals.PARENT_DIED
@@ -127,15 +129,17 @@ def _wait(pid: int, seconds: float, printed: int, decoder: codecs.IncrementalDec
 def _listen(ended: int, seconds: float, printed: int, decoder: codecs.IncrementalDecoder) -> bool:
     """Pass on what the import prints until it has ended. False when it has not in time, whatever it still prints."""
     deadline = time.monotonic() + seconds
-    watched = [ended, printed]
+    watched = select.poll()
+    for fd in (ended, printed):
+        watched.register(fd, select.POLLIN)
     while True:
-        ready, _, _ = select.select(watched, [], [], max(0.0, deadline - time.monotonic()))
+        ready = {fd for fd, _ in watched.poll(1000 * min(LONGEST_POLL, max(0.0, deadline - time.monotonic())))}
         if ended in ready:
             return True
         if time.monotonic() >= deadline:
             return False
         if printed in ready and not _take(printed, decoder):
-            watched.remove(printed)  # it has closed its standard streams
+            watched.unregister(printed)  # it has closed its standard streams
 
 
 def _take(printed: int, decoder: codecs.IncrementalDecoder, *, last: bool = False) -> bool:

@@ -390,7 +390,9 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
     answer, _ = _answer(None, path, "stop", quick=quick, timeout=timeout)
     stopped = f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut"
     if process is not None:  # it has answered and is about to end: gone is when the process is
-        ended, _, _ = select.select([process], [], [], GONE)
+        watched = select.poll()
+        watched.register(process, select.POLLIN)
+        ended = watched.poll(1000 * GONE)
         os.close(process)
         if not ended:
             raise RefusedError(f"{path}: the daemon has said that it stops, and is still there after {GONE:g} s")

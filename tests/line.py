@@ -104,6 +104,9 @@ class Line:
     def run(self) -> None:
         """Until standard input ends."""
         begun, sent = time.monotonic(), 0
+        poll = select.poll()
+        for fd in (self.fd, 0):
+            poll.register(fd, select.POLLIN)
         while True:
             now = time.monotonic()
             wait = self.on_the_way[0][0] - now if self.on_the_way else 1.0
@@ -113,7 +116,7 @@ class Line:
                     self._give(self._stranger())
                 sent = due
                 wait = min(wait, 0.001)
-            ready, _, _ = select.select([self.fd, 0], [], [], max(0.0, wait))
+            ready = {fd for fd, _ in poll.poll(1000 * max(0.0, wait))}
             if 0 in ready and not os.read(0, 1):
                 return
             if self.fd in ready:

@@ -2,6 +2,7 @@
 
 import itertools
 import os
+import select
 import shutil
 import socket
 import subprocess
@@ -34,6 +35,13 @@ def until(what: str, look: Callable[[], T | None], deadline: float = DEADLINE) -
         if time.monotonic() > end:
             raise AssertionError(f"not so after {deadline:g} s: {what}")
         time.sleep(0.002)
+
+
+def readable(what: socket.socket | int, seconds: float) -> bool:
+    """Wait so many seconds for something to be read, or for an end. Whether there is. Not select(2): a test may have any number."""
+    poll = select.poll()
+    poll.register(what, select.POLLIN)
+    return bool(poll.poll(1000 * max(0.0, seconds)))
 
 
 def workers(server: Server, *states: str) -> list[dict[str, Any]]:

@@ -3,12 +3,12 @@
 import json
 import os
 import re
-import select
 import signal
 import socket
 import stat
 import subprocess
 import sys
+import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager, suppress
@@ -268,7 +268,7 @@ def test_a_command_that_was_let_go_unheard_is_said_again(tmp_path: Path, unread:
     def crowded() -> None:
         first, _ = listener.accept()
         if unread:
-            assert select.select([first], [], [], watch.DEADLINE)[0]
+            assert watch.readable(first, watch.DEADLINE)
         else:
             first.shutdown(socket.SHUT_RD)
         first.close()
@@ -327,7 +327,7 @@ def test_an_answer_that_dribbles_and_one_that_never_begins_are_given_up(tmp_path
     def dribble(client: socket.socket) -> None:
         while True:
             client.sendall(b" ")
-            select.select([client], [], [], 0.01)
+            watch.readable(client, 0.01)
 
     monkeypatch.setattr(instances, "ANSWER_TIME", 0.2)
     with fake(tmp_path / "fake", dribble) as path, pytest.raises(RefusedError, match=r"no answer within 0\.2 s"):
@@ -342,7 +342,7 @@ def test_an_answer_that_dribbles_and_one_that_never_begins_are_given_up(tmp_path
 
 def test_one_that_asks_to_be_asked_again_is_asked_for_no_longer(tmp_path: Path) -> None:
     def again(client: socket.socket) -> None:
-        select.select([], [], [], 0.2)
+        time.sleep(0.2)
         client.sendall(b'{"ok": false, "again": true}\n')
 
     with fake(tmp_path / "fake", again) as path, pytest.raises(RefusedError, match=r"no answer within 0\.3 s"):

@@ -1,7 +1,6 @@
 """What a service manager hears of a real daemon (sd_notify(3))."""
 
 import os
-import select
 import signal
 import socket
 import sys
@@ -42,13 +41,12 @@ class Manager:
                 _, line = self.heard.pop(0)
                 if line.startswith(start):
                     return line
-            readable, _, _ = select.select([self.sock], [], [], max(0.0, end - time.monotonic()))
-            assert readable, f"not told: {start}"
+            assert watch.readable(self.sock, end - time.monotonic()), f"not told: {start}"
             self.take()
 
     def take(self) -> None:
         """Take in what has come."""
-        while select.select([self.sock], [], [], 0)[0]:
+        while watch.readable(self.sock, 0):
             now = time.monotonic()
             self.heard += [(now, line) for line in self.sock.recv(4096).decode().split("\n")]
 
@@ -133,7 +131,7 @@ def test_the_watchdog_is_fed_by_the_main_loop_and_only_by_it(module: Module, tmp
             watch.until("it stands still", lambda: os.waitid(os.P_PID, server.pid, os.WSTOPPED | os.WNOHANG | os.WNOWAIT))
             manager.take()
             manager.heard.clear()
-            assert select.select([manager.sock], [], [], 1.0) == ([], [], [])
+            assert not watch.readable(manager.sock, 1.0)
         finally:
             os.kill(server.pid, signal.SIGCONT)
         manager.hears("WATCHDOG=1", deadline=0.3)
@@ -143,7 +141,7 @@ def test_a_watchdog_of_another_process_is_not_ours(module: Module, tmp_path: Pat
     with managed(module(ECHO), tmp_path, WATCHDOG_USEC="100000", WATCHDOG_PID="1") as (_, manager):
         manager.hears("READY=1")
         manager.hears("STATUS=")
-        assert select.select([manager.sock], [], [], 0.5) == ([], [], [])
+        assert not watch.readable(manager.sock, 0.5)
 
 
 def test_a_stop_asks_for_time_while_connections_end(module: Module, tmp_path: Path) -> None:

@@ -3,7 +3,6 @@
 import collections
 import itertools
 import os
-import select
 import signal
 import threading
 from collections.abc import Callable
@@ -91,7 +90,7 @@ def test_a_worker_that_serves_once_serves_nobody_else_though_nothing_can_take_it
         first = pid(server)
         watch.until("it has left", lambda: watch.is_gone(first))
         waiting = server.connect()
-        assert not select.select([waiting], [], [], 0.1)[0]
+        assert not watch.readable(waiting, 0.1)
     with waiting:
         assert int(waiting.makefile("rb").read()) != first
     totals = watch.quiet(server)
@@ -134,7 +133,7 @@ def test_workers_that_serve_once_leave_clients_in_the_queue_while_there_is_no_fo
         watch.logged(server, "fork server")
         assert {pid(server), pid(server)} == before
         waiting = server.connect()
-        assert not select.select([waiting], [], [], 0.1)[0]
+        assert not watch.readable(waiting, 0.1)
     with waiting:
         assert int(waiting.makefile("rb").read()) not in before
     assert watch.quiet(server)["ok"] == 3

@@ -23,7 +23,9 @@ def computing(sock: socket.socket) -> None:
     while data := sock.recv(4096):
         if data == COMPUTE:
             sock.sendall(b"!")
-            while not select.select([sock], [], [], 0)[0]:
+            gone = select.poll()
+            gone.register(sock, select.POLLIN)
+            while not gone.poll(0):
                 sum(range(100_000))
         sock.sendall(data)
 
