@@ -19,7 +19,7 @@ import click
 from prefork import __version__, log, values
 from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError, explained
-from prefork.ops.instances import ask, closest, find, instances, nearest, process_of
+from prefork.ops.instances import ask, closest, find, instances, nearest, process_of, shares_pids
 from prefork.printable import printable
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
@@ -262,9 +262,10 @@ def status(name: str | None, control: str | None, *, as_json: bool) -> None:
     """
     from prefork.ops import status as status_page
 
-    facts, descriptors = _answer(name, control, "status", PROMPT)
+    path = find(name, control)
+    facts, descriptors = _answer(None, path, "status", PROMPT)
     try:
-        found = status_page.assemble(facts, descriptors)
+        found = status_page.assemble(facts, descriptors, usage=shares_pids(path, facts["pid"]))
     except (ValueError, TypeError, LookupError, AttributeError, OverflowError, OSError) as error:
         raise RefusedError(f"the status makes no sense: another version of prefork, or none: {error}") from None
     click.echo(json.dumps(found) if as_json else status_page.table(found))

@@ -195,6 +195,25 @@ def process_of(path: str) -> int | None:
             return None
 
 
+def shares_pids(path: str, pid: int) -> bool:
+    """Whether /proc has the daemon that listens at ``path`` under the ``pid`` that it tells, and so its workers under theirs.
+
+    It has not where daemon and /proc are of different pid namespaces: a number there is another process here.
+    """
+    process = process_of(path)
+    if process is None:
+        return False
+    try:
+        with open(f"/proc/self/fdinfo/{process}") as file:
+            known = dict(line.rstrip().split(":\t", 1) for line in file)
+        # NSpid has several numbers of a process in a namespace below that of /proc. A kernel without namespaces has none.
+        return known.get("NSpid", known["Pid"]) == str(pid)
+    except FileNotFoundError:  # no /proc, or another namespace's, which does not have us
+        return False
+    finally:
+        os.close(process)
+
+
 def _is_asked_again(command: str, data: bytes, answer: dict[str, Any] | None) -> bool:
     """An upgrade cuts what is being said: what was not heard is said again, and what changes nothing."""
     if answer is None:

@@ -34,7 +34,8 @@ _WORKER_STATES = ("starting", "idle", "busy", "retiring", "paused")
 def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool = True) -> dict[str, Any]:
     """The status as documented, from an answer of the master and its descriptors, which are closed.
 
-    ``usage``: read memory and CPU of each worker from /proc. Raises an error of some kind when it is no daemon's of this version.
+    ``usage``: read memory and CPU of each worker from /proc, which has to have the daemon's pids. Raises an error of some kind when
+    it is no daemon's of this version.
     """
     workers: list[dict[str, Any]] = []
     try:

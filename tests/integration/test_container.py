@@ -148,6 +148,31 @@ def test_a_stop_from_outside_waits_for_the_daemon_and_not_for_our_own_pid_1(tmp_
             engine.kill()
 
 
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root makes a pid namespace")
+def test_memory_and_cpu_are_shown_where_the_pids_are_the_daemons_and_nowhere_else(tmp_path: Path) -> None:
+    watch.needs("unshare")
+    control, log = tmp_path / "control", tmp_path / "log"
+    serves = ["serve", "--module=echo:loop", "--bind=127.0.0.1:0", "--workers=1", f"--control={control}", f"--log-file={log}"]
+    # The worker there has our own number: before it come who reads the command line, the log's writer and the fork server.
+    begin = f'echo {os.getpid() - 4} > /proc/sys/kernel/ns_last_pid && exec "$@"'
+    new = ["unshare", "--pid", "--mount", "--fork", "--kill-child", "--mount-proc", "sh", "-c", begin, "sh"]
+    status = [sys.executable, "-P", "-m", "prefork", "status", "--json", "--control", str(control)]
+    with subprocess.Popen([*new, sys.executable, "-P", "-m", "prefork", *serves]) as engine:
+        try:
+            watch.until("it serves", lambda: log.exists() and " serving " in log.read_text())
+            [pid] = [child.pid for child in psutil.Process(engine.pid).children()]
+            inside = ["nsenter", "-t", str(pid), "--pid", "--mount"]
+            its_proc = ["unshare", "--mount", "sh", "-c", f'mount --bind /proc/{pid}/root/proc /proc && exec "$@"', "sh"]
+            for where, shown in ((inside, True), ([], False), (its_proc, False)):
+                done = subprocess.run([*where, *status], capture_output=True, text=True, check=False)
+                assert done.returncode == 0, done.stderr
+                [worker] = json.loads(done.stdout)["workers"]
+                assert worker["pid"] == os.getpid()
+                assert [worker[key] is not None for key in ("rss", "cpu")] == [shown, shown], where
+        finally:
+            engine.kill()
+
+
 def test_a_stop_takes_less_than_engines_give_it(container: Container) -> None:
     assert said()["STOPSIGNAL"] == "SIGTERM"
     with watch.soon("a stop"):
