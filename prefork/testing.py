@@ -11,6 +11,9 @@ With pytest the fixture ``prefork_server`` does the same: ``server = prefork_ser
 """
 
 import contextlib
+import difflib
+import fcntl
+import functools
 import os
 import select
 import signal
@@ -19,12 +22,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from prefork.config import flag
+from prefork.config import OPTIONS, flag
 from prefork.errors import PreforkError, RefusedError
 from prefork.ops import status as status_page
 from prefork.ops.instances import ask
@@ -34,6 +37,9 @@ START_TIMEOUT = 30.0
 # Longer than graceful_timeout, after which the daemon itself ends who is left.
 STOP_TIMEOUT = 45.0
 LONGEST_FOLDER = 80
+LOOK = 0.005
+# pytest's `pythonpath`: what stands there is on this process' path, and so on the daemon's.
+_python_path: list[str] = []
 
 
 class StartError(PreforkError):
@@ -64,6 +70,22 @@ class Server:
         if not facts["ok"]:
             raise RefusedError(str(facts))
         return status_page.assemble(facts, descriptors)
+
+    def wait_for_totals(self, timeout: float = 10.0, **expected: int) -> dict[str, int]:
+        """Wait until each of these totals has this value, and nothing is being served (unless ``serving`` is given). Returns all.
+
+        A client has its answer before the daemon has counted the connection: ``server.wait_for_totals(ok=1)``. Raises TimeoutError.
+        """
+        expected = {"serving": 0, **expected}
+        deadline = time.monotonic() + timeout
+        while True:
+            totals: dict[str, int] = self.status()["totals"]
+            _refuse_unknown("wait_for_totals", expected, totals)
+            if all(totals[key] == value for key, value in expected.items()):
+                return totals
+            if time.monotonic() >= deadline:
+                raise TimeoutError(f"after {timeout:g} s the totals are {totals}, not {expected}")
+            time.sleep(LOOK)
 
     def command(self, command: str, **arguments: Any) -> dict[str, Any]:
         """Send a command to the control socket and wait for its outcome: ``{"ok": ..., ...}``."""
@@ -107,8 +129,9 @@ def serve(
 
     ``target`` is MODULE:ATTR or a function at the top of a module; ``folder`` is the daemon's working directory (default: ours,
     or the function's). Options are those of the configuration (``workers=2``); ``arguments`` are added to the command line as
-    they are. Raises StartError.
+    they are. Raises StartError. A daemon whose starter is killed stops by itself, as by SIGTERM.
     """
+    _refuse_unknown("serve", options, [*OPTIONS, "config"])
     module, place = _named(target)
     if options.get("control") == "off":
         raise ValueError("control='off' leaves nobody to ask for the address")
@@ -124,23 +147,78 @@ def serve(
         log_path = Path(scratch) / "log"
         # Configuration of the caller's is not that of the daemon under test.
         inherited = {key: value for key, value in os.environ.items() if not key.startswith("PREFORK_")}
+        if _python_path:
+            inherited["PYTHONPATH"] = os.pathsep.join(filter(None, [*_python_path, inherited.get("PYTHONPATH")]))
+        if cwd := folder or place:
+            inherited["PWD"] = os.path.abspath(cwd)  # as a shell does it: a link in the name stays one
         settings = {**inherited, **(environment or {}), "NOTIFY_SOCKET": f"{scratch}/notify"}
-        with ready, log_path.open("wb") as log_file:
+        with ready, log_path.open("wb") as log_file, _leash() as (leash, tie):
             process = subprocess.Popen(
                 command,
-                cwd=folder or place,
+                cwd=cwd,
                 env=settings,
                 stdin=subprocess.DEVNULL,
                 stdout=log_file,
                 stderr=subprocess.STDOUT,
                 start_new_session=True,  # as a service manager does it
+                pass_fds=(leash,),
             )
             try:
+                tie(process.pid)
                 _wait_until_ready(process, ready, log_path)
                 ready.close()  # nobody listens any more: a queue that fills up would have the daemon try again
                 yield Server(_first_address(str(options["control"])), process.pid, str(options["control"]), log_path, process)
             finally:
                 _end(process, log_path)
+
+
+def _refuse_unknown(function: str, given: Iterable[str], known: Iterable[str]) -> None:
+    for name in given:
+        if name not in known:
+            near = difflib.get_close_matches(name, known, 1)
+            meant = f". Did you mean {near[0]!r}?" if near else ""
+            raise TypeError(f"{function}() got an unexpected keyword argument {name!r}{meant}")
+
+
+@contextlib.contextmanager
+def _leash() -> Iterator[tuple[int, Callable[[int], None]]]:
+    """A descriptor for a process to inherit, and what ties it: once this process has ended the kernel sends that one a SIGTERM.
+
+    The descriptor is a pipe's reading end, and no process but this one has the writing end. A pipe that loses its last writer
+    signals the owner of its reading end (F_SETOWN, F_SETSIG, fcntl(2)), as long as that is open somewhere: an upgrade carries it.
+    Not PR_SET_PDEATHSIG, by which the daemon would end with the thread that has started it.
+    """
+    _cut_leashes_in_forks()
+    reading, writing = os.pipe()
+    _leashes.add(writing)
+
+    def tie(pid: int) -> None:
+        fcntl.fcntl(reading, fcntl.F_SETSIG, signal.SIGTERM)
+        fcntl.fcntl(reading, fcntl.F_SETOWN, pid)
+        fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)
+
+    try:
+        yield reading, tie
+    finally:
+        os.close(reading)
+        if writing in _leashes:
+            _leashes.remove(writing)
+            os.close(writing)
+
+
+# The writing ends of all.
+_leashes: set[int] = set()
+
+
+@functools.cache
+def _cut_leashes_in_forks() -> None:
+    """A child of this process that is forked without an exec holds no leash: it may outlive us."""
+
+    def cut() -> None:
+        while _leashes:
+            os.close(_leashes.pop())
+
+    os.register_at_fork(after_in_child=cut)
 
 
 def _named(target: str | Callable[..., Any]) -> tuple[str, Path | None]:
@@ -214,6 +292,10 @@ try:
 except ImportError:  # the fixture is for those who have pytest; the rest of this module needs nothing
     pass
 else:
+
+    def pytest_configure(config: pytest.Config) -> None:
+        """Handlers are found where the tests find them."""
+        _python_path[:] = map(str, config.getini("pythonpath"))
 
     @pytest.fixture
     def prefork_server() -> Iterator[Callable[..., Server]]:
