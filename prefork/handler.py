@@ -12,6 +12,7 @@ import os
 import sys
 import threading
 import traceback
+import zipimport
 from collections.abc import Callable, Container, Mapping
 from dataclasses import dataclass, field
 from enum import Enum
@@ -120,6 +121,18 @@ def prepare_path(folder: str) -> None:
     # A .pyc is trusted by second and size: with one written by the last generation, a reload within the second of the edit
     # would serve the old code.
     sys.dont_write_bytecode = True
+    _look_anew()
+
+
+def _look_anew() -> None:
+    """Forget what this process, or the master before its fork, has found on the path: a reload finds what a fresh start finds.
+
+    Remembered are listings of folders (as long as a folder's time stamp stays), folders that were not there, and what an archive
+    holds. What is loaded stays so, and so do path entries of .pth files: the interpreter's start has made these.
+    """
+    # Not importlib.invalidate_caches(): in newer Pythons it imports importlib.metadata, 1.2 MB in each fork server.
+    sys.path_importer_cache.clear()
+    zipimport._zip_directory_cache.clear()  # type: ignore[attr-defined] # its docstring names it; all importers of an archive share it
 
 
 def load(config: Config) -> Handler:

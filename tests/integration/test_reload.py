@@ -1,9 +1,11 @@
 """Reload: new code and configuration without losing anybody; a bad one changes nothing and says why."""
 
 import os
+import shutil
 import signal
 import socket
 import time
+import zipfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -246,6 +248,45 @@ def test_a_folder_that_is_switched_by_name_is_followed(prefork_server: Start, tm
     current.unlink()
     current.symlink_to("new")
     hup(server, 2)
+    assert says(server) == b"new"
+
+
+def _folder(place: Path, files: dict[str, str]) -> None:
+    """A folder with these files, in the place of what was there; its time stamp is always the same."""
+    _remove(place)
+    place.mkdir()
+    for name, text in files.items():
+        (place / name).write_text(text)
+    os.utime(place, (1, 1))
+
+
+def _archive(place: Path, files: dict[str, str]) -> None:
+    _remove(place)
+    with zipfile.ZipFile(place, "w") as archive:
+        for name, text in files.items():
+            archive.writestr(zipfile.ZipInfo(name), text)
+    os.utime(place, (1, 1))
+
+
+def _remove(place: Path, _files: object = None) -> None:
+    if place.is_dir():
+        shutil.rmtree(place)
+    place.unlink(missing_ok=True)
+
+
+@pytest.mark.parametrize("after", [_folder, _archive])
+@pytest.mark.parametrize("before", [_remove, _folder, _archive])
+def test_a_reload_finds_on_the_path_what_a_fresh_start_would_find(
+    prefork_server: Start, tmp_path: Path, before: Callable[..., None], after: Callable[..., None]
+) -> None:
+    place = tmp_path / "place"
+    before(place, {"first.py": "WORD = b'first'\n" + "#" * 1000})
+    (tmp_path / "mine.py").write_text("def loop(sock):\n    pass\n")
+    # The master has looked there for its own modules: for whatever stands behind it on the path.
+    server = prefork_server("mine:loop", folder=tmp_path, environment=before_ours(place), workers=1)
+    after(place, {"first.py": "WORD = b'new'\n", "second.py": "from first import WORD\n"})
+    (tmp_path / "mine.py").write_text("from second import WORD\ndef loop(sock):\n    sock.sendall(WORD)\n")
+    assert server.command("reload")["ok"], server.log()
     assert says(server) == b"new"
 
 
