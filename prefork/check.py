@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from dataclasses import replace
 from typing import NoReturn
 
 from prefork import __version__, carried, forkserver, handler
@@ -47,7 +48,9 @@ def check(sources: Sources, state: bytes | None = None) -> str:
     end. Raises StateError.
     """
     running = carried.read(state) if state is not None else None
-    config, origins = sources.trace()
+    folder = running.wiring.folder if running is not None else process.working_directory()
+    program.resolve_python_path(folder)
+    config, origins = replace(sources, folder=folder).trace()
     if running is not None:
         _refuse_restart(running, config)
     for address in config.bind:
@@ -57,7 +60,7 @@ def check(sources: Sources, state: bytes | None = None) -> str:
             credentials.uid_of(address.user)
         if address.group:
             credentials.gid_of(address.group)
-    _try_import(config, running.wiring.folder if running is not None else process.working_directory())
+    _try_import(config, folder)
     notes = {
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
         for key, option in OPTIONS.items()

@@ -38,7 +38,7 @@ LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
 
 
-def _same(value: Any) -> Any:
+def _same(value: Any, _folder: str = "") -> Any:
     return value
 
 
@@ -47,7 +47,7 @@ class Option:
     """How an option is read, explained and shown.
 
     ``parse`` takes text or a TOML value and raises ValueError with what would be right; ``plain`` makes of a parsed value what
-    TOML can say and ``parse`` takes back.
+    TOML can say and ``parse`` takes back; ``resolve`` makes the paths in it absolute, given the working directory's name.
     """
 
     parse: Callable[[Any], Any]
@@ -57,6 +57,12 @@ class Option:
     short: str | None = None
     multiple: bool = False
     plain: Callable[[Any], Any] = _same
+    resolve: Callable[[Any, str], Any] = _same
+
+    @property
+    def has_paths(self) -> bool:
+        """Whether its values may hold paths."""
+        return self.resolve is not _same
 
 
 def _option(default: Any, parse: Callable[[Any], Any], help: str, metavar: str, **more: Any) -> Any:  # noqa: A002 - click's word
@@ -65,6 +71,10 @@ def _option(default: Any, parse: Callable[[Any], Any], help: str, metavar: str, 
 
 def _seconds(default: float, help: str, parse: Callable[[Any], float] = values.seconds) -> Any:  # noqa: A002
     return _option(default, parse, help, "SECONDS")
+
+
+def _path(default: str, help: str, *words: str, metavar: str = "PATH", reloadable: bool = True) -> Any:  # noqa: A002
+    return _option(default, values.path(*words), help, metavar, resolve=values.resolve_path(*words), reloadable=reloadable)
 
 
 def _target(help: str) -> Any:  # noqa: A002
@@ -88,6 +98,7 @@ class Config:
         short="-b",
         multiple=True,
         plain=lambda value: [address.text for address in value],
+        resolve=values.resolve_addresses,
     )
     workers: int = _option(
         8, values.whole(1, WORKERS_LIMIT), "Processes kept waiting in accept(), for each listener.", "N", short="-w"
@@ -146,7 +157,7 @@ class Config:
         "OCTAL",
         plain=lambda value: "" if value is None else f"{value:03o}",
     )
-    chdir: str = _option("", values.path(), "Their working directory, first on the import path; as started unless said.", "DIR")
+    chdir: str = _path("", "Their working directory, first on the import path; as started unless said.", metavar="DIR")
     nice: int = _option(0, values.whole(-39, 39), "How much nicer they are than the master (nice(2)); less than 0 takes root.", "N")
     scheduling: str = _option(
         "batch",
@@ -175,14 +186,13 @@ class Config:
         "Path of the control socket; off for none; in the runtime directory unless said.",
         "PATH",
         reloadable=False,
+        resolve=values.resolve_socket_path,
     )
-    pid_file: str = _option(
-        "", values.path(), "Where the master's pid is written, for those who need it.", "PATH", reloadable=False
-    )
+    pid_file: str = _path("", "Where the master's pid is written, for those who need it.", reloadable=False)
     log_level: str = _option("info", values.choice(*LOG_LEVELS), f"The least that is logged: {', '.join(LOG_LEVELS)}.", "LEVEL")
     log_format: str = _option("text", values.choice(*LOG_FORMATS), "Lines for people (text) or for machines (json).", "FORMAT")
-    log_file: str = _option("stderr", values.path("stderr"), "Where the log goes; SIGUSR1 opens the file again.", "PATH")
-    access_log: str = _option("off", values.path("off", "-"), "A line for each connection, to a file or to the log (-).", "PATH")
+    log_file: str = _path("stderr", "Where the log goes; SIGUSR1 opens the file again.", "stderr")
+    access_log: str = _path("off", "A line for each connection, to a file or to the log (-).", "off", "-")
 
     @property
     def instance(self) -> str:
@@ -208,13 +218,15 @@ def variable(key: str) -> str:
 class Sources:
     """Where settings are read from: kept by the master, so that a reload reads the same places again.
 
-    ``keywords`` are those of `prefork.Server`; the command line has none, and it has no command line.
+    ``keywords`` are those of `prefork.Server`; the command line has none, and it has no command line. Every path that is not
+    absolute counts from ``folder``: the working directory by its name, which a deploy may give to another directory.
     """
 
     command_line: Mapping[str, Any] = field(default_factory=dict)
     environment: Mapping[str, str] = field(default_factory=dict)
     file: str | None = None
     keywords: Mapping[str, Any] = field(default_factory=dict)
+    folder: str = ""  # not known yet: where this process is
 
     def load(self) -> Config:
         """The effective configuration. Raises ConfigError naming key, value, place and remedy."""
@@ -225,7 +237,7 @@ class Sources:
         parsed: dict[str, Any] = {}
         origins: dict[str, str] = {}
         for key, raw, place in self._given():
-            parsed[key], origins[key] = _parse(key, raw, place), place
+            parsed[key], origins[key] = _parse(key, raw, place, self.folder), place
         config = Config(**parsed)
         check(config, origins)
         return config, origins
@@ -234,7 +246,7 @@ class Sources:
         """Everything that was given, the weakest first: key, value as it stands there, and where."""
         if self.file is not None:
             named = f" (named by {variable('config')})" if self.environment.get(variable("config")) == self.file else ""
-            for key, raw in _read_file(self.file, named).items():
+            for key, raw in _read_file(os.path.join(self.folder, self.file), named).items():
                 yield key, raw, f"in {self.file}"
         for key in OPTIONS:
             if (raw := self.environment.get(variable(key))) is not None:
@@ -274,7 +286,7 @@ def _read_file(path: str, named: str) -> dict[str, Any]:
         raise ConfigError(f"{path}: nested too deeply; the configuration is flat") from None
 
 
-def _parse(key: str, raw: Any, place: str) -> Any:
+def _parse(key: str, raw: Any, place: str, folder: str = "") -> Any:
     option = OPTIONS.get(key)
     if option is None:
         if isinstance(raw, dict):
@@ -285,7 +297,7 @@ def _parse(key: str, raw: Any, place: str) -> Any:
         remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OPTIONS)}"
         raise ConfigError(f"unknown option {key!r} {place}: {remedy}")
     try:
-        return option.parse(raw)
+        return option.resolve(option.parse(raw), folder)
     except ValueError as error:
         raise ConfigError(f"{key} = {_shown(raw)} {place}: {error}") from None
 

@@ -115,8 +115,15 @@ def _here() -> str:
     return "the working directory, which was removed," if process.is_nowhere() else os.getcwd()
 
 
+# Of the path, what was there at the start and is not any more.
+_removed: list[str] = []
+
+
 def prepare_path(folder: str) -> None:
     """The working directory first on the path; the bundled examples last, so that nothing of theirs hides anybody's module."""
+    global _removed
+    # The master has found something there.
+    _removed = [place for place in sys.path if sys.path_importer_cache.get(place) is not None and not os.path.exists(place)]
     sys.path[:] = [folder, *[entry for entry in sys.path if entry not in ("", folder)], *prefork.examples.__path__]
     # A .pyc is trusted by second and size: with one written by the last generation, a reload within the second of the edit
     # would serve the old code.
@@ -188,9 +195,10 @@ def _find(label: str, target: str) -> Any:
     except ModuleNotFoundError as error:
         if isinstance(error.name, str) and (module_name == error.name or module_name.startswith(error.name + ".")):
             raise HandlerError(
-                f"{label}: no module {error.name!r} in {_here()} or on the Python path{_near(module_name)}{_closed()}"
+                f"{label}: no module {error.name!r} in {_here()} or on the Python path"
+                f"{_near(module_name)}{_closed()}{_what_was_removed()}"
             ) from None
-        raise HandlerError(f"{label}: the import raised{_closed()}\n{what_was_raised(error)}") from None
+        raise HandlerError(f"{label}: the import raised{_closed()}\n{what_was_raised(error)}{_what_was_removed()}") from None
     except AttributeError as error:
         if found is not None and error.obj is found and inspect.ismodule(found) and found.__name__ == module_name:
             raise HandlerError(f"{label}: {_lacks(found, name)}") from None
@@ -198,6 +206,13 @@ def _find(label: str, target: str) -> Any:
     except BaseException as error:
         raise HandlerError(f"{label}: the import raised\n{what_was_raised(error)}") from None
     return found
+
+
+def _what_was_removed() -> str:
+    """Of a release that was the current one at the start, say: the interpreter's own path does not follow a link."""
+    if not _removed:
+        return ""
+    return f"\nremoved from the Python path since the start: {', '.join(_removed)}: an upgrade or a restart finds it anew"
 
 
 def _near(module_name: str) -> str:

@@ -12,6 +12,7 @@ import socket
 import traceback
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from functools import partial
 from typing import Any
 
@@ -117,6 +118,7 @@ class Master:
     def _begin(self) -> None:
         daemon = self.daemon
         strangers = process.inherited_children()
+        self._enter(process.working_directory())
         daemon.listeners.inherited = frozenset(process.descriptors()) - {0, 1, 2}
         daemon.activated = activated(os.environ)
         conf = daemon.config = daemon.load()
@@ -133,7 +135,7 @@ class Master:
             daemon.resources.callback(os.close, fd)
         devnull = os.open(os.devnull, os.O_RDONLY | os.O_CLOEXEC)
         daemon.resources.callback(os.close, devnull)
-        daemon.wiring = Wiring(daemon.name, process.working_directory(), doorbell_read, doorbell_write, devnull, strangers, who)
+        daemon.wiring = Wiring(daemon.name, daemon.sources.folder, doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
         self._open_control()
@@ -144,6 +146,11 @@ class Master:
         except BaseException:
             self._close()
             raise
+
+    def _enter(self, folder: str) -> None:
+        """All that was given counts from there, by that name: settings and the Python path."""
+        self.daemon.sources = replace(self.daemon.sources, folder=folder)
+        program.resolve_python_path(folder)
 
     def _prick_up(self) -> None:
         """Hear signals and the doorbell."""
@@ -168,6 +175,7 @@ class Master:
         if reason:
             program.put_back(state.program.variables)
             self.upgrading.program = state.program  # as it was started first
+        self._enter(state.wiring.folder)
         self.upgrading.adopt(state)
         log.use(daemon.config)
         process.set_title(f"prefork: master {daemon.name}")

@@ -8,13 +8,14 @@ import os
 import re
 import sys
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from socket import AF_INET6, AF_UNIX
 
 from prefork.config import DEFAULTS, OPTIONS, Config, Sources, flag, variable
 from prefork.errors import RefusedError
 from prefork.net.address import INHERITED, Address
+from prefork.system import process
 from prefork.system.program import started
 
 # What a stop may take beyond graceful_timeout: three tries at ending those whom SIGKILL has not ended, and the end itself.
@@ -66,7 +67,7 @@ def service(unit: Unit) -> str:
     control = conf.control or f"/run/prefork/{unit.instance}/{unit.instance}.sock"
     reload = f"{program} reload --control {_quoted(control)}" if control != "off" else "kill -HUP $MAINPID"
     low_ports = [] if unit.paired or not any(map(_needs_privilege, conf.bind)) else [LOW_PORTS]
-    place = f"WorkingDirectory={unit.folder.replace('%', '%%')}\n" if unit.folder else ""
+    place = _working_directory(unit.folder)
     walls = _two_users(unit, low_ports) if conf.user not in ("", *_ROOT) else _one_user(unit, low_ports)
     # What a socket unit passes is asked for by name; without one its addresses are bound here.
     needs = f"Requires={unit.unit}.socket\nAfter={unit.unit}.socket\n" if unit.paired else ""
@@ -255,6 +256,14 @@ def _seconds(value: float) -> str:
     return f"{value:g}"
 
 
+def _working_directory(folder: str) -> str:
+    """The lines; systemd enters a link's target and tells nobody the link's name, as a shell does by PWD."""
+    text = folder.replace("%", "%%")
+    quoted = text.replace("\\", "\\\\").replace('"', '\\"')
+    name = f'# A link, and what it names may change: a reload follows.\nEnvironment="PWD={quoted}"\n'
+    return (f"WorkingDirectory={text}\n" + (name if os.path.realpath(folder) != folder else "")) if folder else ""
+
+
 def _quoted(word: str) -> str:
     """A word of a command line (systemd.service(5)): quoted where need be, % and $ doubled, but for our own specifier."""
     text = re.sub("%(?!i\\b)", "%%", word).replace("$", "$$")
@@ -268,7 +277,8 @@ def _quoted(word: str) -> str:
 
 def units(sources: Sources, *, with_socket: bool) -> str:
     """A service, and its socket, for what ``prefork serve`` would do with this configuration, here. Raises PreforkError."""
-    conf, _ = sources.trace()
+    sources = _here(sources)
+    conf = sources.load()
     name = conf.instance
     filled = Unit(
         unit=f"prefork@{name}",
@@ -276,7 +286,7 @@ def units(sources: Sources, *, with_socket: bool) -> str:
         program=_program(),
         arguments=tuple(_arguments(sources, name, with_socket=with_socket)),
         conf=conf,
-        folder=_folder(conf),
+        folder=_folder(sources, conf),
         paired=with_socket,
     )
     parts = [("service", service(filled)), *([("socket", socket_unit(filled))] if with_socket else [])]
@@ -284,10 +294,18 @@ def units(sources: Sources, *, with_socket: bool) -> str:
 
 
 def hidden(sources: Sources) -> list[str]:
-    """What such a service needs and can't see."""
-    conf, _ = sources.trace()
-    needed = [*_program(), sources.file or "", _folder(conf), conf.chdir]
-    return [path for path in needed if path and f"{os.path.abspath(path)}/".startswith(HIDDEN)]
+    """What such a service needs and can't see, by its name or by what that stands for."""
+    sources = _here(sources)
+    conf = sources.load()
+    needed = [*_program(), sources.file or "", _folder(sources, conf), conf.chdir]
+    return [path for path in needed if any(f"{way}/".startswith(HIDDEN) for way in (path, os.path.realpath(path)) if path)]
+
+
+def _here(sources: Sources) -> Sources:
+    """With every path as it is named here: the service is started elsewhere."""
+    folder = process.working_directory()
+    file = None if sources.file is None else os.path.join(folder, sources.file)
+    return replace(sources, file=file, folder=folder)
 
 
 def _program() -> tuple[str, ...]:
@@ -303,22 +321,26 @@ def _program() -> tuple[str, ...]:
 def _arguments(sources: Sources, name: str, *, with_socket: bool) -> Iterator[str]:
     """What was given here, for a command line: the environment is another one there."""
     if sources.file is not None:
-        yield f"--config={os.path.abspath(sources.file)}"
+        yield f"--config={sources.file}"
     given = {key: raw for key in OPTIONS if (raw := sources.environment.get(variable(key))) is not None}
     for key, raw in {**given, **sources.command_line, "name": name}.items():
         if key == "bind" and with_socket:
             continue
-        several = raw.split(",") if OPTIONS[key].multiple and isinstance(raw, str) else [raw]
+        option = OPTIONS[key]
+        if option.has_paths:
+            raw = option.plain(option.resolve(option.parse(raw), sources.folder))  # noqa: PLW2901
+        several = raw.split(",") if option.multiple and isinstance(raw, str) else [raw]
         yield from (f"{flag(key)}={one}" for one in (raw if isinstance(raw, list) else several))
     if with_socket:
         yield f"{flag('bind')}=systemd:{name}"
 
 
-def _folder(conf: Config) -> str:
-    """Where the service has to run to find the handler; empty when that is not here."""
+def _folder(sources: Sources, conf: Config) -> str:
+    """Where the service has to run to find the handler, and what its file names by relative paths; empty when that is not here."""
     module = conf.module.partition(":")[0].partition(".")[0]
     is_here = any(os.path.exists(path) for path in (f"{module}.py", module))
-    return os.getcwd() if is_here and not conf.chdir else ""
+    is_relative = sources.file is not None and replace(sources, folder=f"{sources.folder}/.").load() != conf
+    return sources.folder if is_relative or (is_here and not conf.chdir) else ""
 
 
 def files() -> dict[str, str]:

@@ -111,6 +111,13 @@ class Upgrading:
             return "a reload is under way; try again when it has ended"
         if self.program is None:
             return "this daemon was not started as `prefork serve`, so its successor can't be, either: it needs a restart"
+        if program.interpreter_has_moved(self.program):
+            script = self.program.prefix[-1]
+            return (
+                f"{script} names another interpreter in its first line than {self.program.executable}, which it named at the start "
+                "and which would be executed again: it needs a restart; upgrades follow a daemon that is started as `PYTHON -m "
+                "prefork serve`, by a path of PYTHON that stays"
+            )
         return None
 
     def _try(self, how: Program) -> None:

@@ -124,6 +124,11 @@ def addresses(value: Any) -> tuple[Address, ...]:
     return tuple(found)
 
 
+def resolve_addresses(found: tuple[Address, ...], folder: str) -> tuple[Address, ...]:
+    """With the paths of Unix sockets absolute that were given in a folder. Raises ValueError when one is too long then."""
+    return tuple(address.resolve(one, folder) for one in found)
+
+
 def name(value: Any) -> str:
     """An instance's name: it becomes a file name."""
     if not _NAME.fullmatch(text(value)):
@@ -142,27 +147,41 @@ def account(value: Any) -> str:
 
 
 def path(*words: str) -> Callable[[Any], str]:
-    """An absolute path, or one of these words."""
-    meant = " or ".join(["an absolute path", *words])
+    """A path, or one of these words. Beside words a path has a slash in it: a mistyped word is none."""
+    meant = " or ".join(["a path with a / in it (/log, ./log)", *words]) if words else "a path"
 
     def parse(value: Any) -> str:
         found = text(value)
-        if found not in words and (not found.startswith("/") or not found.isprintable() or len(found) > 4095):
+        if found not in words and (not found.isprintable() or len(found) > 4095 or (words and "/" not in found)):
             raise ValueError(f"must be {meant}")
         return found
 
     return parse
 
 
+def resolve_path(*words: str) -> Callable[[str, str], str]:
+    """What makes a path absolute that was given in a folder; these words stay. It raises ValueError when that is no path then."""
+    check = path(*words)
+
+    def resolve(found: str, folder: str) -> str:
+        return found if found in ("", *words) else check(address.join(folder, found))
+
+    return resolve
+
+
 def socket_path(value: Any) -> str:
     """Where a Unix socket can be bound, or off."""
     found = text(value)
     if found != "off":
-        try:
-            address.check_path(found)
-        except ValueError as error:
-            raise ValueError(f"must be an absolute path, or off ({error})") from None
+        if "/" not in found:
+            raise ValueError("must be a path with a / in it (/run/control, ./control), or off")
+        address.check_path(found)
     return found
+
+
+def resolve_socket_path(found: str, folder: str) -> str:
+    """The same, absolute. Raises ValueError when it is too long then."""
+    return found if found in ("", "off") else address.check_path(address.join(folder, found))
 
 
 def umask(value: Any) -> int:

@@ -10,7 +10,7 @@ import ipaddress
 import os
 import re
 import socket
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 from urllib.parse import parse_qsl
 
@@ -206,16 +206,29 @@ def socket_address(address: Address) -> tuple[str, int] | tuple[str, int, int, i
     return (host, address.port, 0, interface) if interface else (host, address.port)
 
 
-def check_path(path: str) -> None:
-    """Raise ValueError when no Unix socket can be bound at ``path``."""
-    if not path.startswith("/"):
-        raise ValueError("a Unix socket's path is absolute: unix:/path")
+def join(folder: str, path: str) -> str:
+    """A path as it is written in a folder; one that is absolute stays."""
+    return os.path.join(folder, path.removeprefix("./"))
+
+
+def resolve(address: Address, folder: str) -> Address:
+    """The address with a path that was written in ``folder`` made absolute. Raises ValueError when it is too long then."""
+    return address if address.family != socket.AF_UNIX else replace(address, host=check_path(join(folder, address.host)))
+
+
+def check_path(path: str) -> str:
+    """The path. Raises ValueError when no Unix socket can be bound there."""
+    if not path or path.startswith("@"):
+        raise ValueError("a Unix socket has a path: unix:/path or unix:path")
     try:
         length = len(path.encode())
     except UnicodeEncodeError:
         raise ValueError("a Unix socket's path must be UTF-8 here") from None
     if "\0" in path or length > UNIX_PATH_LIMIT - TEMPORARY_NAME:
-        raise ValueError(f"a Unix socket's path has at most {UNIX_PATH_LIMIT - TEMPORARY_NAME} bytes")
+        raise ValueError(
+            f"a Unix socket's path has at most {UNIX_PATH_LIMIT - TEMPORARY_NAME} bytes, and {path[:200]} has {length}"
+        )
+    return path
 
 
 def peer_parts(family: int, address: Any) -> tuple[str, int]:

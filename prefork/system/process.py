@@ -167,7 +167,7 @@ def working_directory() -> str:
         raise ConfigError("the working directory was removed: start prefork in one that exists") from None
     name = os.environ.get("PWD", "")
     try:
-        return name if os.path.samefile(name, real) else real
+        return name if name.startswith("/") and os.path.samefile(name, real) else real
     except OSError:
         return real
 

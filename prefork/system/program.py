@@ -14,7 +14,7 @@ import sys
 from collections.abc import Collection, Mapping, MutableMapping
 from dataclasses import dataclass
 
-from prefork.system import guard, signals
+from prefork.system import guard, process, signals
 
 VARIABLE = guard.VARIABLE
 _PYTHONS = ("PYTHONHOME", "PYTHONPATH")
@@ -63,9 +63,9 @@ def started(command: str) -> Program | None:
         return None  # an executable that brings its program with it
     is_script = prefix[-2:-1] not in (["-m"], ["-c"])
     if is_script:
-        prefix[-1] = os.path.abspath(prefix[-1])  # a script: the working directory may be another one by then
+        prefix[-1] = _by_name(prefix[-1])
     return Program(
-        executable=sys.executable,
+        executable=_called(),
         image=_image(),
         prefix=tuple(prefix),
         arguments=tuple(given[1:]),
@@ -75,6 +75,49 @@ def started(command: str) -> Program | None:
         variables={name: os.environ[name] for name in _PYTHONS if name in os.environ},
         launcher=_text_of(prefix[-1]) if is_script else None,
     )
+
+
+def _by_name(path: str) -> str:
+    """Absolute: the working directory may be another one by the time that it is needed, and its name another directory's."""
+    return path if path.startswith("/") else os.path.join(process.working_directory(), path)
+
+
+def _called() -> str:
+    """The interpreter as it was called; Python itself has made a relative path absolute by what the directory's name stood for."""
+    word = sys.orig_argv[0]
+    if "/" in word and not word.startswith("/") and os.path.exists(word) and os.path.samefile(word, sys.executable):
+        return _by_name(word)
+    return sys.executable
+
+
+def interpreter_has_moved(program: Program) -> bool:
+    """Whether the script's first line names another interpreter by now than the one that it named when it was started."""
+    if program.launcher is None or program.executable not in _head(program.launcher):
+        return False
+    now = _text_of(program.prefix[-1])
+    return now is not None and program.executable not in _head(now)
+
+
+def _head(script: str) -> str:
+    """Where a script names its interpreter: a long path stands in the second line, for the shell."""
+    return "\n".join(script.split("\n", 2)[:2])
+
+
+def resolve_python_path(folder: str) -> None:
+    """Make entries of PYTHONPATH absolute that are not: they are in ``folder``.
+
+    Python has done so for its path, but by what the folder's name stood for; and where a working directory was removed it does not
+    even start with such an entry, which an upgrade would find out.
+    """
+    given = os.environ.get("PYTHONPATH")
+    if not given:
+        return
+    here = "" if process.is_nowhere() else os.getcwd()
+    parts = given.split(os.pathsep)
+    named = [folder if part in ("", ".") else os.path.join(folder, part) for part in parts]
+    found = {os.path.normpath(os.path.join(here, part)): name for part, name in zip(parts, named, strict=True) if part != name}
+    sys.path[:] = [found.get(entry, entry) for entry in sys.path]
+    os.environ["PYTHONPATH"] = os.pathsep.join(named)
 
 
 def _image() -> str:

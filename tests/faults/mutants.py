@@ -61,6 +61,54 @@ MUTANTS = [
         ("tests/integration/test_remedies.py::test_the_remedy_of_a_failed_start_is_that_of_its_errno",),
     ),
     Mutant(
+        "a reload that trusts what the master has found on the path",
+        "handler.py",
+        "    sys.path_importer_cache.clear()\n",
+        "    pass\n",
+        ("tests/integration/test_reload.py::test_a_reload_finds_on_the_path_what_a_fresh_start_would_find[_folder-_folder]",),
+    ),
+    Mutant(
+        "a reload that trusts what an archive had",
+        "handler.py",
+        "    zipimport._zip_directory_cache.clear()",
+        "    pass",
+        ("tests/integration/test_reload.py::test_a_reload_finds_on_the_path_what_a_fresh_start_would_find[_archive-_archive]",),
+    ),
+    Mutant(
+        "a configuration that stays in the old release",
+        "config.py",
+        "_read_file(os.path.join(self.folder, self.file), named)",
+        "_read_file(self.file, named)",
+        (
+            "tests/integration/test_releases.py"
+            "::test_a_reload_and_an_upgrade_take_code_and_configuration_of_one_release[variable-False]",
+        ),
+    ),
+    Mutant(
+        "an upgrade that forgets the folder's name",
+        "master.py",
+        "        self._enter(state.wiring.folder)\n",
+        "",
+        (
+            "tests/integration/test_releases.py"
+            "::test_a_reload_and_an_upgrade_take_code_and_configuration_of_one_release[variable-False]",
+        ),
+    ),
+    Mutant(
+        "a daemon that outlives the test that has started it",
+        "testing.py",
+        "        fcntl.fcntl(reading, fcntl.F_SETFL, os.O_ASYNC)\n",
+        "        pass\n",
+        ("tests/integration/test_testing.py::test_the_daemon_ends_with_the_process_that_has_started_it[True-False]",),
+    ),
+    Mutant(
+        "memory of processes that have a worker's number elsewhere",
+        "ops/instances.py",
+        '        return known.get("NSpid", known["Pid"]) == str(pid)\n',
+        "        return True\n",
+        ("tests/integration/test_container.py::test_memory_and_cpu_are_shown_where_the_pids_are_the_daemons_and_nowhere_else",),
+    ),
+    Mutant(
         "a scoreboard that may be any file",
         "ops/status.py",
         "            _refuse_strange(fd)\n",

@@ -466,6 +466,28 @@ def test_what_the_command_prints_can_be_started(machine: Machine, flags: str) ->
         )
 
 
+def test_a_service_that_was_made_in_a_link_follows_it(machine: Machine) -> None:
+    port = watch.free_port()
+    for number in (1, 2):
+        machine.write(f"/srv/releases/{number}/release.py", f"def loop(sock):\n    sock.sendall(b'{number}')\n")
+        text = f'module = "release:loop"\nbind = ["127.0.0.1:{port}"]\nworkers = {number}\n'
+        machine.write(f"/srv/releases/{number}/conf.toml", text)
+    machine.run("ln -sfn releases/1 /srv/current")
+    command = f"cd /srv/current && {VENV}/bin/prefork unit --config conf.toml --no-socket"
+    [file] = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
+    unit = Service(machine, "release", port)
+    try:
+        assert machine.run(f"systemd-analyze verify {file}").stderr == ""
+        machine.run("systemctl daemon-reload && systemctl start prefork@release")
+        assert (unit.says(), unit.status()["listeners"][0]["workers"]["target"]) == (b"1", 1)
+        machine.run("ln -sfn releases/2 /srv/current && rm -rf /srv/releases/1 && systemctl reload prefork@release")
+        assert (unit.says(), unit.status()["listeners"][0]["workers"]["target"]) == (b"2", 2)
+        machine.run("systemctl restart prefork@release")
+        assert unit.says() == b"2"
+    finally:
+        machine.run(f"systemctl stop prefork@release; rm -f {file}; systemctl daemon-reload", check=False)
+
+
 # What a client asks for is tried, and told: a signal to that process, or a file.
 TRIES = """
 import os

@@ -24,7 +24,7 @@ from prefork.config import (
     with_activated,
 )
 from prefork.errors import ConfigError
-from prefork.net.address import parse
+from prefork.net.address import TEMPORARY_NAME, UNIX_PATH_LIMIT, parse
 
 # For each option a wrong value and what the message says would be right.
 WRONG = {
@@ -48,7 +48,7 @@ WRONG = {
     "user": ("no body", "must be a name or a number, like www-data or 33"),
     "group": ("-1", "must be a name or a number, like www-data or 33"),
     "umask": ("888", 'must be octal text, "000" to "777"'),
-    "chdir": ("here", "must be an absolute path"),
+    "chdir": ("a\tb", "must be a path"),
     "nice": ("100", "must be a whole number from -39 to 39"),
     "scheduling": ("fifo", "must be one of batch, inherit"),
     "rlimit": ("files=3", "must be like nofile=1024,as=512M,cpu=60; there are as, "),
@@ -59,12 +59,12 @@ WRONG = {
     "on_worker_start": ("a:", "must be MODULE:ATTR"),
     "on_worker_exit": (":b", "must be MODULE:ATTR"),
     "name": ("a b", "must be letters, digits, '.', '_' and '-', at most 64"),
-    "control": ("here", "must be an absolute path, or off"),
-    "pid_file": ("pid", "must be an absolute path"),
+    "control": ("here", "must be a path with a / in it (/run/control, ./control), or off"),
+    "pid_file": ("a\tb", "must be a path"),
     "log_level": ("loud", "must be one of debug, info, warning, error"),
     "log_format": ("xml", "must be one of text, json"),
-    "log_file": ("-", "must be an absolute path or stderr"),
-    "access_log": ("log", "must be an absolute path or off or -"),
+    "log_file": ("stdout", "must be a path with a / in it (/log, ./log) or stderr"),
+    "access_log": ("log", "must be a path with a / in it (/log, ./log) or off or -"),
 }
 # For each option a right value other than its default.
 OTHER = {
@@ -265,6 +265,69 @@ def test_each_place_can_set_each_option(key: str, tmp_path: Path) -> None:
     ]
     values.append(getattr(Sources(keywords={**beside, key: OTHER[key]}).load(), key))
     assert values[0] == values[1] == values[2] == values[3] != getattr(Config(), key)
+
+
+# Each option with a path, as it may be given, and what it is in a folder.
+GIVEN = {
+    "bind": ("unix:run/s?mode=0660,:80", (parse("unix:/srv/now/run/s?mode=0660"), parse(":80"))),
+    "chdir": ("app", "/srv/now/app"),
+    "control": ("./control", "/srv/now/control"),
+    "pid_file": ("../pid", "/srv/now/../pid"),
+    "log_file": ("log/file", "/srv/now/log/file"),
+    "access_log": ("/var/log/access", "/var/log/access"),
+}
+WORDS = {"control": "off", "log_file": "stderr", "access_log": "-"}
+
+
+def test_every_option_with_paths_is_known_here() -> None:
+    assert {key for key, option in OPTIONS.items() if option.has_paths} == set(GIVEN)
+    assert {key for key, option in OPTIONS.items() if option.metavar in ("PATH", "DIR")} <= set(GIVEN)
+
+
+@pytest.mark.parametrize("key", GIVEN)
+def test_a_path_counts_from_the_folder_wherever_it_is_given(key: str, tmp_path: Path) -> None:
+    raw, right = GIVEN[key]
+    module = {"module": "echo:loop"}
+    (tmp_path / "prefork.toml").write_text(f"module = 'echo:loop'\n{key} = '{raw}'\n")
+    for sources in (
+        Sources({**module, key: raw}, folder="/srv/now"),
+        Sources(module, {variable(key): raw}, folder="/srv/now"),
+        Sources(file=str(tmp_path / "prefork.toml"), folder="/srv/now"),
+        Sources(keywords={**module, key: raw}, folder="/srv/now"),
+    ):
+        assert getattr(sources.load(), key) == right
+    if key in WORDS:
+        assert getattr(Sources({**module, key: WORDS[key]}, folder="/srv/now").load(), key) == WORDS[key]
+
+
+def test_the_file_counts_from_the_folder_too(tmp_path: Path) -> None:
+    (tmp_path / "prefork.toml").write_text("module = 'echo:loop'\n")
+    _, origins = Sources(file="prefork.toml", folder=str(tmp_path)).trace()
+    assert origins == {"module": "in prefork.toml"}
+    assert (
+        refusal(Sources(file="none", folder="/nowhere")) == "/nowhere/none: can't read the configuration: No such file or directory"
+    )
+
+
+def test_two_options_that_name_one_path_differently_are_told() -> None:
+    given = {"module": "echo:loop", "log_file": "./a", "pid_file": "/srv/now/a"}
+    assert "log_file = /srv/now/a (on the command line (--log-file)) is the path of pid_file, too" in refusal(
+        Sources(given, folder="/srv/now")
+    )
+    assert "is the path of bind, too" in refusal(Sources({"bind": ["unix:a", "unix:/srv/now/a"]} | given, folder="/srv/now"))
+
+
+@pytest.mark.parametrize(("key", "text"), [("bind", "unix:{}"), ("control", "./{}")])
+def test_a_sockets_path_that_is_too_long_in_its_folder_is_told(key: str, text: str) -> None:
+    most = UNIX_PATH_LIMIT - TEMPORARY_NAME
+    name = "n" * (most - len("/srv/now/"))
+    Sources({"module": "echo:loop", key: text.format(name)}, folder="/srv/now").load()
+    told = refusal(Sources({"module": "echo:loop", key: text.format(name + "n")}, folder="/srv/now"))
+    assert f"a Unix socket's path has at most {most} bytes, and /srv/now/{name}n has {most + 1}" in told
+
+
+def test_a_folder_whose_name_can_not_be_printed_has_no_paths_that_could_be_carried_on() -> None:
+    assert "must be a path" in refusal(Sources({"module": "echo:loop", "pid_file": "pid"}, folder="/srv/n\now"))
 
 
 @pytest.mark.parametrize("places", range(8))

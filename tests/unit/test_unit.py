@@ -167,6 +167,34 @@ def test_a_handler_that_is_here_is_found_there(tmp_path: Path) -> None:
     assert values(service, "WorkingDirectory") == []
 
 
+def test_paths_are_given_there_by_the_names_that_they_have_here(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (tmp_path / "releases" / "1").mkdir(parents=True)
+    current = tmp_path / "current now"
+    current.symlink_to("releases/1")
+    (current / "echo.py").touch()
+    (current / "prefork.toml").touch()
+    monkeypatch.chdir(current)
+    monkeypatch.setenv("PWD", str(current))
+    monkeypatch.setenv("PREFORK_ACCESS_LOG", "log/access")
+    given = ["--config=prefork.toml", "--log-file=/var/log/x", "--pid-file=run/pid", "--bind=unix:s?mode=0660"]
+    service, _ = printed(ECHO, *given, "--no-socket")
+    start = values(service, "ExecStart")[0]
+    for word in ("config=", "access-log=", "pid-file=", "bind=unix:"):
+        assert f'"--{word}{current}/' in start
+    assert f"{current}/s?mode=0660" in start
+    assert "--log-file=/var/log/x" in start
+    assert values(service, "WorkingDirectory") == [str(current)]
+    assert values(service, "Environment") == [f'"PWD={current}"'], "systemd tells no name"
+    monkeypatch.setenv("PWD", str(current.resolve()))
+    assert values(printed(ECHO, *given)[0], "Environment") == []
+
+
+def test_what_a_file_names_relatively_is_there_too(tmp_path: Path) -> None:
+    (tmp_path / "prefork.toml").write_text("log_file = './log'\n")
+    service, _ = printed(ECHO, "--config=prefork.toml")
+    assert values(service, "WorkingDirectory") == [str(tmp_path)]
+
+
 def test_what_can_not_be_served_is_told_as_serve_would() -> None:
     assert "no handler" in refused()
     assert "wokers" in CliRunner().invoke(main, ["unit", "--wokers=3"]).stderr

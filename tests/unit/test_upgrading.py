@@ -52,7 +52,7 @@ def test_a_trial_that_can_not_be_heard_is_refused_and_ended(
     monkeypatch.setattr(program, "keep_state", lambda _data: os.open(os.devnull, os.O_RDONLY))
     monkeypatch.setattr(program, "try_out", lambda *_: (PID, said[0], answer[0]))
     monkeypatch.setattr(process, "signal_child", lambda *what: signalled.append(what))
-    how = cast(Program, SimpleNamespace(executable="/usr/bin/python3", line=lambda _command: ["prefork", "serve"]))
+    how = cast(Program, SimpleNamespace(executable="/usr/bin/python3", launcher=None, line=lambda _command: ["prefork", "serve"]))
     its = Upgrading(cast(Daemon, daemon), cast(Changeover, SimpleNamespace(wanted=None)), how)
     os.close(said[1])
     os.close(answer[1])
