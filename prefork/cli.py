@@ -170,8 +170,8 @@ def serve(sources: Sources) -> None:
     """Run the daemon in the foreground.
 
     Every option can stand in the --config file (max_workers = 64) or in the environment (PREFORK_MAX_WORKERS=64); the command
-    line beats the environment, which beats the file. Durations are seconds (1.5) or 30s, 5m, 1h. A reload takes changed
-    values, but for those marked [restart].
+    line beats the environment, which beats the file. Durations are seconds (1.5) or 30s, 5m, 1h. A path that is not absolute
+    counts from the working directory. A reload takes changed values, but for those marked [restart].
 
     \b
     Signals:

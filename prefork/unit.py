@@ -298,7 +298,8 @@ def hidden(sources: Sources) -> list[str]:
     sources = _here(sources)
     conf = sources.load()
     needed = [*_program(), sources.file or "", _folder(sources, conf), conf.chdir]
-    return [path for path in needed if any(f"{way}/".startswith(HIDDEN) for way in (path, os.path.realpath(path)) if path)]
+    paths = [path for path in needed if path.startswith("/")]
+    return [path for path in paths if f"{path}/".startswith(HIDDEN) or f"{os.path.realpath(path)}/".startswith(HIDDEN)]
 
 
 def _here(sources: Sources) -> Sources:

@@ -7,6 +7,7 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from prefork import unit
 from prefork.cli import main
 from prefork.errors import PreforkError
 from prefork.unit import FOLDER, STOP_MARGIN, files
@@ -163,6 +164,7 @@ def test_a_handler_that_is_here_is_found_there(tmp_path: Path) -> None:
     assert values(done.stdout, "WorkingDirectory") == [str(tmp_path)]
     # It is in /tmp, which the service has for itself.
     assert f"{tmp_path} can't be seen by the service" in done.stderr
+    assert "prefork: -m" not in done.stderr, "a word of the command line is no path"
     service, _ = printed(ECHO, "--chdir=/srv")
     assert values(service, "WorkingDirectory") == []
 
@@ -193,6 +195,14 @@ def test_what_a_file_names_relatively_is_there_too(tmp_path: Path) -> None:
     (tmp_path / "prefork.toml").write_text("log_file = './log'\n")
     service, _ = printed(ECHO, "--config=prefork.toml")
     assert values(service, "WorkingDirectory") == [str(tmp_path)]
+
+
+def test_what_a_link_hides_is_told(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(unit, "HIDDEN", (f"{tmp_path}/home/",))
+    (tmp_path / "home" / "app").mkdir(parents=True)
+    (tmp_path / "app").symlink_to("home/app")
+    done = CliRunner().invoke(main, ["unit", ECHO, f"--chdir={tmp_path}/app"])
+    assert done.stderr.startswith(f"prefork: {tmp_path}/app can't be seen by the service")
 
 
 def test_what_can_not_be_served_is_told_as_serve_would() -> None:
