@@ -6,6 +6,7 @@ adopts listeners, generations and counters, and reloads. Fork servers and worker
 committed, and serve on meanwhile.
 """
 
+import contextlib
 import os
 import selectors
 import signal
@@ -124,6 +125,9 @@ class Upgrading:
         daemon = self.daemon
         log.event("upgrading", what=daemon.upgrade.what if daemon.upgrade else "", program=" ".join(how.line("serve")))
         daemon.trying = True
+        # Python 3.13.0 fails in a working directory that was removed (any AttributeError of a module becomes a SystemError).
+        with contextlib.suppress(OSError):  # its name may stand for nothing now: then the new program starts where we are
+            os.chdir(daemon.wiring.folder)
         self.tried = program.identity(how.executable)
         state = program.keep_state(carried.write(self.carry()))
         try:

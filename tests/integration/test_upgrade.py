@@ -139,7 +139,7 @@ def venv(folder: Path, python: str) -> None:
     (folder / "bin" / "python").unlink(missing_ok=True)
     (folder / "bin" / "python").symlink_to(python)
     (folder / "pyvenv.cfg").write_text(f"home = {os.path.dirname(python)}\n")
-    packages = folder / "lib" / "python3.11" / "site-packages"
+    packages = folder / "lib" / "python{}.{}".format(*sys.version_info) / "site-packages"
     packages.mkdir(parents=True, exist_ok=True)
     places = {*site.getsitepackages(), str(Path(prefork.__file__).parents[1])}
     (packages / "ours.pth").write_text("".join(f"{place}\n" for place in places))

@@ -42,7 +42,7 @@ def test_a_trial_that_can_not_be_heard_is_refused_and_ended(
         now=100.0,
         config=SimpleNamespace(boot_timeout=5.0),
         selector=Full(),
-        wiring=SimpleNamespace(strangers=set()),
+        wiring=SimpleNamespace(strangers=set(), folder=os.getcwd()),
         tell=lambda _clients, answer: told.append(answer),
     )
     said, answer = (os.pipe() for _ in range(2))
