@@ -31,10 +31,14 @@ WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandle
 
 @dataclass(frozen=True, slots=True)
 class Connection:
-    """What a handler ``loop(sock, conn)`` can ask about its connection. ``accepted_at`` is in monotonic seconds."""
+    """What a handler ``loop(sock, conn)`` can ask about its connection. ``accepted_at`` is in monotonic seconds.
+
+    ``client_address`` is what `socket.accept` gives, an IPv4 client of a listener for both families as IPv4 has it.
+    """
 
     id: str
     peer: str
+    client_address: Any
     local: str
     listener: str
     worker: int

@@ -40,6 +40,7 @@ from prefork.handler import Connection, Handler, Shape
 from prefork.net.address import client_address, parts_text, peer_parts, peer_text
 from prefork.net.handshakes import Looks
 from prefork.net.listener import FAREWELL, Listener
+from prefork.net.peer import has_gone, may_be_told_by_peer
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
 from prefork.request import RequestServer
@@ -366,12 +367,8 @@ class Worker:
                     finally:
                         if changes:
                             self._put_back()
-                except ConnectionError as error:
-                    log.event("peer_gone", peer=parts_text(host, port), reason=_in_words(error))
                 except BaseException as error:
-                    failed = not me.forked
-                    self._put_back()
-                    self._handler_raised(error, parts_text(host, port))
+                    failed = self._has_failed(error, fd, parts_text(host, port))
                 if me.forked:
                     os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
                 try:
@@ -483,6 +480,7 @@ class Worker:
             self._connection = Connection(
                 id=number,
                 peer=peer_text(brief.listener.address.family, address),
+                client_address=client_address(address),
                 local=self._local(),
                 listener=str(brief.listener.address),
                 worker=self.slot,
@@ -516,6 +514,19 @@ class Worker:
             if signals.changes:
                 process.settle()
                 self._put_back(signals.keep)
+
+    def _has_failed(self, error: BaseException, fd: int, peer: str) -> bool:
+        """Whether this, which the handler has raised, is an error of its own; else the client has gone."""
+        self._put_back()
+        if self._is_clients_end(error, fd):
+            log.event("peer_gone", peer=peer, reason=_in_words(error))
+            return False
+        self._handler_raised(error, peer)
+        return True
+
+    def _is_clients_end(self, error: BaseException, fd: int) -> bool:
+        sock = self.brief.listener.sock
+        return may_be_told_by_peer(error) and has_gone(fd, sock.fileno(), int(sock.family), self._served()[0])
 
     def _handler_raised(self, error: BaseException, peer: str) -> None:
         if isinstance(error, BlockingIOError):  # of a blocking socket: its time-out is the listener's, where a handler has set one
@@ -697,7 +708,7 @@ class Worker:
                 log.event("exit_failed", what=f"{what} raised", text=traceback.format_exc())
 
 
-def _in_words(error: Exception) -> str:
+def _in_words(error: BaseException) -> str:
     """What it says; user code's may fail at saying it."""
     try:
         return str(error)

@@ -109,6 +109,27 @@ MUTANTS = [
         ("tests/integration/test_container.py::test_memory_and_cpu_are_shown_where_the_pids_are_the_daemons_and_nowhere_else",),
     ),
     Mutant(
+        "an error of a backend that passes for the client's end",
+        "net/peer.py",
+        "[0] == _TCP_CLOSE\n",
+        "[0] >= _TCP_CLOSE\n",
+        ("tests/integration/test_peer.py::test_the_same_error_while_the_client_lives_is_the_handlers",),
+    ),
+    Mutant(
+        "another connection at the descriptor that is taken for the client's",
+        "net/peer.py",
+        "        if name[2:4] != port.to_bytes(2) or name[packed] != socket.inet_pton(family, host):\n",
+        "        if name[packed] != socket.inet_pton(family, host):\n",
+        ("tests/integration/test_peer.py::test_only_the_connections_own_descriptor_tells_that_its_client_has_gone",),
+    ),
+    Mutant(
+        "a client's end that is told by its name alone",
+        "net/peer.py",
+        "    return type(number) is int and number in GONE_ERRORS\n",
+        "    return False\n",
+        ("tests/integration/test_peer.py::test_every_error_of_a_client_that_has_gone_is_its_end",),
+    ),
+    Mutant(
         "a scoreboard that may be any file",
         "ops/status.py",
         "            _refuse_strange(fd)\n",

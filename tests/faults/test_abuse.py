@@ -19,6 +19,7 @@ from prefork.testing import Server, StartError, connect, serve
 from tests import watch
 from tests.conftest import HANDLERS
 from tests.faults.machine import small_disk
+from tests.handlers.ending import RESET
 
 Start = Callable[..., Server]
 Module = Callable[[str], Path]
@@ -217,14 +218,14 @@ def test_a_reload_takes_backlog_mode_and_log_level(prefork_server: Start, tmp_pa
     file = tmp_path / "echo.toml"
     path = tmp_path / "socket"
     file.write_text(f'bind = ["127.0.0.1:0", "unix:{path}"]\nbacklog = 64\nworkers = 1\n')
-    server = prefork_server("tiny:obey", folder=HANDLERS, bind=[], arguments=("--config", str(file)))
+    server = prefork_server("ending:checked", folder=HANDLERS, bind=[], arguments=("--config", str(file)))
     file.write_text(f'bind = ["127.0.0.1:0", "unix:{path}?mode=0666"]\nbacklog = 128\nlog_level = "debug"\nworkers = 1\n')
     assert server.command("reload")["ok"]
     assert server.status()["listeners"][0]["queue_limit"] == 128
     assert path.stat().st_mode & 0o777 == 0o666
     with server.connect() as sock:
-        sock.sendall(b"reset")
-    watch.logged(server, "ended the connection: as told")
+        sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, RESET)
+    watch.logged(server, "ended the connection: [Errno 107]")
 
 
 def test_what_was_scaled_survives_a_dead_fork_server_but_not_a_reload(prefork_server: Start) -> None:

@@ -80,13 +80,6 @@ def test_a_handler_that_raises_costs_only_its_connection(prefork_server: Start, 
     assert (totals["error"], totals["ok"], totals["exited"]) == (1, 1, 0)
 
 
-def test_a_connection_error_that_leaves_the_handler_is_the_peers_end(prefork_server: Start) -> None:
-    server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
-    tell(server, "reset")
-    watch.until("it is counted", lambda: server.status()["totals"]["ok"] == 1)
-    assert "raised" not in server.log()
-
-
 def test_tracebacks_are_bounded(prefork_server: Start) -> None:
     server = prefork_server("tiny:obey", folder=HANDLERS, workers=1, max_workers=1)
     begun = int(time.monotonic())
@@ -273,20 +266,6 @@ def test_a_handler_that_kills_its_process_group_ends_itself_only(prefork_server:
         other.sendall(b"still here")
         assert other.recv(64) == b"still here"
     assert watch.quiet(server)["killed"] == 1
-
-
-def test_an_error_that_can_not_be_told_is_the_peers_end_all_the_same(prefork_server: Start, module: Callable[[str], Path]) -> None:
-    source = (
-        "class Odd(ConnectionError):\n"
-        "    def __str__(self):\n        raise RuntimeError('no words')\n"
-        "def loop(sock):\n    raise Odd\n"
-    )
-    server = prefork_server("mine:loop", folder=module(source), workers=1, log_level="debug")
-    before = watch.settled(server, 1)["workers"][0]["pid"]
-    with server.connect() as sock:
-        assert sock.recv(64) == b""
-    assert watch.quiet(server)["ok"] == 1
-    assert watch.settled(server, 1)["workers"][0]["pid"] == before
 
 
 def test_a_worker_that_somebody_stopped_outlives_its_fork_server(prefork_server: Start) -> None:
