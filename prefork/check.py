@@ -17,9 +17,10 @@ import sys
 import time
 import traceback
 from dataclasses import replace
+from functools import partial
 from typing import NoReturn
 
-from prefork import __version__, carried, forkserver, handler
+from prefork import __version__, carried, forkserver, handler, request
 from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
@@ -190,7 +191,10 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
             forkserver.settle(config, who, folder)
             _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
             sockets = left_open.sockets()
-            handler.load(config)
+            loaded = handler.load(config)
+            if loaded.shape is handler.Shape.SERVER:
+                binding = partial(request.bind, loaded.call, *request.name_at(config.bind[0]))
+                handler.run(f"{config.module}: {request.BINDING}", binding)
             handler.refuse_threads(config.module)
             if listening := handler.refuse_connections(config, sockets):
                 _warn(f"{config.module}: the import opens listening sockets, which every worker has: {', '.join(listening)}")

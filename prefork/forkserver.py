@@ -18,12 +18,12 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import NoReturn
+from typing import Any, NoReturn
 
-from prefork import handler, log, worker
+from prefork import handler, log, request, worker
 from prefork.config import Config
 from prefork.errors import REMEDIES, ConfigError, HandlerError, PreforkError, RefusedError, explained
 from prefork.net import left_open
@@ -235,8 +235,11 @@ class ForkServer:
             loaded = handler.load(self.brief.config)
         finally:
             self._end_if_child()
+        # Those that a stop had not closed when this process began.
+        listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
         try:
             loaded.run_hook("on_boot")
+            bound = self._bind(loaded, listeners)
         finally:
             self._end_if_child()
         handler.refuse_threads(self.brief.config.module)
@@ -257,16 +260,22 @@ class ForkServer:
         # What the import registered belongs to this process' life: run at each worker's end it would remove, say, a temporary
         # directory under the others' feet. A worker runs what was registered in it.
         atexit._clear()
-        # Those that a stop had not closed when this process began.
-        listeners = {place: listener for place, listener in enumerate(self.brief.listeners) if listener.fileno() != -1}
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
         self.offer, self.schedule = credentials.offering_to_the_oom_killer(), self._scheduling()
-        self.workers = {place: worker.Worker(self._brief(place, private), loaded) for place in listeners}
+        self.workers = {place: worker.Worker(self._brief(place, private), loaded, bound.get(place)) for place in listeners}
         handler.serve_current(worker.connection_here)
         log.configure(role=partial(worker.role, self.brief.generation))
         forks.in_child(worker.after_fork)
         forks.prepare_to_spare()
         worker.freeze()
+
+    def _bind(self, loaded: handler.Handler, listeners: Mapping[int, Listener]) -> dict[int, dict[str, Any]]:
+        """What a server that is the handler is at each listener; nothing of another handler. Raises HandlerError."""
+        if loaded.shape is not handler.Shape.SERVER:
+            return {}
+        label = f"{self.brief.config.module}: {request.BINDING}"
+        names = {place: (int(listener.sock.family), request.name_of(listener)) for place, listener in listeners.items()}
+        return {place: handler.run(label, partial(request.bind, loaded.call, *name)) for place, name in names.items()}
 
     def _scheduling(self) -> Callable[[], object] | None:
         if self.brief.config.scheduling == "inherit":

@@ -9,6 +9,7 @@ import functools
 import importlib
 import inspect
 import os
+import socket
 import sys
 import threading
 import traceback
@@ -26,7 +27,7 @@ from prefork.net import left_open
 from prefork.system import process, readable
 
 HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
-WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass"
+WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass, or a socketserver.BaseServer instance"
 
 
 @dataclass(frozen=True, slots=True)
@@ -58,6 +59,7 @@ class Shape(Enum):
     SOCKET = "loop(sock)"
     CONNECTION = "loop(sock, conn)"
     REQUEST = "Class(request, client_address, server)"
+    SERVER = "server.finish_request(request, client_address)"
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +81,18 @@ class Handler:
     def run_hook(self, option: str) -> None:
         """Call that hook, if there is one. Whatever it raises is a HandlerError with its traceback."""
         hook = self.hooks.get(option)
-        if hook is None:
-            return
-        try:
-            hook.call()
-        except BaseException as error:
-            raise HandlerError(f"{hook.label} raised\n{what_was_raised(error)}") from None
+        if hook is not None:
+            run(hook.label, hook.call)
+
+
+def run(label: str, call: Callable[[], Any]) -> Any:
+    """Call user code. Whatever it raises is a HandlerError with its traceback, which begins with ``label``."""
+    try:
+        return call()
+    except HandlerError:
+        raise
+    except BaseException as error:
+        raise HandlerError(f"{label} raised\n{what_was_raised(error)}") from None
 
 
 # Set where workers are forked: what gives the connection that a worker serves, and None in any other process.
@@ -150,7 +158,7 @@ def load(config: Config) -> Handler:
     """Import the handler and its hooks. Raises HandlerError."""
     target = config.module
     found = _find(target, target)
-    shape = Shape.REQUEST if _is_request_handler(target, found) else _shape_of_function(target, found)
+    shape = run(f"{target}: a look at it", functools.partial(_shape, target, found))
     given = {option: getattr(config, option) for option in HOOKS}
     return Handler(found, shape, {option: _load_hook(f"{option} = {hook}", hook) for option, hook in given.items() if hook})
 
@@ -267,12 +275,77 @@ def _load_hook(label: str, target: str) -> Hook:
     return Hook(label, found)
 
 
+def _shape(target: str, found: Any) -> Shape:
+    if _is_server(target, found):
+        return Shape.SERVER
+    return Shape.REQUEST if _is_request_handler(target, found) else _shape_of_function(target, found)
+
+
+def _is_server(target: str, found: Any) -> bool:
+    """Whether it is a server of socketserver's. Raises HandlerError for one that can't be served, and for its class."""
+    cls, socketserver = _class_of(found), sys.modules.get("socketserver")
+    if socketserver is None:
+        return False
+    if isinstance(cls, type) and issubclass(cls, socketserver.BaseServer):
+        raise HandlerError(
+            f"{target}: {cls.__name__} is a server class, and a handler is one server, which does not listen itself: add "
+            f"{_making(target.partition(':')[2], _signature(found))}, and serve {_beside(target, 'server')}"
+        )
+    if not issubclass(type(found), socketserver.BaseServer):
+        return False
+    if getattr(found, "socket_type", socket.SOCK_STREAM) == socket.SOCK_DGRAM:
+        raise HandlerError(f"{target}: {type(found).__name__} answers datagrams; prefork serves connections: a TCPServer")
+    own = getattr(found, "socket", None)
+    if hasattr(own, "do_handshake"):
+        raise HandlerError(
+            f"{target}: its listening socket would speak TLS, and is not the one that clients come to: wrap each connection in "
+            "its get_request"
+        )
+    if where := _bound_to(own):
+        raise HandlerError(
+            f"{target}: it listens on {where} itself, where nobody would answer: make it with bind_and_activate=False, or add "
+            f"`{target.partition(':')[2]}.server_close()` after it"
+        )
+    return True
+
+
+def _making(name: str, signature: inspect.Signature | None) -> str:
+    """The line that makes such a server, which does not listen."""
+    arguments = list(signature.parameters.values()) if signature is not None else []
+    takes_any = any(argument.kind is inspect.Parameter.VAR_POSITIONAL for argument in arguments)
+    if signature is not None and not takes_any and _accepts(signature, 1, bind_and_activate=False):
+        return f'`server = {name}(("", 0), bind_and_activate=False)`'
+    if signature is not None and _accepts(signature, 2, bind_and_activate=False):
+        return f'`server = {name}(("", 0), HANDLER, bind_and_activate=False)` with its request handler class'
+    return f"`server = {name}(ARGUMENTS); server.server_close()` with what it needs"
+
+
+def _bound_to(own: Any) -> str:
+    """The address of a server's own socket; empty when it has none."""
+    try:
+        name = own.getsockname()
+    except (AttributeError, OSError):  # none at all, or closed
+        return ""
+    if isinstance(name, tuple):
+        return f"{name[0]}:{name[1]}" if name[1] else ""
+    return f"unix:{os.fsdecode(name)}" if name else ""
+
+
+def _class_of(found: Any) -> Any:
+    """The class or function that a partial is of."""
+    while isinstance(found, functools.partial):
+        found = found.func
+    return found
+
+
+def _beside(target: str, name: str) -> str:
+    """Another name in the same module."""
+    return f"{target.partition(':')[0]}:{name}"
+
+
 def _is_request_handler(target: str, found: Any) -> bool:
     """Whether it is a request handler class of socketserver, or a partial of one. That module is not imported for the question."""
-    cls = found
-    while isinstance(cls, functools.partial):
-        cls = cls.func
-    socketserver = sys.modules.get("socketserver")
+    cls, socketserver = _class_of(found), sys.modules.get("socketserver")
     if socketserver is None or not isinstance(cls, type) or not issubclass(cls, socketserver.BaseRequestHandler):
         return False
     if issubclass(cls, socketserver.DatagramRequestHandler):
@@ -290,22 +363,56 @@ def _shape_of_function(target: str, found: Any) -> Shape:
         raise HandlerError(f"{target}: {type(found).__name__} is not callable; {WANTED}")
     if isinstance(found, type):
         raise HandlerError(f"{target}: a class of another kind; {WANTED}")
-    if _makes_a_coroutine(found):
-        raise HandlerError(f"{target}: calling it only makes a coroutine or generator; a handler is a plain function loop(sock)")
     signature = _signature(found)
+    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    names = [p.name for p in signature.parameters.values() if p.kind in positional] if signature is not None else []
+    _refuse_other_protocols(target, found, names)
     if signature is None:
         return Shape.SOCKET
-    positional = (inspect.Parameter.POSITIONAL_ONLY, inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    named_second = [p.name for p in signature.parameters.values() if p.kind in positional][1:2]
-    if _accepts(signature, 1) and named_second != ["conn"]:
+    if _accepts(signature, 1) and names[1:2] != ["conn"]:
         return Shape.SOCKET
     if _accepts(signature, 2):
         return Shape.CONNECTION
     raise HandlerError(f"{target}{signature}: a handler is loop(sock) or loop(sock, conn)")
 
 
+def _refuse_other_protocols(target: str, found: Any, names: list[str]) -> None:
+    """Raise HandlerError for what others call with something else than a socket, or await; with a line that serves it."""
+    attribute = target.partition(":")[2]
+    awaited = any(map(inspect.iscoroutinefunction, _called(found)))
+    if names == ["scope", "receive", "send"] or (awaited and len(names) == 3):
+        raise HandlerError(f"{target}: an ASGI application, which is called by an event loop: `uvicorn {target}` serves it")
+    if names[1:2] == ["start_response"] or (len(names) == 2 and names[0] in ("environ", "env") and names[1] != "conn"):
+        raise HandlerError(
+            f"{target}: a WSGI application, which is called with a request and not with a connection: add "
+            f'`from wsgiref.simple_server import make_server; server = make_server("127.0.0.1", 0, {attribute}); '
+            f"server.server_close()`, and serve {_beside(target, 'server')}"
+        )
+    if not _makes_a_coroutine(found):
+        return
+    if not awaited:
+        raise HandlerError(f"{target}: calling it only makes a generator; a handler is a plain function loop(sock)")
+    arguments, adapter, called = "sock", "", attribute
+    if len(names) == 2 and names[1] == "conn":
+        arguments = "sock, conn"
+    elif len(names) == 2:  # asyncio.start_server's
+        adapter = f"`async def connected(sock): import asyncio; await {attribute}(*await asyncio.open_connection(sock=sock))` and "
+        called = "connected"
+    raise HandlerError(
+        f"{target}: a coroutine function, and prefork calls blocking ones: add {adapter}"
+        f"`def serve({arguments}): import asyncio; asyncio.run({called}({arguments}))`, and serve {_beside(target, 'serve')}"
+    )
+
+
 def _makes_a_coroutine(found: Any) -> bool:
-    return inspect.iscoroutinefunction(found) or inspect.isasyncgenfunction(found) or inspect.isgeneratorfunction(found)
+    """Whether calling it does nothing yet."""
+    kinds = inspect.iscoroutinefunction, inspect.isasyncgenfunction, inspect.isgeneratorfunction
+    return any(kind(called) for kind in kinds for called in _called(found))
+
+
+def _called(found: Any) -> tuple[Any, Any]:
+    """What a call of it may run: a function, or the method of an object's class."""
+    return found, getattr(type(found), "__call__", None)  # noqa: B004 - it is looked at, not asked for
 
 
 def _signature(found: Any) -> inspect.Signature | None:
@@ -315,9 +422,9 @@ def _signature(found: Any) -> inspect.Signature | None:
         return None  # a C function that tells nothing about itself
 
 
-def _accepts(signature: inspect.Signature, arguments: int) -> bool:
+def _accepts(signature: inspect.Signature, arguments: int, **keywords: Any) -> bool:
     try:
-        signature.bind(*[None] * arguments)
+        signature.bind(*[None] * arguments, **keywords)
     except TypeError:
         return False
     return True
@@ -325,7 +432,7 @@ def _accepts(signature: inspect.Signature, arguments: int) -> bool:
 
 def what_was_raised(error: BaseException) -> str:
     """The traceback from the user's first frame on."""
-    ours = (__file__, importlib.__file__)
+    ours = (__file__, importlib.__file__, os.path.join(os.path.dirname(__file__), "request.py"))
     tb = error.__traceback__
     while tb is not None and (tb.tb_frame.f_code.co_filename in ours or "importlib._bootstrap" in tb.tb_frame.f_code.co_filename):
         tb = tb.tb_next

@@ -224,6 +224,10 @@ def _cut_leashes_in_forks() -> None:
 def _named(target: str | Callable[..., Any]) -> tuple[str, Path | None]:
     if isinstance(target, str):
         return target, None
+    if not hasattr(target, "__qualname__"):
+        raise ValueError(
+            f"an object of type {type(target).__name__} has no name by which the daemon can import it: give MODULE:ATTR"
+        )
     if "<" in target.__qualname__:
         raise ValueError(f"{target.__qualname__}: the daemon can only import a function at the top of a module")
     file = sys.modules[target.__module__].__file__

@@ -22,7 +22,7 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from os import close, getpid, getppid, read, write
@@ -32,7 +32,7 @@ from typing import Any, NoReturn
 
 from setproctitle import setproctitle
 
-from prefork import log
+from prefork import log, request
 from prefork.accepting import EXIT_BROKEN, EXIT_RETIRED, Accepting
 from prefork.config import Config
 from prefork.errors import HandlerError
@@ -43,7 +43,6 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.net.peer import has_gone, may_be_told_by_peer
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
-from prefork.request import RequestServer
 from prefork.system import process, signals, stacks
 from prefork.values import RLIMITS
 
@@ -52,6 +51,8 @@ UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
 # A worker that has served its last connection waits so long for its replacement's fork, and looks as often whether it can be had.
 RELEASE_PATIENCE, RELEASE_LOOK = 1.0, 0.02
+# How a connection ends that has not simply ended.
+ERROR, REJECTED = "error", "rejected"
 Steps = tuple[Callable[[], object], ...]
 
 
@@ -117,9 +118,10 @@ def after_fork() -> None:
 class Worker:
     """One worker process, from its birth to its end. Made before the fork, for each listener, with all that can be known there."""
 
-    def __init__(self, brief: Brief, handler: Handler) -> None:
+    def __init__(self, brief: Brief, handler: Handler, bound: Mapping[str, Any] | None = None) -> None:
         self.brief = brief
         self.handler = handler
+        self._bound = bound  # of a server that is the handler: what it is where it listens here
         self.board = brief.scoreboard
         self.slot = -1
         self.pid = 0
@@ -133,6 +135,7 @@ class Worker:
         self.parked = False
         self.input: tuple[int, os.stat_result] | None = None  # with drain = "eof": the latest connection's descriptor
         self._connection: Connection | None = None
+        self._clients_end: BaseException | None = None  # what a handler's server raised of a client that had gone by then
         self._ready, self._accepted, self._worn, listener_spoilt = (
             wire.doorbell_of(why, brief.generation)
             for why in (wire.Ring.READY, wire.Ring.ACCEPTED, wire.Ring.TIRED, wire.Ring.LISTENER)
@@ -182,6 +185,7 @@ class Worker:
             *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
             signals.unblock,
             *signals.forgetting,
+            *([partial(vars(self.handler.call).update, self._bound)] if self._bound is not None else ()),
         )
 
         def live(slot: int) -> int:
@@ -360,7 +364,7 @@ class Worker:
                 kept_fd = -1
                 if ends_input:
                     self._note_input(fd)
-                failed = False
+                outcome = None
                 try:
                     try:
                         call(sock)
@@ -368,7 +372,7 @@ class Worker:
                         if changes:
                             self._put_back()
                 except BaseException as error:
-                    failed = self._has_failed(error, fd, parts_text(host, port))
+                    outcome = self._outcome_of(error, fd, parts_text(host, port))
                 if me.forked:
                     os._exit(EXIT_RETIRED)  # a child that the handler forked has come back here: the slot is its parent's
                 try:
@@ -382,16 +386,30 @@ class Worker:
                 except OSError as error:
                     log.event("peer_gone", peer=parts_text(host, port), reason=error)
                 took = now() - since
-                if failed:
-                    ended_error += 1
-                else:
-                    ended_ok += 1
-                words[begun_at], words[ok_at], words[error_at], words[rejected_at] = begun, ended_ok, ended_error, ended_rejected
                 bucket_at = histogram_at + (took >> 10).bit_length()
-                words[bucket_at] = words[bucket_at] + 1 & mask
+                if outcome is None:
+                    ended_ok += 1
+                    words[begun_at], words[ok_at], words[error_at], words[rejected_at] = (
+                        begun,
+                        ended_ok,
+                        ended_error,
+                        ended_rejected,
+                    )
+                    words[bucket_at] = words[bucket_at] + 1 & mask
+                else:
+                    ended_error += outcome == ERROR
+                    ended_rejected += outcome == REJECTED
+                    words[begun_at], words[ok_at], words[error_at], words[rejected_at] = (
+                        begun,
+                        ended_ok,
+                        ended_error,
+                        ended_rejected,
+                    )
+                    if outcome == ERROR:  # what was rejected was not served: it has no duration
+                        words[bucket_at] = (words[bucket_at] + 1) & mask
                 if more:
                     if log_access is not None:
-                        log_access(parts_text(host, port), took, "error" if failed else "ok")
+                        log_access(parts_text(host, port), took, outcome or "ok")
                     if worn is not None and worn():
                         self._tire()
                     if begun == last and self._is_released():
@@ -464,8 +482,10 @@ class Worker:
             case Shape.CONNECTION:
                 return lambda sock: call(sock, self.connection())
             case Shape.REQUEST:
-                server = RequestServer(brief.listener, call, brief.config.backlog)
+                server = request.RequestServer(brief.listener, call, brief.config.backlog)
                 return lambda sock: call(sock, client_address(self._served()[0]), server)
+            case Shape.SERVER:
+                return request.serving(call, lambda: client_address(self._served()[0]), self._note_clients_end)
 
     def connection(self) -> Connection:
         """The connection being served, made when first asked for. Raises RuntimeError when there is none."""
@@ -515,14 +535,20 @@ class Worker:
                 process.settle()
                 self._put_back(signals.keep)
 
-    def _has_failed(self, error: BaseException, fd: int, peer: str) -> bool:
-        """Whether this, which the handler has raised, is an error of its own; else the client has gone."""
+    def _outcome_of(self, error: BaseException, fd: int, peer: str) -> str | None:
+        """How a connection has ended whose handler has raised this; None where it has just ended, because its client has gone."""
+        if type(error) is request.RejectedError:
+            return REJECTED
         self._put_back()
-        if self._is_clients_end(error, fd):
+        noted, self._clients_end = self._clients_end, None
+        if error is noted or self._is_clients_end(error, fd):
             log.event("peer_gone", peer=peer, reason=_in_words(error))
-            return False
+            return None
         self._handler_raised(error, peer)
-        return True
+        return ERROR
+
+    def _note_clients_end(self, error: BaseException, fd: int) -> None:
+        self._clients_end = error if self._is_clients_end(error, fd) else None
 
     def _is_clients_end(self, error: BaseException, fd: int) -> bool:
         sock = self.brief.listener.sock
@@ -537,7 +563,7 @@ class Worker:
         if suppressed:
             log.event("handler_errors", count=suppressed)
         tb: TracebackType | None = error.__traceback__
-        while tb is not None and tb.tb_frame.f_code.co_filename == __file__:
+        while tb is not None and tb.tb_frame.f_code.co_filename in (__file__, request.__file__):
             tb = tb.tb_next
         log.event("handler_error", peer=peer, text="".join(traceback.format_exception(type(error), error, tb)))
 

@@ -64,10 +64,10 @@ def test_an_attribute_error_at_import_is_told_with_its_traceback(module: Module)
     assert "report it" not in str(caught.value)
 
 
-def test_a_coroutine_is_no_handler(module: Module) -> None:
+def test_a_generator_is_no_handler(module: Module) -> None:
     with (
         pytest.raises(StartError, match="a handler is a plain function"),
-        serve("mine:loop", folder=module("async def loop(sock):\n    pass\n")),
+        serve("mine:loop", folder=module("def loop(sock):\n    yield\n")),
     ):
         pass
 
