@@ -36,7 +36,7 @@ LAST_WORDS = 1.0
 LONGEST_POLL = 86400.0
 # Of what the import's process has left for us; the import can make it as large as it likes.
 SAID_LIMIT = 1 << 18
-_WHERE = signals.PARENT_DIED
+_WHERE = signal.SIGRTMIN + 2
 _DONE = b"imported"
 # What a pipe holds (pipe(7)): as much may still be there when the import and all that it has started have ended.
 _PIPE = 65536
@@ -246,6 +246,8 @@ def _say(outcome: int, said: bytes, module: str) -> None:
         sys.stdout.flush()
     if _forks:
         _warn(f"{module}: the import forks: a child that returns from it is ended, any other runs on beside the fork server")
+    if undone := forkserver.handlers_undone(signals.installed()):
+        _warn(f"{module}: handlers that the import has installed for {undone} are undone, workers need these signals")
     try:
         os.write(outcome, said)
     except OSError:

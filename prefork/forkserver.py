@@ -18,7 +18,7 @@ import socket
 import time
 import traceback
 from collections import deque
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NoReturn
@@ -43,7 +43,7 @@ REPEAT = 0.02
 # master reads twice as much meanwhile, even when it is tired of hearing it.
 STOPS_AT_ONCE, STOPS_PAUSE = 128, 0.25
 # Orders that are a signal to a worker.
-SIGNALS = {Order.RETIRE: signal.SIGTERM, Order.DUMP: stacks.DUMP}
+SIGNALS = {Order.RETIRE: signals.RETIRE, Order.DUMP: stacks.DUMP}
 _COMMAND = wire.pack_command(Command(Order.FORK, 0))
 
 
@@ -135,6 +135,11 @@ def kill(board: Scoreboard, slot: int, pid: int) -> None:
     process.kill_child(pid, group=board.states[slot] == scoreboard.BUSY)
 
 
+def handlers_undone(installed: Iterable[int]) -> str:
+    """The names of those of these signals for which no handler of user code can stay in workers."""
+    return ", ".join(signals.name(signo) for signo in installed if signo in worker.SIGNALS)
+
+
 class ForkServer:
     """One fork server process."""
 
@@ -150,6 +155,7 @@ class ForkServer:
         self.orphaned_at: float | None = None
         self.cookies = Cookies()
         self.parted = False
+        self.booted = False
 
     # -- its life
 
@@ -203,7 +209,8 @@ class ForkServer:
         self.part = process.parting()
         self.part()
         process.become_private()
-        signals.fresh()
+        signals.fresh(signals.passing_over())
+        forks.in_child(self._end_passing_over)
         systemd.forget(os.environ)
         self.board = Scoreboard(brief.board_fd, brief.orders_fd, brief.layout, Access.WORKER)
         os.dup2(brief.devnull, 0)
@@ -211,7 +218,7 @@ class ForkServer:
         keep = {*log.descriptors(), 0, brief.channel.fileno(), brief.doorbell, brief.gate, brief.devnull, brief.stacks}
         process.close_all_but(keep | {listener.fileno() for listener in brief.listeners})
         process.set_title(f"prefork: {brief.name} gen {brief.generation}")
-        self._tie_to_master()
+        self._tie_to_master(signal.SIGKILL)  # until the handler is imported: an import that hangs dies with the master
         brief.channel.setblocking(False)
         signals.watch()
         process.watch_folder(signals.mark)
@@ -219,16 +226,20 @@ class ForkServer:
         originals.keep()  # with what was just put there to watch user code
         signals.unblock()
 
-    def _tie_to_master(self) -> None:
-        # Until the handler is imported this signal has its default action: an import that hangs dies with the master.
-        process.signal_when_orphaned(signals.PARENT_DIED)
+    def _tie_to_master(self, signo: int) -> None:
+        process.signal_when_orphaned(signo)
         if os.getppid() != self.brief.master_pid:
             os._exit(0)
+
+    def _end_passing_over(self) -> None:
+        """A child that the import forked is user code's, and ends by what it is sent."""
+        if not self.booted:
+            signals.hear_again()
 
     def _boot(self) -> None:
         """Load the handler and make all that the workers have in common. Raises PreforkError."""
         settle(self.brief.config, self.brief.credentials, self.brief.folder)
-        self._tie_to_master()  # the kernel has forgotten both if credentials have changed
+        self._tie_to_master(signal.SIGKILL)  # the kernel has forgotten both if credentials have changed
         process.become_private()
         sockets = left_open.sockets()
         try:
@@ -245,15 +256,18 @@ class ForkServer:
         handler.refuse_threads(self.brief.config.module)
         if listening := handler.refuse_connections(self.brief.config, sockets):
             log.event("listening_left", sockets=", ".join(listening))
+        users = self._users_handlers()
         # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():
             signals.stop_timers()
             for alarm in signals.TIMERS.values():
                 signal.signal(alarm, signal.SIG_IGN)  # one that has rung, and waits behind a mask, would end us
-            signals.fresh()
+            # User code is not called here any more: its handlers are for workers.
+            signals.fresh(signals.passing_over(signo for signo, action in users.items() if callable(action)))
             self.inbox = signals.Inbox({signal.SIGCHLD, signals.PARENT_DIED})
         signals.unblock()
-        self._tie_to_master()  # once more: user code may have changed credentials
+        self.booted = True
+        self._tie_to_master(signals.PARENT_DIED)  # once more: user code may have changed credentials
         process.become_private()
         stacks.tell(self.brief.stacks, dumps=self.brief.config.timeout > 0)
         process.settle()
@@ -262,7 +276,8 @@ class ForkServer:
         atexit._clear()
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
         self.offer, self.schedule = credentials.offering_to_the_oom_killer(), self._scheduling()
-        self.workers = {place: worker.Worker(self._brief(place, private), loaded, bound.get(place)) for place in listeners}
+        make = {place: (self._brief(place, private), loaded, bound.get(place), users) for place in listeners}
+        self.workers = {place: worker.Worker(*given) for place, given in make.items()}
         handler.serve_current(worker.connection_here)
         log.configure(role=partial(worker.role, self.brief.generation))
         forks.in_child(worker.after_fork)
@@ -276,6 +291,13 @@ class ForkServer:
         label = f"{self.brief.config.module}: {request.BINDING}"
         names = {place: (int(listener.sock.family), request.name_of(listener)) for place, listener in listeners.items()}
         return {place: handler.run(label, partial(request.bind, loaded.call, *name)) for place, name in names.items()}
+
+    def _users_handlers(self) -> dict[int, Any]:
+        """The signal handlers of import and on_boot, which workers keep; for signals that these need they are undone, and told."""
+        users = signals.installed()
+        if undone := handlers_undone(users):
+            log.event("handlers_undone", module=self.brief.config.module, signals=undone)
+        return {signo: action for signo, action in users.items() if signo not in worker.SIGNALS}
 
     def _scheduling(self) -> Callable[[], object] | None:
         if self.brief.config.scheduling == "inherit":
@@ -490,14 +512,14 @@ class ForkServer:
             if unserved and now - since < FAREWELL:
                 return
             for pid in self.children:
-                process.signal_child(pid, signal.SIGTERM)
+                process.signal_child(pid, signals.RETIRE)
             for listener in self.brief.listeners:
                 listener.close()
             self.parted = True
             return
         for pid, slot in self.children.items():
             if self.board.states[slot] not in (scoreboard.BUSY, scoreboard.LEAVING):
-                process.signal_child(pid, signal.SIGTERM)  # again: the first may have come just before the system call
+                process.signal_child(pid, signals.RETIRE)  # again: the first may have come just before the system call
 
     @staticmethod
     def _is_served(listener: Listener, now: float) -> bool:

@@ -32,7 +32,7 @@ from prefork.pool.tally import Death, Overdue, Tally, Trouble
 from prefork.pool.throttle import Throttle
 from prefork.pool.wire import Kind, Order, Report
 from prefork.retiring import Retiring, Unserved
-from prefork.system import process
+from prefork.system import process, stacks
 from prefork.system.identity import Missing, identify
 
 # After asking to be rung the master looks once more before it sleeps: a store can't stay in a CPU's buffer for a millisecond.
@@ -439,6 +439,8 @@ class Generation:
             why = f"timeout after {self.config.timeout:g} s" if self.config.timeout else "its time to finish was over"
             return f"{why} (SIGKILL)", worker.stack or late, not late
         cause = process.describe(status)
+        if os.WIFSIGNALED(status) and os.WTERMSIG(status) == stacks.DUMP and self.config.timeout:
+            cause = f"timeout after {self.config.timeout:g} s ({cause})"  # it has become another program, which has no such stack
         if _could_not_accept(status):
             # Several that leave at once write over each other, and say the same.
             self._why_exhausted = self.board.take_last_words().partition("\n")[0] or self._why_exhausted

@@ -35,17 +35,7 @@ from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated, line
 from prefork.upgrading import Upgrading
 
-HANDLED = (
-    signal.SIGTERM,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGHUP,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-    signal.SIGCHLD,
-)
+HANDLED = (*signals.MASTERS, signal.SIGCHLD)
 LONGEST_SLEEP = 86400.0
 # Slept for this much longer than planned, this process was stopped or starved: nobody is punished for that time.
 OVERSLEPT = 0.05
@@ -138,6 +128,7 @@ class Master:
         daemon.wiring = Wiring(daemon.name, daemon.sources.folder, doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
+        signals.unblock()  # whoever has started us may have blocked some
         self._open_control()
         try:
             if conf.pid_file:

@@ -13,7 +13,6 @@ old as ``timeout``, or its time to finish is over; never one that was stopped, i
 CPU to hear it. (A worker that was continued a moment ago has taken its signal, and is about to go.)
 """
 
-import signal
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
@@ -26,6 +25,7 @@ from prefork.net.listener import Listener
 from prefork.pool.scoreboard import BEGUN, BUSY, IDLE, LEAVING, PAUSED
 from prefork.pool.state import Pool, Worker
 from prefork.pool.wire import Order
+from prefork.system import signals
 from prefork.system.standing import is_in_call_on, standing
 
 # A worker that was told to leave is looked at after a millisecond, then every 20; one that does not react for a second
@@ -238,11 +238,11 @@ class Retiring:
 
 
 def _is_out_of_accept(pid: int, listener: int) -> bool:
-    """Whether a worker's main thread can't be in accept(): each SIGTERM that has come was taken, and taking one ends the call.
+    """Whether a worker's main thread can't be in accept(): each signal to leave that has come was taken, which ends the call.
 
     ``listener`` is its descriptor. C code may have put a handler in the place of ours that does nothing: so the kernel has to say,
     too, that it is in no such call, and where it does not tell, the worker may be there.
     """
     how = standing(pid) if pid else None
-    heard = how is not None and (how.sleeps_in_the_kernel or how.has_taken(signal.SIGTERM))
+    heard = how is not None and (how.sleeps_in_the_kernel or how.has_taken(signals.RETIRE))
     return heard and is_in_call_on(pid, listener) is False

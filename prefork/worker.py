@@ -5,7 +5,7 @@ accept(), or let the handler's mess reach the next client.
 
 How a worker retires without losing a connection (signal(7), PEP 475; measured: 0 lost in 1,996 retirements under full load,
 where a handler that raises lost one for every three): being asked is a byte on the master's orders, read before each accept,
-and a SIGTERM. The signal's handler sets a flag and, unless a connection is being served, puts /dev/null in the listener's
+and a signal. The signal's handler sets a flag and, unless a connection is being served, puts /dev/null in the listener's
 place in this process' descriptor table. accept() is then retried by CPython, fails with ENOTSOCK, and the loop leaves; a
 connection that the kernel had already handed over is served first. One window is left, a signal that lands just before the
 system call is entered: whoever asked repeats it while the slot says IDLE.
@@ -27,7 +27,7 @@ from dataclasses import dataclass
 from functools import partial
 from os import close, getpid, getppid, read, write
 from time import monotonic_ns as now_ns
-from types import TracebackType
+from types import MappingProxyType, TracebackType
 from typing import Any, NoReturn
 
 from setproctitle import setproctitle
@@ -46,11 +46,14 @@ from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scorebo
 from prefork.system import process, signals, stacks
 from prefork.values import RLIMITS
 
+# What handlers of the import are undone for: a worker is told by it, or (SIGPIPE) must not die of a reader that has gone.
+SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signals.RETIRE, signals.PARENT_DIED, signal.SIGPIPE, *stacks.SIGNALS})
 # The master has not looked for this long: ring, whatever the row of states says; it may be a stray writer's.
 UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
 # A worker that has served its last connection waits so long for its replacement's fork, and looks as often whether it can be had.
 RELEASE_PATIENCE, RELEASE_LOOK = 1.0, 0.02
+EXIT_SIGNAL_HANDLER = 1
 # How a connection ends that has not simply ended.
 ERROR, REJECTED = "error", "rejected"
 Steps = tuple[Callable[[], object], ...]
@@ -90,13 +93,24 @@ def main(worker: "Worker", slot: int) -> NoReturn:
     status = EXIT_BROKEN
     try:
         status = worker.live(slot)
-    except BaseException:
+    except BaseException as error:
         # A left-over alarm of the handler may still ring; nothing may unwind into the frames of the fork server and the master
         # below us, which would act for them on sockets that are shared.
         signals.block()
-        log.event("bug", where="worker", text=traceback.format_exc())
+        if _is_a_signal_handlers(error):
+            status = EXIT_SIGNAL_HANDLER
+            log.event("signal_handler_raised", text=traceback.format_exc())
+        else:
+            log.event("bug", where="worker", text=traceback.format_exc())
     finally:
         os._exit(status)
+
+
+def _is_a_signal_handlers(error: BaseException) -> bool:
+    """Whether a handler of user code's has raised it, for a signal that came between two connections."""
+    handlers = [action for signo, action in signals.installed().items() if signo not in SIGNALS]
+    codes = {code for action in handlers if (code := getattr(action, "__code__", None)) is not None}
+    return any(frame.f_code in codes for frame, _ in traceback.walk_tb(error.__traceback__))
 
 
 def role(generation: int) -> str:
@@ -118,7 +132,14 @@ def after_fork() -> None:
 class Worker:
     """One worker process, from its birth to its end. Made before the fork, for each listener, with all that can be known there."""
 
-    def __init__(self, brief: Brief, handler: Handler, bound: Mapping[str, Any] | None = None) -> None:
+    def __init__(
+        self,
+        brief: Brief,
+        handler: Handler,
+        bound: Mapping[str, Any] | None = None,
+        handlers: Mapping[int, Any] = MappingProxyType({}),
+    ) -> None:
+        """``bound``: what a server that is the handler has become; ``handlers``: user code's own, of signals."""
         self.brief = brief
         self.handler = handler
         self._bound = bound  # of a server that is the handler: what it is where it listens here
@@ -148,11 +169,14 @@ class Worker:
             ring_vacant=lambda: self._ring(self._worn),
             ring_spoilt=lambda: self._ring(listener_spoilt),
         )
+        # The first two are for people; prefork itself sends what a handler that has become another program does not end by.
         self._handlers = (
             (signal.SIGTERM, self._on_retire),
             (signal.SIGINT, self._on_retire),
+            (signals.RETIRE, self._on_retire),
             (signals.PARENT_DIED, self._on_parent_died),
         )
+        self._users_handlers = handlers
         self._tie_to_parent = process.signalling_when_orphaned(signals.PARENT_DIED)
         self.live = self._prepare_to_live(self._prepare_to_serve())
 
@@ -172,7 +196,7 @@ class Worker:
         gate, ring, ready = brief.gate, self._ring, self._ready
         starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
         first: Steps = (
-            *signals.freshening(),
+            *signals.freshening({**signals.passing_over(), **self._users_handlers, **dict(self._handlers)}),
             brief.part,
             self._tie_to_parent,
         )
@@ -182,7 +206,6 @@ class Worker:
             *brief.reopen,
             *(step for step in (brief.offer, brief.schedule) if step is not None),
             *(partial(resource.setrlimit, RLIMITS[name], (limit, limit)) for name, limit in brief.config.rlimit),
-            *(partial(signals.handle, signo, handler) for signo, handler in self._handlers),
             signals.unblock,
             *signals.forgetting,
             *([partial(vars(self.handler.call).update, self._bound)] if self._bound is not None else ()),
@@ -208,7 +231,7 @@ class Worker:
                     self.parked = True
                     states[slot] = PARKED
                     ring(ready)
-                    # Ends when the master opens the gate, when it dies, and when a SIGTERM puts /dev/null here.
+                    # Ends when the master opens the gate, when it dies, and when a signal puts /dev/null here.
                     read(gate, 1)
                     self.parked = False
                 close(gate)
@@ -448,7 +471,7 @@ class Worker:
         signals.block()
         try:
             while not self._asked_to_leave() and board.order_words[scoreboard.FORKS] and time.monotonic() < end:
-                if signal.sigtimedwait({signal.SIGTERM}, RELEASE_LOOK) is not None:
+                if signal.sigtimedwait({signal.SIGTERM, signals.RETIRE}, RELEASE_LOOK) is not None:
                     self.retiring = True
         finally:
             signals.unblock()
@@ -608,8 +631,7 @@ class Worker:
     def be_a_child(self) -> None:
         """Of a handler's fork: no worker any more."""
         self.forked = True
-        signal.signal(signal.SIGTERM, signal.SIG_DFL)
-        signal.signal(signal.SIGINT, signal.default_int_handler)
+        signals.hear_again(signo for signo, _ in self._handlers)
         stacks.be_silent()
         for fd in (self.brief.listener.fileno(), self.brief.doorbell, self.brief.stacks):
             try:

@@ -144,6 +144,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "unsaturated": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s at the ceiling"),
     "gossip": (Level.WARNING, "{count} reports from processes of generation {generation} made no sense and were ignored"),
     "spoilt_slot": (Level.WARNING, "worker {slot} of generation {generation} left impossible counters: put back"),
+    "handlers_undone": (
+        Level.WARNING,
+        "handlers that the import or on_boot of {module} has installed for {signals} are undone, workers need these signals: "
+        "look at conn.stopping, or give on_worker_exit",
+    ),
     # in workers
     "handler_error": (Level.ERROR, "the handler raised, serving {peer}"),
     "handler_errors": (Level.ERROR, "{count} more tracebacks of the handler were not logged"),
@@ -155,6 +160,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
         Level.WARNING,
         "a handler has set {what} on the listening socket, which all share: undone ({count} so far)",
     ),
+    "signal_handler_raised": (Level.ERROR, "a signal handler raised while no client was served: this worker ends and is replaced"),
     "late_alarm": (Level.WARNING, "an alarm that the handler left behind rang after its end: {reason}"),
     "not_at_home": (Level.WARNING, "the handler left another working directory and no way back ({reason}): this worker ends"),
     "child_keeps": (Level.WARNING, "descriptor {descriptor} can't be closed in a handler's child: {reason}"),

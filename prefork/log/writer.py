@@ -30,17 +30,6 @@ UNENDED = 1.0
 LONGEST = 2 * SIZE
 # A file that can't be opened any more is tried again so often, when there is something to be written.
 RETRY = 1.0
-# What the master may send, or anybody to a group of processes.
-_IGNORED = (
-    signal.SIGHUP,
-    signal.SIGINT,
-    signal.SIGQUIT,
-    signal.SIGTERM,
-    signal.SIGUSR1,
-    signal.SIGUSR2,
-    signal.SIGTTIN,
-    signal.SIGTTOU,
-)
 
 
 class Ask(Enum):
@@ -104,7 +93,7 @@ class Writer:
         process.set_title(f"prefork: log {self.pipe.path}")
         os.chdir("/")
         signals.fresh()
-        for signo in _IGNORED:
+        for signo in signals.MASTERS:
             signal.signal(signo, signal.SIG_IGN)
         process.close_all_but({0, 1, 2, self.read_end, self.control.fileno()})
         signals.unblock()

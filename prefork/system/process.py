@@ -18,6 +18,7 @@ from typing import Any
 from setproctitle import setproctitle
 
 from prefork.errors import ConfigError
+from prefork.system import signals
 
 # The most that kernel.pid_max can be (proc(5)).
 PID_LIMIT = 1 << 22
@@ -444,8 +445,4 @@ def describe(status: int) -> str:
     code = os.waitstatus_to_exitcode(status)
     if code >= 0:
         return f"exit status {code}"
-    try:
-        name = signal.Signals(-code).name
-    except ValueError:
-        name = "unnamed"
-    return f"signal {-code} ({name})"
+    return f"signal {-code} ({signals.name(-code)})"

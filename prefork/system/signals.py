@@ -10,12 +10,26 @@ import faulthandler
 import functools
 import os
 import signal
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from types import MappingProxyType
 from typing import Any
 
-# Ours: nobody's user code knows it, so a handler that replaces TERM does not hide the death of a parent.
-PARENT_DIED = signal.SIGRTMIN + 2
+# What the master obeys. A process manager may send it to every process of the daemon (a control group's KillSignal, `systemctl
+# kill`), and to the others it means nothing.
+_ENDING = (signal.SIGTERM, signal.SIGINT, signal.SIGQUIT, signal.SIGHUP)
+MASTERS = (
+    *_ENDING,
+    signal.SIGUSR1,
+    signal.SIGUSR2,
+    signal.SIGTTIN,
+    signal.SIGTTOU,
+)
+# How a worker is told to leave, and what the kernel sends for the death of its parent. An exec undoes handlers: a handler that has
+# become another program gets both with their default action, which for these is to be ignored (signal(7)). SIGCHLD and SIGCONT are
+# ignored so, too: user code handles the one, and the other would let a worker go on that somebody has stopped.
+RETIRE = signal.SIGURG
+PARENT_DIED = signal.SIGWINCH
 TIMERS = {
     signal.ITIMER_REAL: signal.SIGALRM,
     signal.ITIMER_VIRTUAL: signal.SIGVTALRM,
@@ -100,25 +114,56 @@ def kept(handled: Iterable[int]) -> Iterator[None]:
         _set_mask(signal.SIG_SETMASK, mask)
 
 
-def freshening() -> list[Callable[[], object]]:
-    """What gives a child of this process, as it is now, the dispositions of a process that has just started."""
+def freshening(handlers: Mapping[int, Any] = MappingProxyType({})) -> list[Callable[[], object]]:
+    """What gives a child of this process, as it is now, these handlers and else the dispositions of one that has just started.
+
+    A handler that is here already is left alone: C code's (faulthandler's) may be in its place, which Python does not see.
+    """
     steps: list[Callable[[], object]] = [functools.partial(_set_wakeup_fd, -1)]
-    for signo in BLOCKABLE:
-        now = signal.getsignal(signo)
-        if now is None or 32 <= signo < signal.SIGRTMIN:
-            continue  # the C library's own
-        action: Any = int(signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL)
-        if signo == signal.SIGINT:
-            action = signal.default_int_handler
+    for signo, now in _actions().items():
+        action = handlers.get(signo, _first_action(signo))
         if now != action:
             steps.append(functools.partial(handle, signo, action))
     return steps
 
 
-def fresh() -> None:
-    """The dispositions of a process that has just started, with everything still blocked; then install, then `unblock`."""
-    for step in freshening():
+def fresh(handlers: Mapping[int, Any] = MappingProxyType({})) -> None:
+    """What `freshening` gives, in this process, with everything still blocked; then `unblock`."""
+    for step in freshening(handlers):
         step()
+
+
+def _actions() -> dict[int, Any]:
+    """The dispositions that there are now, without those that C code had set before Python began, and the C library's own."""
+    actions = {signo: signal.getsignal(signo) for signo in BLOCKABLE if not 32 <= signo < signal.SIGRTMIN}
+    return {signo: action for signo, action in actions.items() if action is not None}
+
+
+def _first_action(signo: int) -> Any:
+    """The disposition in a process that has just started."""
+    if signo == signal.SIGINT:
+        return signal.default_int_handler
+    return int(signal.SIG_IGN if signo in _IGNORED_BY_PYTHON else signal.SIG_DFL)
+
+
+def passing_over(more: Iterable[int] = ()) -> dict[int, Any]:
+    """Handlers that do nothing, for MASTERS and more. An exec undoes them, as it would not undo that signals are ignored."""
+    return dict.fromkeys((*MASTERS, *more), _note)
+
+
+def hear_again(ours: Iterable[int] = ()) -> None:
+    """In a child that user code has forked: what is passed over, and ends a process elsewhere, ends this one, too.
+
+    ``ours``: signals that have handlers of ours.
+    """
+    for signo in {*ours, *(signo for signo in _ENDING if signal.getsignal(signo) is _note)}:
+        handle(signo, _first_action(signo))
+
+
+def installed() -> dict[int, Any]:
+    """What user code has changed since this process was `fresh` and passed MASTERS over: actions, as `handle` takes them."""
+    changed = {signo: action for signo, action in _actions().items() if action not in (_note, _first_action(signo))}
+    return {signo: action if callable(action) else int(action) for signo, action in changed.items()}
 
 
 def block() -> None:
@@ -135,7 +180,7 @@ def name(signo: int) -> str:
     try:
         return signal.Signals(signo).name
     except ValueError:
-        return f"signal {signo}"
+        return f"SIGRTMIN{signo - signal.SIGRTMIN:+d}" if 32 <= signo < signal.SIGRTMAX else "unnamed"
 
 
 changes: list[bool] = []  # not empty: user code has changed something since the last `forget`

@@ -162,6 +162,16 @@ def test_the_import_finds_what_it_finds_in_a_fork_server(module: Callable[[str],
     assert not (tmp_path / "elsewhere" / "__pycache__").exists()
 
 
+def test_signal_handlers_that_can_not_stay_are_told(module: Callable[[str], Path]) -> None:
+    installs = "import signal\nfor signo in (10, 13, 15):\n    signal.signal(signo, print)\n"
+    done = check(module(installs + LOOP), "--module=mine:loop")
+    assert done.returncode == 0
+    told = (
+        "prefork: mine:loop: handlers that the import has installed for SIGPIPE, SIGTERM are undone, workers need these signals\n"
+    )
+    assert told in done.stderr
+
+
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give itself up")
 def test_the_import_is_not_roots_when_the_handler_would_not_be(tmp_path: Path) -> None:
     with tempfile.TemporaryDirectory(dir="/tmp") as folder:

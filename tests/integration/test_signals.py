@@ -3,16 +3,19 @@
 import os
 import signal
 import socket
+import sys
 import threading
 import time
-from collections.abc import Callable
-from contextlib import suppress
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
 
 import psutil
 import pytest
 
 from prefork.master import SAME_INTERRUPT
-from prefork.system import process
+from prefork.system import process, signals
+from prefork.system.standing import standing
 from prefork.testing import Server, connect
 from tests import watch
 from tests.conftest import HANDLERS, Gate
@@ -155,3 +158,155 @@ def _master_of(title: str) -> int | None:
             if child.cmdline()[:1] == [title]:
                 return child.ppid()
     return None
+
+
+# A mask goes through fork and exec, so the daemon has that of whoever starts it: a JVM's threads block most signals.
+BLOCKED = "import os, signal, sys; signal.pthread_sigmask(signal.SIG_BLOCK, signal.valid_signals())\n"
+STARTS = {
+    "serve": BLOCKED + "os.execv(sys.executable, [sys.executable, '-m', 'prefork', 'serve', '--module=echo:loop', *sys.argv[1:]])",
+    "Server": BLOCKED
+    + "import prefork; prefork.Server('echo:loop', bind='127.0.0.1:0', workers=2, control=sys.argv[-1].partition('=')[2]).run()",
+}
+
+
+@contextmanager
+def ended_at_a_failure(server: Server) -> Iterator[None]:
+    """One that does not hear its stop would be waited for."""
+    try:
+        yield
+    except BaseException:
+        server.process.kill()
+        raise
+
+
+@pytest.mark.parametrize("start", [*STARTS, pytest.param("upgrade", marks=pytest.mark.slow)])
+def test_signals_that_whoever_started_the_daemon_has_blocked_are_heard(tmp_path: Path, start: str) -> None:
+    command = [sys.executable, "-c", STARTS.get(start, STARTS["serve"]), "--bind=127.0.0.1:0", "--workers=2"]
+    with watch.running(command, tmp_path, tmp_path) as server, ended_at_a_failure(server):
+        os.kill(watch.settled(server, 2)["workers"][0]["pid"], signal.SIGKILL)
+        [death] = watch.until("the fork server has heard of it", lambda: server.status()["deaths"])
+        assert death["cause"] == "signal 9 (SIGKILL)"
+        os.kill(server.pid, signal.SIGHUP)
+        watch.logged(server, "generation 2 serves")
+        old = watch.fork_server(server)
+        os.kill(old, signal.SIGKILL)
+        watch.logged(server, "generation 3 serves")  # by its SIGCHLD
+        os.kill(server.pid, signal.SIGTTIN)
+        watch.settled(server, 3)
+        if start == "upgrade":
+            os.kill(server.pid, signal.SIGUSR2)
+            watch.logged(server, "generation 4 serves")
+            os.kill(server.pid, signal.SIGHUP)
+            watch.logged(server, "generation 5 serves")
+        os.kill(server.pid, signal.SIGTERM)
+        assert server.process.wait(watch.DEADLINE) == 0
+
+
+@pytest.mark.parametrize("signo", signals.MASTERS)
+def test_what_a_process_manager_sends_to_all_but_the_master_costs_no_connection(prefork_server: Start, signo: int) -> None:
+    server = prefork_server("echo:loop", workers=2, max_workers=3)
+    fork_server = watch.fork_server(server)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        for child in watch.family(server.pid):
+            os.kill(child.pid, signo)
+        for _ in range(4):
+            with server.connect() as other:
+                other.sendall(b"other")
+                assert other.recv(5) == b"other"
+        sock.sendall(b"y")
+        assert sock.recv(1) == b"y"
+    watch.quiet(server)
+    assert watch.fork_server(server) == fork_server
+    status = server.status()
+    assert (status["deaths"], status["totals"]["killed"], status["generation"]) == ([], 0, 1)
+    assert server.stop() == 0
+    assert "died" not in server.log()
+    assert "ERROR" not in server.log()
+
+
+@pytest.mark.parametrize("signo", [signal.SIGINT, signal.SIGTERM])
+def test_a_stop_of_all_processes_while_the_handler_is_imported_is_in_order(
+    module: Callable[[str], Path], gate: Gate, tmp_path: Path, signo: int
+) -> None:
+    importing = tmp_path / "importing"
+    says = f"import os\nwith open({str(importing)!r}, 'w') as file:\n    file.write(str(os.getpid()))\n"
+    folder = module(says + (HANDLERS / "gated.py").read_text())
+    command = [sys.executable, "-m", "prefork", "serve", "--module=mine:loop", "--bind=127.0.0.1:0", "--name=early"]
+    with gate.closed(), watch.running(command, folder, tmp_path, environment=gate.environment, wait=False) as server:
+        fork_server = int(watch.until("the import runs", lambda: importing.read_text() if importing.exists() else ""))
+        os.kill(fork_server, signo)
+        watch.until("it has taken it", lambda: (how := standing(fork_server)) is None or how.has_taken(signo))
+        assert not watch.is_gone(fork_server)
+        os.kill(server.pid, signo)
+        assert server.process.wait(watch.DEADLINE) == 0
+    assert "ERROR" not in server.log()
+    assert "Traceback" not in server.log()
+
+
+INSTALLS = """
+import faulthandler, os, signal
+
+def mine(signo, frame):
+    came.append(signo)
+
+def raises(signo, frame):
+    raise SystemExit
+
+came = []
+dumped = open("dumped", "w+")
+for signo in (signal.SIGUSR1, signal.SIGALRM, signal.SIGTERM, signal.SIGWINCH, signal.SIGRTMIN + 5):
+    signal.signal(signo, mine)
+signal.signal(signal.SIGHUP, raises)
+signal.signal(signal.SIGCHLD, signal.SIG_IGN)
+signal.signal(signal.SIGPIPE, signal.SIG_DFL)
+faulthandler.register(signal.SIGUSR2, dumped)
+# What it forks ends by what ends any process.
+ready, is_there = os.pipe()
+child = os.fork()
+if not child:
+    os.write(is_there, b"x")
+    while True:
+        signal.pause()
+os.read(ready, 1)
+os.kill(child, signal.SIGINT)
+try:
+    os.waitpid(child, 0)
+except ChildProcessError:  # reaped by the kernel, as SIGCHLD is ignored
+    pass
+
+def loop(sock):
+    kept = (signal.SIGUSR1, signal.SIGALRM, signal.SIGRTMIN + 5)
+    assert all(signal.getsignal(signo) is mine for signo in kept)
+    assert signal.getsignal(signal.SIGCHLD) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGPIPE) == signal.SIG_IGN
+    assert signal.getsignal(signal.SIGTERM) is not mine
+    for signo in (*kept, signal.SIGUSR2):
+        os.kill(os.getpid(), signo)
+    assert came == list(kept)
+    came.clear()
+    signal.signal(signal.SIGUSR1, signal.SIG_DFL)
+    assert os.path.getsize("dumped")
+    sock.sendall(b"as it was installed")
+"""
+
+
+def test_signal_handlers_of_the_import_stay_where_workers_do_not_need_the_signal(
+    prefork_server: Start, module: Callable[[str], Path]
+) -> None:
+    server = prefork_server("mine:loop", folder=module(INSTALLS), workers=1, max_workers=1)
+    undone = "that the import or on_boot of mine:loop has installed for SIGPIPE, SIGTERM, SIGWINCH are undone"
+    assert undone in server.log()
+    fork_server = watch.fork_server(server)
+    for signo in (signal.SIGHUP, signal.SIGALRM, signal.SIGUSR1, signal.SIGUSR2, signal.SIGRTMIN + 5):
+        os.kill(fork_server, signo)  # user code is not called there
+    for _ in range(2):
+        with server.connect() as sock:
+            assert sock.recv(64) == b"as it was installed"
+    idle = watch.settled(server, 1)["workers"][0]["pid"]
+    os.kill(idle, signal.SIGHUP)
+    watch.logged(server, "a signal handler raised while no client was served")
+    watch.until("it is replaced", lambda: watch.settled(server, 1)["workers"][0]["pid"] != idle)
+    assert watch.fork_server(server) == fork_server
+    assert "internal error" not in server.log()

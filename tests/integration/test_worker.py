@@ -12,6 +12,7 @@ from pathlib import Path
 import psutil
 import pytest
 
+from prefork.system.signals import MASTERS, PARENT_DIED, RETIRE
 from prefork.testing import Server
 from tests import watch
 from tests.conftest import HANDLERS
@@ -36,12 +37,14 @@ def tell(server: Server, line: str) -> bytes:
 def test_a_worker_has_the_signals_of_a_fresh_process_but_for_its_own(prefork_server: Start) -> None:
     server = prefork_server("tiny:state", folder=HANDLERS, workers=1, max_workers=1)
     told = json.loads(tell(server, ""))
-    ours = {signal.SIGTERM, signal.SIGINT, signal.SIGRTMIN + 2}
+    ours = {signal.SIGTERM, signal.SIGINT, RETIRE, PARENT_DIED}
     ignored = {signal.SIGPIPE, signal.SIGXFSZ}
     for number, handler in told["handlers"].items():
         wanted = repr(signal.SIG_IGN) if int(number) in ignored else repr(signal.SIG_DFL)
         if int(number) in ours:
             assert "Worker" in handler
+        elif int(number) in MASTERS:
+            assert "_note" in handler, "nothing is done"
         elif handler != "None":
             assert handler == wanted, f"signal {number}: {handler}"
     assert told["mask"] == []

@@ -10,11 +10,12 @@ from prefork.pool.scoreboard import BEGUN, BUSY, IDLE, LEAVING, STARTING
 from prefork.pool.state import Worker
 from prefork.pool.wire import Command, Kind, Order, Report
 from prefork.retiring import LATE
+from prefork.system.signals import RETIRE
 from prefork.system.standing import Standing
 from tests.unit.test_generation import PID, Peer
 
 TIMEOUT = 10.0
-TERM = 1 << 14
+ASKED = 1 << RETIRE - 1
 WAITS = Standing("S (sleeping)", 0, 0, 0)
 KILL = Command(Order.KILL, 0)
 
@@ -82,8 +83,8 @@ def test_one_that_was_seen_to_hold_a_client_is_killed_once_it_was_told(asked: As
     [
         pytest.param(replace(WAITS, state="T (stopped)"), id="stopped"),
         pytest.param(replace(WAITS, state="t (tracing stop)"), id="traced"),
-        pytest.param(replace(WAITS, pending=TERM), id="not heard yet"),
-        pytest.param(replace(WAITS, deaf=TERM), id="blocked"),
+        pytest.param(replace(WAITS, pending=ASKED), id="not heard yet"),
+        pytest.param(replace(WAITS, deaf=ASKED), id="blocked"),
         pytest.param(replace(WAITS, pending=None), id="not known"),
         pytest.param(None, id="hidden"),
     ],
@@ -114,7 +115,7 @@ def test_nor_at_its_deadline_one_whose_slot_others_have_written_to(asked: Asked,
 
 
 def test_one_that_sleeps_in_the_kernel_is(asked: Asked) -> None:
-    asked.how = Standing("D (disk sleep)", 0, 0, TERM)
+    asked.how = Standing("D (disk sleep)", 0, 0, ASKED)
     assert len(asked.run(200.0)) == 1
 
 
@@ -183,7 +184,7 @@ def test_a_signal_that_was_sent_a_moment_ago_does_not_count_as_one_that_is_not_h
     retiring_of, send = asked.generation.retiring, asked.generation.link.signal
 
     def signal(worker: Worker, order: Order) -> None:
-        asked.how = replace(WAITS, pending=TERM)
+        asked.how = replace(WAITS, pending=ASKED)
         send(worker, order)
 
     asked.generation.link.signal = signal  # type: ignore[method-assign]
