@@ -177,7 +177,7 @@ def serve(sources: Sources) -> None:
     Signals:
       TERM, INT    stop; connections may finish
       INT twice, QUIT   stop at once
-      HUP          read configuration and code again, without losing a connection
+      HUP          read configuration and code again, without losing a connection; of a terminal that is closed: stop
       USR1         open the log files again
       USR2         upgrade: become the prefork and the Python that are installed now, under the same pid
       TTIN, TTOU   one acceptor more, one fewer

@@ -31,6 +31,7 @@ from prefork.ops import control, instances
 from prefork.ops.control import Client
 from prefork.stopping import Stopping
 from prefork.system import credentials, pidfile, process, program, signals
+from prefork.system.hangups import HangUps
 from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated, line
 from prefork.upgrading import Upgrading
@@ -128,7 +129,7 @@ class Master:
         daemon.wiring = Wiring(daemon.name, daemon.sources.folder, doorbell_read, doorbell_write, devnull, strangers, who)
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
-        signals.unblock()  # whoever has started us may have blocked some
+        self._let_signals_in()  # whoever has started us may have blocked some
         self._open_control()
         try:
             if conf.pid_file:
@@ -148,10 +149,17 @@ class Master:
         daemon = self.daemon
         self.notifying.begin()
         daemon.selector = daemon.resources.enter_context(selectors.DefaultSelector())
-        self.inbox = daemon.resources.enter_context(closing(signals.Inbox(HANDLED)))
+        self.inbox = daemon.resources.enter_context(closing(signals.Inbox(set(HANDLED) - {signal.SIGHUP})))
+        self.hang_ups = daemon.resources.enter_context(closing(HangUps()))
         daemon.selector.register(self.inbox, selectors.EVENT_READ, lambda _: None)
+        daemon.selector.register(self.hang_ups, selectors.EVENT_READ, lambda _: self._hung_up())
         log.watch(daemon.selector)
         self.doorbell = Doorbell(daemon, self.mending.look)
+
+    @staticmethod
+    def _let_signals_in() -> None:
+        """All but SIGHUP, which is read with its sender and needs to be blocked for that."""
+        signals.let_in_all_but(signal.SIGHUP)
 
     def _go_on(self, fd: int, reason: str) -> None:
         """Be the successor of the program that left its state at ``fd``. All signals are blocked until we can hear them."""
@@ -182,7 +190,7 @@ class Master:
         # Whose SIGCHLD the old program has taken and not obeyed.
         self._reap()
         self.upgrading.adopted(reason)
-        signals.unblock()
+        self._let_signals_in()
 
     def _hand_over(self) -> None:
         """Become the new program, unless somebody wants something of us: the inbox does not outlive us."""
@@ -191,7 +199,7 @@ class Master:
         if not late:
             self.notifying.become()
             self.upgrading.become()
-        signals.unblock()
+        self._let_signals_in()
         self._reap()
         self._obey_signals(late)
 
@@ -267,8 +275,6 @@ class Master:
                 self.stopping.stop("SIGINT")
             elif daemon.now >= daemon.stopping.at + SAME_INTERRUPT:
                 self.stopping.stop_quickly("a second SIGINT")
-        if signal.SIGHUP in arrived:
-            self.changeover.reload("reload (SIGHUP)")
         if signal.SIGUSR1 in arrived:
             self._reopen_logs()
         if signal.SIGUSR2 in arrived:
@@ -276,6 +282,15 @@ class Master:
         for signo, step in ((signal.SIGTTIN, 1), (signal.SIGTTOU, -1)):
             if signo in arrived and daemon.current is not None:
                 self.scale(max(1, daemon.current.targets[0] + step), signals.name(signo))
+
+    def _hung_up(self) -> None:
+        """SIGHUP has come."""
+        if not self.hang_ups.take_hang_up():
+            self.changeover.reload("reload (SIGHUP)")
+        elif self.hang_ups.ignored:
+            log.event("ignored", what="the hang-up of the terminal", why="SIGHUP was ignored at the start (nohup)")
+        else:
+            self.stopping.stop("SIGHUP: the terminal was closed")
 
     def _tend(self) -> None:
         """Do what is due; each step looks at the state and finds out by itself whether there is anything to do."""

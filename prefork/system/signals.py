@@ -171,6 +171,11 @@ def block() -> None:
     _set_mask(signal.SIG_BLOCK, BLOCKABLE)
 
 
+def let_in_all_but(*signos: int) -> None:
+    """Hold back these signals and no others, whatever was held back before."""
+    _set_mask(signal.SIG_SETMASK, signos)
+
+
 # Let every signal in.
 unblock: Callable[[], object] = functools.partial(_set_mask, int(signal.SIG_SETMASK), ())
 

@@ -174,7 +174,7 @@ MUTANTS = [
     Mutant(
         "a signal mask that is inherited and stays",
         "master.py",
-        "        signals.unblock()  # whoever has started us may have blocked some\n",
+        "        self._let_signals_in()  # whoever has started us may have blocked some\n",
         "",
         ("tests/integration/test_signals.py::test_signals_that_whoever_started_the_daemon_has_blocked_are_heard[serve]",),
     ),
@@ -191,6 +191,27 @@ MUTANTS = [
         "for signo, action in users.items() if signo not in worker.SIGNALS}\n",
         "for signo, action in users.items() if signo == 0}\n",
         ("tests/integration/test_signals.py::test_signal_handlers_of_the_import_stay_where_workers_do_not_need_the_signal",),
+    ),
+    Mutant(
+        "a hang-up that is a reload",
+        "system/hangups.py",
+        "        if not self._had_terminal:\n",
+        "        if True:\n",
+        ("tests/integration/test_terminal.py::test_closing_the_terminal_stops_the_daemon[background]",),
+    ),
+    Mutant(
+        "a signal of anybody's that is taken for a hang-up",
+        "system/hangups.py",
+        "sender != 0 and sender == os.getsid(0) and not",
+        "sender != 0 and not",
+        ("tests/integration/test_terminal.py::test_a_daemon_that_no_hang_up_reaches_goes_on_and_reloads[disown]",),
+    ),
+    Mutant(
+        "a shell's signal that is taken for a hang-up",
+        "system/hangups.py",
+        " and not _has_terminal())\n",
+        ")\n",
+        ("tests/integration/test_terminal.py::test_a_signal_that_is_typed_in_the_daemons_own_shell_reloads",),
     ),
     Mutant(
         "a scoreboard that may be any file",
