@@ -393,10 +393,13 @@ def _holder(wanted: Address) -> str:
         pid = next((c.pid for c in found if c.pid), None)
         if pid is None:
             return " by another user's process, which root can see" if found and os.geteuid() != 0 else ""
-        holder = psutil.Process(pid)
-        # Children inherit it: name the oldest of the family, whom somebody can stop.
-        while (parent := holder.parent()) is not None and inherited_from(parent):
-            holder = parent
-        return held_by(holder.pid)
     except (OSError, psutil.Error):
         return ""
+    # Children inherit it: name the oldest of the family that can be looked at, whom somebody can stop.
+    try:
+        holder = psutil.Process(pid)
+        while (parent := holder.parent()) is not None and inherited_from(parent):
+            holder, pid = parent, parent.pid
+    except (OSError, psutil.Error):  # it has gone, or /proc hides what is another user's (hidepid)
+        pass
+    return held_by(pid)

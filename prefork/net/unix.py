@@ -131,6 +131,8 @@ def held_by(pid: int) -> str:
     try:
         with open(f"/proc/{pid}/comm", errors="backslashreplace") as file:
             name = file.read().removesuffix("\n")
-    except OSError:  # gone, or of another pid namespace; or no descriptors to read it
+    except FileNotFoundError:  # gone, or of another pid namespace
         return ""
+    except OSError:  # another user's, which /proc hides (hidepid); or no descriptors to read it
+        return f" by process {pid}"
     return f" by {name} (pid {pid})"

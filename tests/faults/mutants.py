@@ -214,6 +214,13 @@ MUTANTS = [
         ("tests/integration/test_terminal.py::test_a_signal_that_is_typed_in_the_daemons_own_shell_reloads",),
     ),
     Mutant(
+        "a holder that is not named for want of its parent",
+        "net/listener.py",
+        "    except (OSError, psutil.Error):  # it has gone, or",
+        "    except OSError:  # it has gone, or",
+        ("tests/unit/test_listeners.py::test_who_holds_a_port_is_named_though_its_parent_can_not_be_read",),
+    ),
+    Mutant(
         "a scoreboard that may be any file",
         "ops/status.py",
         "            _refuse_strange(fd)\n",

@@ -383,6 +383,39 @@ def test_a_port_of_another_users_says_so_to_who_can_not_see_it(public: Path) -> 
             assert f"127.0.0.1:{port} is in use by another user's process, which root can see" in server.log()
 
 
+# What is another user's is there, and can't be read.
+UNREADABLE = ("unshare", "--mount", "sh", "-c", 'mount -t proc -o hidepid=noaccess proc /proc && exec "$@"', "sh")
+HOLDER = """
+import socket, sys, time
+sock = socket.create_server(("127.0.0.1", 0))
+print(sock.getsockname()[1], flush=True)
+time.sleep(600)
+"""
+
+
+def test_an_address_in_use_names_a_holder_whose_parent_can_not_be_read(public: Path) -> None:
+    with subprocess.Popen([*AS_NOBODY, PYTHON, "-c", HOLDER], stdout=subprocess.PIPE, text=True) as holder:
+        assert holder.stdout is not None
+        port = int(holder.stdout.readline())
+        with running(public, f"--bind=127.0.0.1:{port}", prefix=(*UNREADABLE, *AS_NOBODY)) as server:
+            status = server.process.wait(watch.DEADLINE)
+        holder.kill()
+    assert status == 69
+    assert f"127.0.0.1:{port} is in use by python3 (pid {holder.pid})" in server.log()
+
+
+def test_a_path_in_use_names_a_holder_that_can_not_be_read(public: Path) -> None:
+    path = public / "run" / "socket"
+    with socket.socket(socket.AF_UNIX) as ours:
+        ours.bind(str(path))
+        ours.listen()
+        path.chmod(0o666)
+        with running(public, f"--bind=unix:{path}", prefix=(*UNREADABLE, *AS_NOBODY)) as server:
+            assert server.process.wait(watch.DEADLINE) == 69
+            assert f"unix:{path} is in use by process {os.getpid()}\n" in server.log()
+    path.unlink()
+
+
 def test_without_root_everything_else_works(public: Path) -> None:
     options = (
         "--bind=127.0.0.1:0",

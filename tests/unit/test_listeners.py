@@ -8,6 +8,7 @@ from dataclasses import replace
 from types import SimpleNamespace
 from typing import Any, ClassVar, cast
 
+import psutil
 import pytest
 
 from prefork.config import Config
@@ -299,3 +300,17 @@ def test_handshakes_do_not_shorten_what_connections_have_at_a_stop() -> None:
     assert stopped.stopping.wake_at() is None, "the listeners say when"
     listeners.settling = False  # the queue is served: in that time
     assert stopped.deadline(112.0) == 117.0
+
+
+class Unreadable(psutil.Process):
+    """A process whose parent can't be read: another user's, where /proc hides what is not ours."""
+
+    def parent(self) -> psutil.Process:
+        raise psutil.AccessDenied(self.pid)
+
+
+def test_who_holds_a_port_is_named_though_its_parent_can_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(psutil, "Process", Unreadable)
+    with socket.create_server(("127.0.0.1", 0)) as held:
+        holder = listener_module._holder(Address(int(socket.AF_INET), *held.getsockname()))
+    assert holder == " by this daemon itself, for something else"
