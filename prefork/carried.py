@@ -88,7 +88,7 @@ class CarriedGeneration:
 
     ``served``: the number and the begin of the connections that were known, by slot; others have begun since ``unseen_since``
     (0: any time), or will ring (None). ``unserved``: of workers that were killed the slot's count, and host and
-    port of the client that it leaves out.
+    port of the client that it leaves out. ``registered``: its fork server has something to run after its last worker's end.
     """
 
     number: int
@@ -111,6 +111,7 @@ class CarriedGeneration:
     served: dict[int, tuple[int, float]] = dataclasses.field(default_factory=dict)
     unseen_since: float | None = 0.0
     unserved: dict[int, tuple[int, str, int]] = dataclasses.field(default_factory=dict)
+    registered: bool = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -16,6 +16,7 @@ import socket
 import sys
 import time
 import traceback
+from collections.abc import Collection
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
@@ -27,7 +28,7 @@ from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.net import left_open
 from prefork.ops import instances
 from prefork.printable import printable
-from prefork.system import credentials, originals, process, program, signals, systemd
+from prefork.system import credentials, finalizers, originals, process, program, signals, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -37,7 +38,8 @@ LONGEST_POLL = 86400.0
 # Of what the import's process has left for us; the import can make it as large as it likes.
 SAID_LIMIT = 1 << 18
 _WHERE = signal.SIGRTMIN + 2
-_DONE = b"imported"
+# Begins what is said of an import that has succeeded, and what it has registered and started follows, a line each.
+_DONE = b"imported\0"
 # What a pipe holds (pipe(7)): as much may still be there when the import and all that it has started have ended.
 _PIPE = 65536
 
@@ -61,14 +63,15 @@ def check(sources: Sources, state: bytes | None = None) -> str:
             credentials.uid_of(address.user)
         if address.group:
             credentials.gid_of(address.group)
-    _try_import(config, folder)
+    found = _try_import(config, folder)
     notes = {
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
         for key, option in OPTIONS.items()
     }
     if running is not None:
         program.answer(running.upgrade.token)
-    return f"# What prefork {__version__} serves with. {config.module} can be imported.\n\n{document(config, notes)}"
+    noted = "".join(f"# {line}\n" for line in found)
+    return f"# What prefork {__version__} serves with. {config.module} can be imported.\n{noted}\n{document(config, notes)}"
 
 
 def _refuse_restart(running: State, config: Config) -> None:
@@ -79,8 +82,11 @@ def _refuse_restart(running: State, config: Config) -> None:
         raise ConfigError(changed)
 
 
-def _try_import(config: Config, folder: str) -> None:
-    """Import the handler and its hooks in a child; nobody is left when this returns. Raises HandlerError."""
+def _try_import(config: Config, folder: str) -> list[str]:
+    """Import the handler and its hooks in a child; no process is left when this returns. Raises HandlerError.
+
+    Returns what the import has registered for the end and started, in sentences.
+    """
     who = credentials.wanted(config.user, config.group)
     outcome = os.memfd_create("outcome")
     printed, printing = os.pipe2(os.O_CLOEXEC)
@@ -109,12 +115,14 @@ def _try_import(config: Config, folder: str) -> None:
     finally:
         os.close(outcome)
     if status is None:
-        late = f"{config.module}: the import has not ended after boot_timeout = {config.boot_timeout:g} s"
+        what = "what the import has registered for the end" if said.startswith(_DONE) else "the import"
+        late = f"{config.module}: {what} has not ended after boot_timeout = {config.boot_timeout:g} s"
         raise HandlerError(late + _where(said.decode(errors="replace")))
     if not said:
         raise HandlerError(f"{config.module}: the import ended its process: {process.describe(status)}")
-    if said != _DONE:
+    if not said.startswith(_DONE) or said.count(0) > 1:  # the import has written there, too
         raise HandlerError(said.decode(errors="replace"))
+    return printable(said.removeprefix(_DONE).decode(errors="replace")).splitlines()
 
 
 def _wait(pid: int, seconds: float, printed: int, decoder: codecs.IncrementalDecoder) -> int | None:
@@ -171,7 +179,7 @@ def _where(text: str) -> str:
     """The frames of user code in what faulthandler wrote, which begins with the innermost one. Nothing before the import."""
     frames: list[str] = []
     for line in text.splitlines():
-        if handler.__file__ in line:
+        if handler.__file__ in line or finalizers.__file__ in line:
             return "; it was here (most recent call first)\n" + "\n".join(frames) if frames else ""
         if line.startswith("  File ") and "importlib" not in line:
             frames.append(line)
@@ -198,11 +206,14 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
             handler.refuse_threads(config.module)
             if listening := handler.refuse_connections(config, sockets):
                 _warn(f"{config.module}: the import opens listening sockets, which every worker has: {', '.join(listening)}")
-            said = _DONE
+            said = b""
         except PreforkError as error:
             said = str(error).encode(errors="backslashreplace")
         if os.getpid() == us:  # and no child that the import forked and that has come back here
-            _say(outcome, said, config.module)
+            aside, started = finalizers.set_aside(), process.started_by_us()
+            found = _for_the_end(aside.registered, started.values()).encode(errors="backslashreplace")
+            _say(outcome, said or _DONE + found, config.module)
+            forkserver.finish_import(aside, started, lambda _: traceback.print_exc())
         status = 0
     except BaseException:
         traceback.print_exc()
@@ -219,6 +230,7 @@ def _become_like_a_fork_server(parent: int, outcome: int, printing: int) -> None
     for number in (1, 2):  # standard output is for the configuration
         os.dup2(printing, number)
     process.close_all_but({0, 1, 2, outcome})
+    finalizers.begin()
     os.register_at_fork(after_in_parent=_count_fork)
     # The default action follows, which ends the process.
     faulthandler.register(_WHERE, file=outcome, all_threads=False, chain=True)
@@ -239,6 +251,16 @@ _forks = 0
 def _count_fork() -> None:
     global _forks
     _forks += 1
+
+
+def _for_the_end(registered: Collection[str], started: Collection[str]) -> str:
+    """What the import has registered for the end, and which processes it has started."""
+    said = ""
+    if registered:
+        said += f"Run once, when a generation's last worker has ended, until when its fork server stays: {', '.join(registered)}\n"
+    if started:
+        said += f"Started by the import, and ended with each generation: {', '.join(started)}\n"
+    return said
 
 
 def _say(outcome: int, said: bytes, module: str) -> None:

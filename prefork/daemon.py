@@ -63,6 +63,7 @@ class Stop:
     clients: list[Client]
     seconds: float = 0.0  # for connections, from when all listeners are closed but for their queues
     killed: bool = False
+    quick: bool = False  # from its begin, or a graceful one that somebody had no more patience with
     killed_before: int = 0  # connections that had been killed when it began
     tries: int = 0  # at ending those whom SIGKILL has not ended
 

@@ -32,13 +32,17 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import Access, Layout, Scoreboard
 from prefork.pool.wire import Command, Kind, Order, Report
-from prefork.system import capabilities, credentials, forks, originals, process, readable, signals, stacks, systemd
+from prefork.system import capabilities, credentials, finalizers, forks, originals, process, readable, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 from prefork.values import RLIMITS
 
 # Commands taken between two looks at dead children: a burst of forks must not let zombies wait.
 COMMANDS_AT_ONCE = 64
 REPEAT = 0.02
+# Processes that the import has started are killed when they have not heard SIGTERM in this many seconds.
+STARTED_MAY_TAKE = 2.0
+# The alarm of a fork server that does not end rings this many seconds after its master has killed it, if it has one.
+ALARM_AFTER = 2.0
 # Workers that were stopped or go on are told of so many at once, half of what the channel holds, and then not for so long: the
 # master reads twice as much meanwhile, even when it is tired of hearing it.
 STOPS_AT_ONCE, STOPS_PAUSE = 128, 0.25
@@ -140,6 +144,16 @@ def handlers_undone(installed: Iterable[int]) -> str:
     return ", ".join(signals.name(signo) for signo in installed if signo in worker.SIGNALS)
 
 
+def finish_import(aside: finalizers.Aside, started: Iterable[int], failed: Callable[[str], None]) -> None:
+    """Run what the import has registered, and end the processes that it has started."""
+    us = os.getpid()
+    finalizers.put_back(aside, process.is_child)
+    finalizers.finish(failed)
+    if os.getpid() != us:  # forked by what was run
+        os._exit(0)
+    process.end_children(started, STARTED_MAY_TAKE)
+
+
 class ForkServer:
     """One fork server process."""
 
@@ -156,6 +170,9 @@ class ForkServer:
         self.cookies = Cookies()
         self.parted = False
         self.booted = False
+        self.registered = False  # by the import or on_boot, for the end of this process
+        self.aside: finalizers.Aside | None = None
+        self.started: dict[int, str] = {}  # processes that the import or on_boot have started and left running
 
     # -- its life
 
@@ -173,7 +190,7 @@ class ForkServer:
             if error.errno not in REMEDIES:
                 raise
             return self._failed(f"the fork server can't begin: {explained(error)}", RefusedError.exit_code)
-        self._send(Report(Kind.READY))
+        self._send(Report(Kind.READY, status=int(self.registered)))
         poll = select.poll()
         inbox = self.inbox.fileno()
         poll.register(inbox, select.POLLIN)
@@ -181,6 +198,8 @@ class ForkServer:
             self._flush()
             timeout = self._tell_stops(time.monotonic())
             if self._done():
+                if self.registered:
+                    self._finish()
                 return 0
             if self.orphaned_at is None:
                 self.cookies.note(time.monotonic())
@@ -199,13 +218,15 @@ class ForkServer:
                 self._orphaned(poll)
 
     def _failed(self, text: str, status: int) -> int:
-        """Tell the master why there will be no workers. Returns the exit status."""
+        """Tell the master why there will be no workers, and finish what the import has begun. Returns the exit status."""
         self._send(Report(Kind.FAILED, text=text))
         self._flush(wait=True)
+        self._finish()
         return status
 
     def _become_a_process(self) -> None:
         brief = self.brief
+        finalizers.begin()  # first of all: whatever fails from here on, this process finishes nothing of its parent's
         self.part = process.parting()
         self.part()
         process.become_private()
@@ -271,9 +292,7 @@ class ForkServer:
         process.become_private()
         stacks.tell(self.brief.stacks, dumps=self.brief.config.timeout > 0)
         process.settle()
-        # What the import registered belongs to this process' life: run at each worker's end it would remove, say, a temporary
-        # directory under the others' feet. A worker runs what was registered in it.
-        atexit._clear()
+        self.aside = self._set_aside()
         private = {self.brief.channel.fileno(), *self.inbox.descriptors(), *(other.fileno() for other in listeners.values())}
         self.offer, self.schedule = credentials.offering_to_the_oom_killer(), self._scheduling()
         make = {place: (self._brief(place, private), loaded, bound.get(place), users) for place in listeners}
@@ -298,6 +317,32 @@ class ForkServer:
         if undone := handlers_undone(users):
             log.event("handlers_undone", module=self.brief.config.module, signals=undone)
         return {signo: action for signo, action in users.items() if signo not in worker.SIGNALS}
+
+    def _set_aside(self) -> finalizers.Aside:
+        """Keep what the import and on_boot have registered for the end of this process, and name it.
+
+        Run at each worker's end it would remove, say, a temporary directory that the others use. A worker runs what was registered
+        in it.
+        """
+        aside, self.started = finalizers.set_aside(), process.started_by_us()
+        self.registered = bool(aside.registered or self.started)
+        if aside.registered:
+            log.event("registered", generation=self.brief.generation, what=", ".join(aside.registered))
+        if self.started:
+            log.event("import_processes", generation=self.brief.generation, who=", ".join(self.started.values()))
+        return aside
+
+    def _finish(self) -> None:
+        """Run what the import and on_boot have registered, once. The master ends this process when that takes too long."""
+        # Without a master the alarm does it, which nothing hears.
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)
+        signal.setitimer(signal.ITIMER_REAL, self.brief.config.boot_timeout + ALARM_AFTER)
+        finish_import(self.aside or self._set_aside(), self.started, self._exit_failed)
+        log.finish_prints()
+
+    def _exit_failed(self, what: str) -> None:
+        self._end_if_child()
+        log.event("import_exit_failed", generation=self.brief.generation, what=f"{what} raised", text=traceback.format_exc())
 
     def _scheduling(self) -> Callable[[], object] | None:
         if self.brief.config.scheduling == "inherit":
@@ -330,6 +375,7 @@ class ForkServer:
             offer=self.offer,
             part=self.part,
             schedule=self.schedule,
+            forget=(atexit._clear,) if atexit._ncallbacks() else (),
             private=frozenset(private) - {listener.fileno()},
         )
 
@@ -341,7 +387,8 @@ class ForkServer:
     def _done(self) -> bool:
         if self.orphaned_at is not None:
             return not self.children
-        return self.leaving and not self.outbox
+        # What the import registered may be what the workers live on.
+        return self.leaving and not self.outbox and not (self.registered and self.children)
 
     # -- what the master asks
 

@@ -83,6 +83,7 @@ class Generation:
         self.pool = pool or Pool(self.layout.listeners, self.layout.capacity)
         self.failure: str | None = None
         self.ready = False  # the handler has been imported
+        self.registered = False  # the import has registered something for the end: the fork server outlives its workers
         self.committed = False
         self.suspended = False
         self.kept = False  # its fork server stays although it is retired: it may have to serve again
@@ -140,6 +141,7 @@ class Generation:
             targets=tuple(self.targets),
             retired=tuple(place for place, acceptors in enumerate(self._acceptors) if acceptors.retired),
             ready=self.ready,
+            registered=self.registered,
             committed=self.committed,
             suspended=self.suspended,
             left=self._left,
@@ -168,7 +170,7 @@ class Generation:
         layout, its = carried.layout, carried.pool
         pool = Pool.restored(layout.listeners, layout.capacity, its.workers, its.unready, its.unborn, its.high)
         self = cls(carried.number, config, listeners, wiring, tally, now, carried.targets, layout, pool)
-        self.ready, self.committed = carried.ready, carried.committed
+        self.ready, self.registered, self.committed = carried.ready, carried.registered, carried.committed
         self.suspended, self._left = carried.suspended, carried.left
         self._counted = dict(carried.counted)
         self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
@@ -188,7 +190,7 @@ class Generation:
         if self.link.pid is None:
             self._limbo_at, self._limbo_until = now, now + LIMBO
         elif self.link.stopped or self._left:
-            self._patience_at = now + PATIENCE
+            self._patience_at = now + (PATIENCE if self.link.stopped else self._time_to_leave)
         return self
 
     @property
@@ -225,11 +227,14 @@ class Generation:
         """Fold one report into the state. False when it can't be true."""
         match report.kind:
             case Kind.READY if not self.ready:
-                self.ready = True
+                self.ready, self.registered = True, report.status != 0
                 self.boot_deadline = now + self.config.boot_timeout
                 self.look_soon_all(now)
             case Kind.FAILED if not self.ready:
                 self.failure = report.text
+                # It leaves by itself, and may have registered something before it failed.
+                self.registered = self._left = True
+                self._patience_at = now + self._time_to_leave
             case Kind.FORKED:
                 if not self._may_be_a_worker(report.slot, report.pid) or not self._born(report.slot, report.pid):
                     if report.slot in self._denied:  # so it had not failed, and what was forked is nobody's
@@ -307,10 +312,16 @@ class Generation:
         was_zombie, self._is_zombie = self._is_zombie, process.state(self.link.pid) == b"Z"
         return was_zombie and self._is_zombie
 
-    def fork_server_ended(self, now: float) -> None:
-        """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked."""
+    def fork_server_ended(self, now: float, status: int | None = None) -> None:
+        """The fork server was reaped: its workers are the master's children from now on, and nobody can be forked.
+
+        ``status`` is None where it can't be reaped.
+        """
         self.link.ended()
         self.forks_nothing()
+        if self.registered and not (self._left and status is not None and os.WIFEXITED(status)):
+            cause = "it can't be reaped" if status is None else process.describe(status)
+            log.event("import_unfinished", generation=self.number, cause=cause)
         self._zombie_look_at = self._deaf_until = None
         for worker in list(self.pool.workers.values()):
             if worker.pid and not (process.is_child(worker.pid) and self._may_be_a_worker(worker.slot, worker.pid)):
@@ -734,7 +745,10 @@ class Generation:
         """A child of ours was stopped or goes on: a fork server that stays stopped is replaced."""
         if pid == self.link.pid:
             self.link.stopped = stopped
-            self._patience_at = now + PATIENCE if stopped else None
+            if stopped:
+                self._patience_at = now + PATIENCE
+            else:
+                self._patience_at = now + self._time_to_leave if self._left else None
 
     # -- retiring
 
@@ -834,7 +848,10 @@ class Generation:
         if self.link.pid is not None:
             if self.ready and not self.link.stopped:
                 self.link.send(Order.QUIT)
-            else:
+                if self.registered and not self._left:
+                    self._left = True
+                    self._patience_at = now + self._time_to_leave
+            elif not self._left or self.link.stopped:
                 self.link.kill()
 
     # -- the end
@@ -843,10 +860,22 @@ class Generation:
         """Tell a fork server that nobody needs any more to leave. Who still serves is then the master's child."""
         if self.link.pid is None or self._left or not self.ready or self.kept:
             return
+        if self.registered and self.pool.workers:
+            return
         if all(acceptors.retired for acceptors in self._acceptors) and not self.retiring.prompt and not self.pool.unborn:
             self._left = True
             self.link.send(Order.LEAVE)
-            self._patience_at = now + PATIENCE
+            self._patience_at = now + self._time_to_leave
+
+    @property
+    def _time_to_leave(self) -> float:
+        """Seconds that a fork server may take once it was told: what the import has registered may take as long as the import."""
+        return self.config.boot_timeout if self.registered else PATIENCE
+
+    @property
+    def finishes(self) -> bool:
+        """Whether nothing is left of it but what its import has registered for the end, which is being run."""
+        return self.registered and self._left and not self.pool.workers and self.link.pid is not None and not self.link.killed
 
     @property
     def accepts(self) -> bool:

@@ -253,15 +253,15 @@ class Master:
             for generation in generations:
                 if generation.link.pid == change.pid:
                     ours = True
-                    self._fork_server_ended(generation, process.describe(change.status))
+                    self._fork_server_ended(generation, process.describe(change.status), change.status)
             self.upgrading.ended(change.pid, change.status)
             log.child_ended(change.pid, change.status, daemon.now)
             daemon.wiring.strangers.discard(change.pid)
         return ours
 
-    def _fork_server_ended(self, generation: Generation, cause: str) -> None:
+    def _fork_server_ended(self, generation: Generation, cause: str, status: int | None = None) -> None:
         self.daemon.hear_no_more(generation)
-        generation.fork_server_ended(self.daemon.now)
+        generation.fork_server_ended(self.daemon.now, status)
         self.changeover.fork_server_ended(generation, cause)
 
     def _obey_signals(self, arrived: set[int]) -> None:

@@ -61,7 +61,7 @@ class Stopping:
             before = daemon.killed()
         if daemon.failure is None:
             log.event("stopping_quickly", why=why)
-        daemon.stopping = Stop(why, daemon.now, daemon.now + QUICK_LIMIT, clients, killed=True, killed_before=before)
+        daemon.stopping = Stop(why, daemon.now, daemon.now + QUICK_LIMIT, clients, killed=True, killed_before=before, quick=True)
         self.upgrading.drop(_WHY)
         self.changeover.drop(_WHY)
         for generation in daemon.generations():
@@ -88,13 +88,21 @@ class Stopping:
             generation.retire_all(daemon.now, None)  # the stop's own deadline is below
         if not daemon.draining:
             self.finished = True
+        elif self._only_finishing():
+            return
         elif stop.deadline <= daemon.now or (not stop.killed and self._only_the_killed_are_left()):
             self._end(stop)
 
     def wake_at(self) -> float | None:
         """When to `tend`; when a listener is closed there is a turn anyway."""
         stop = self.daemon.stopping
-        return None if stop is None or self.daemon.listeners.farewells else stop.deadline
+        return None if stop is None or self.daemon.listeners.farewells or self._only_finishing() else stop.deadline
+
+    def _only_finishing(self) -> bool:
+        """Whether only fork servers are left, which run what their imports have registered: a graceful stop waits for them."""
+        stop = self.daemon.stopping
+        draining = self.daemon.draining
+        return stop is not None and not stop.quick and bool(draining) and all(generation.finishes for generation in draining)
 
     def _only_the_killed_are_left(self) -> bool:
         """Whether there is no connection any more that might end: a worker that SIGKILL has not ended is not waited for."""

@@ -13,7 +13,6 @@ system call is entered: whoever asked repeats it while the slot says IDLE.
 
 import _socket
 import _thread
-import atexit
 import gc
 import os
 import resource
@@ -43,7 +42,7 @@ from prefork.net.listener import FAREWELL, Listener
 from prefork.net.peer import has_gone, may_be_told_by_peer
 from prefork.pool import scoreboard, wire
 from prefork.pool.scoreboard import BUSY, IDLE, LEAVING, PARKED, PAUSED, Scoreboard
-from prefork.system import process, signals, stacks
+from prefork.system import finalizers, process, signals, stacks
 from prefork.values import RLIMITS
 
 # What handlers of the import are undone for: a worker is told by it, or (SIGPIPE) must not die of a reader that has gone.
@@ -81,6 +80,7 @@ class Brief:
     offer: Callable[[], object] | None  # see `prefork.system.credentials.offering_to_the_oom_killer`
     part: Callable[[], object]  # see `prefork.system.process.parting`
     schedule: Callable[[], object] | None  # see `prefork.system.process.batch_scheduling`
+    forget: Steps  # what the import has registered for the end, where it has
     private: frozenset[int]  # descriptors of the fork server's own: what the user's import has opened stays open
 
 
@@ -197,6 +197,7 @@ class Worker:
         starts, exits = (option in self.handler.hooks for option in ("on_worker_start", "on_worker_exit"))
         first: Steps = (
             *signals.freshening({**signals.passing_over(), **self._users_handlers, **dict(self._handlers)}),
+            *brief.forget,
             brief.part,
             self._tie_to_parent,
         )
@@ -749,11 +750,15 @@ class Worker:
 
     def _clean_up(self) -> None:
         """What an interpreter does at its end, without waiting for threads that a handler left behind."""
-        for what, step in (("atexit", atexit._run_exitfuncs), ("flush", _flush)):
-            try:
-                step()
-            except BaseException:
-                log.event("exit_failed", what=f"{what} raised", text=traceback.format_exc())
+        finalizers.finish(_exit_failed)
+        try:
+            _flush()
+        except BaseException:
+            _exit_failed("flush")
+
+
+def _exit_failed(what: str) -> None:
+    log.event("exit_failed", what=f"{what} raised", text=traceback.format_exc())
 
 
 def _in_words(error: BaseException) -> str:

@@ -104,6 +104,20 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "ignored": (Level.INFO, "{what} ignored: {why}"),
     # processes
     "fork_server_died": (Level.ERROR, "the fork server of generation {generation} died ({cause}); its workers serve on"),
+    "registered": (
+        Level.INFO,
+        "generation {generation} has registered for its end: {what}; its fork server stays until its last worker has ended",
+    ),
+    "import_processes": (
+        Level.INFO,
+        "generation {generation} has started processes in the import or on_boot, which end with it: {who}",
+    ),
+    "import_exit_failed": (Level.ERROR, "at the end of generation {generation}: {what}"),
+    "import_unfinished": (
+        Level.WARNING,
+        "the fork server of generation {generation} has ended ({cause}): what its import has registered for the end was not run, "
+        "or not to its end",
+    ),
     "fork_server_hung": (Level.ERROR, "the fork server of generation {generation} does not answer: it is killed"),
     "restarting": (Level.WARNING, "a new fork server in {seconds:.1f} s: {reason}"),
     "worker_died": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) died: {cause}, serving {peer}"),

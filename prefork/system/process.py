@@ -6,12 +6,14 @@ import errno
 import functools
 import os
 import resource
+import select
 import signal
 import socket
 import stat
 import struct
+import sys
 import time
-from collections.abc import Callable, Collection, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -222,6 +224,42 @@ def children() -> set[int]:
     # reads /proc/stat for it: a service with ProcSubset=pid has none.
     us = str(os.getpid()).encode()
     return {int(name) for name in os.listdir("/proc") if name.isdigit() and _stat(int(name)).split(maxsplit=2)[1:2] == [us]}
+
+
+def started_by_us() -> dict[int, str]:
+    """Our children that run, each by its number and its command in words. Not the process by which multiprocessing tracks its
+    resources: it ends by itself, with the last process that has them.
+    """
+    try:
+        os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+    except ChildProcessError:
+        return {}  # to look through all processes takes a while where there are many
+    tracker = getattr(getattr(sys.modules.get("multiprocessing.resource_tracker"), "_resource_tracker", None), "_pid", None)
+    return {pid: f"{pid} ({_command(pid)})" for pid in sorted(children()) if pid != tracker and state(pid) not in (b"", b"Z")}
+
+
+def _command(pid: int) -> str:
+    try:
+        with open(f"/proc/{pid}/cmdline", "rb", buffering=0) as file:
+            words = file.read(256).rstrip(b"\0").replace(b"\0", b" ")
+    except OSError:
+        words = b""
+    return words.decode(errors="backslashreplace") or "unnamed"
+
+
+def end_children(pids: Iterable[int], seconds: float) -> None:
+    """SIGTERM to these children of ours, and SIGKILL to those that are there after ``seconds``. Ends when the last has ended."""
+    ours = [pid for pid in pids if signal_child(pid, signal.SIGTERM)]
+    deadline = time.monotonic() + seconds
+    for pid in ours:
+        fd = os.pidfd_open(pid)  # a child: it is there until it is reaped
+        try:
+            ended = select.poll()
+            ended.register(fd, select.POLLIN)
+            if not ended.poll(1000 * max(0.0, deadline - time.monotonic())):
+                signal_child(pid, signal.SIGKILL)
+        finally:
+            os.close(fd)
 
 
 def inherited_children() -> set[int]:

@@ -132,8 +132,8 @@ MUTANTS = [
     Mutant(
         "a server that says at each listener that it is at the last one",
         "forkserver.py",
-        ", loaded, bound.get(place))",
-        ", loaded, bound.get(len(bound) - 1))",
+        ", loaded, bound.get(place), users)",
+        ", loaded, bound.get(len(bound) - 1), users)",
         ("tests/integration/test_socketserver.py::test_each_listeners_workers_have_its_address",),
     ),
     Mutant(
@@ -905,6 +905,64 @@ MUTANTS = [
         "user code may have changed credentials\n        process.become_private()\n",
         "user code may have changed credentials\n        process.prctl(4, 1)\n",
         ("tests/faults/test_trust.py::test_master_and_fork_server_keep_memory_and_descriptors_to_themselves",),
+    ),
+    Mutant(
+        "finalizers that a worker's libraries take for registered",
+        "system/finalizers.py",
+        "    _FINALIZE._registered_with_atexit = False\n",
+        "",
+        ("tests/integration/test_finalizers.py::test_a_worker_finishes_what_it_has_made_whatever_was_imported",),
+    ),
+    Mutant(
+        "the import's finalizers that each worker runs",
+        "system/finalizers.py",
+        "        finalizer.atexit = False\n",
+        "        pass\n",
+        ("tests/integration/test_finalizers.py::test_nothing_is_removed_that_other_workers_use",),
+    ),
+    Mutant(
+        "functions of the import that each worker runs",
+        "forkserver.py",
+        "(atexit._clear,) if atexit._ncallbacks() else ()",
+        "()",
+        (
+            "tests/integration/test_finalizers.py::test_what_the_import_registered_runs_once_after_the_last_worker_of_its_generation",
+        ),
+    ),
+    Mutant(
+        "the import's buffers that each worker writes",
+        "system/finalizers.py",
+        "    for file in files:\n        _flush(file)  # else",
+        "    for file in ():\n        _flush(file)  # else",
+        ("tests/integration/test_finalizers.py::test_what_import_and_workers_write_to_one_open_file_is_written_once",),
+    ),
+    Mutant(
+        "a log that waits for the thread of a handler",
+        "system/finalizers.py",
+        "not lock.acquire(blocking=False)",
+        "not lock.acquire()",
+        ("tests/integration/test_finalizers.py::test_threads_that_a_handler_left_behind_are_not_waited_for",),
+    ),
+    Mutant(
+        "a fork server that leaves before its workers have ended with what the import has registered",
+        "generation.py",
+        "        if self.registered and self.pool.workers:\n            return\n",
+        "",
+        ("tests/unit/test_generation.py::test_a_fork_server_whose_import_registered_something_leaves_after_its_last_worker",),
+    ),
+    Mutant(
+        "an upgrade that forgets what the import has registered",
+        "generation.py",
+        "            registered=self.registered,\n",
+        "",
+        ("tests/unit/test_generation.py::test_an_upgrade_knows_that_a_fork_server_stays",),
+    ),
+    Mutant(
+        "processes of the import that outlive it",
+        "forkserver.py",
+        "    process.end_children(started, STARTED_MAY_TAKE)\n",
+        "",
+        ("tests/integration/test_finalizers.py::test_processes_that_the_import_started_end_with_their_generation",),
     ),
 ]
 

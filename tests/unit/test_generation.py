@@ -37,14 +37,14 @@ STRANGER = 3_000_000
 class Peer:
     """A generation, and the fork server's end of its channel in our hands."""
 
-    def __init__(self, workers: int, who: Credentials | None = None, **options: object) -> None:
+    def __init__(self, workers: int, who: Credentials | None = None, registered: int = 0, **options: object) -> None:
         config = Sources({"module": "echo:loop", "workers": workers, "bind": ["127.0.0.1:0"], "boot_timeout": 5, **options}).load()
         self.listener = open_listener(address.parse("127.0.0.1:0"), Settings(backlog=8))
         self.generation = Generation(1, config, [self.listener], Wiring("echo", "/", 0, 1, 2, {STRANGER}, who), Tally(), 0.0)
         self.end, self.gate = self.generation.link.prepare()
         self.generation.link.pid = os.getpid()
         self.end.setblocking(False)
-        self.say(Report(Kind.READY))
+        self.say(Report(Kind.READY, status=registered))
 
     def say(self, report: Report, now: float = 0.0) -> None:
         self.end.send(wire.pack_report(report))
@@ -727,3 +727,66 @@ def test_deaths_that_are_not_replaced_at_once_are_told_as_a_reason_to_back_off(p
     latest = max(generation.troubles(), key=lambda trouble: trouble.until)
     assert latest.until > 1.0
     assert latest.reason == "workers end by themselves again and again"
+
+
+@pytest.fixture
+def registered() -> Iterator[Peer]:
+    made = Peer(2, registered=1)
+    made.boot(2)
+    yield made
+    made.close()
+
+
+def is_killed_at(generation: Generation, at: float) -> bool:
+    """Whether the fork server is killed then, and not before."""
+    generation.tend(at - 0.01, 0)
+    before = generation.link.killed
+    generation.tend(at, 0)
+    return generation.link.killed and not before
+
+
+def test_a_fork_server_whose_import_registered_something_leaves_after_its_last_worker(registered: Peer) -> None:
+    generation, board = registered.generation, registered.generation.board
+    board.states[0] = board.states[1] = scoreboard.LEAVING
+    generation.retire(0, 1.0, None)
+    generation.tend(1.0 + NAG_FIRST, 0)
+    for slot in range(2):
+        generation.let_go(2.0)
+        assert registered.asked() == []
+        assert not generation.finishes
+        assert generation.exited(slot, PID + slot, 0, 0.0, 0, 2.0)
+    generation.let_go(3.0)
+    assert registered.asked() == [Command(Order.LEAVE)]
+    assert generation.finishes
+    assert is_killed_at(generation, 3.0 + generation.config.boot_timeout), "what it runs may take as long as the import"
+    assert not generation.finishes
+
+
+def test_one_that_is_given_up_with_its_workers_has_as_long(registered: Peer) -> None:
+    generation = registered.generation
+    generation.abandon(1.0)
+    assert registered.asked()[-1] == Command(Order.QUIT)
+    for slot in range(2):
+        generation.exited(slot, PID + slot, signal.SIGKILL, 0.0, 0, 1.0)
+    generation.quit(4.0)
+    assert is_killed_at(generation, 1.0 + generation.config.boot_timeout)
+
+
+def test_an_upgrade_knows_that_a_fork_server_stays(registered: Peer) -> None:
+    generation = registered.generation
+    carried, wiring = generation.carry({registered.listener: 0}, 1.0), generation.link.wiring
+    link = carried.link
+    board, orders, stacks, channel = (os.dup(fd) for fd in (link.board, link.orders, link.stacks, link.channel))
+    carried = replace(carried, link=replace(link, board=board, orders=orders, stacks=stacks, channel=channel, gate=-1))
+    successor = Generation.adopted(carried, generation.config, [registered.listener], wiring, Tally(), 1.0)
+    successor.board.states[0] = successor.board.states[1] = scoreboard.LEAVING
+    successor.retire(0, 1.0, None)
+    successor.tend(2.0, 0)
+    for slot in range(2):
+        successor.let_go(2.0)
+        assert registered.asked() == []
+        successor.exited(slot, PID + slot, 0, 0.0, 0, 2.0)
+    successor.let_go(2.0)
+    assert registered.asked() == [Command(Order.LEAVE)]
+    successor.link.pid = None
+    successor.close()

@@ -71,6 +71,7 @@ def served(count: int, account: Counts, call: Any, **options: Any) -> Iterator[t
         offer=None,
         part=lambda: None,
         schedule=None,
+        forget=(),
         private=frozenset(),
     )
     worker = Worker(brief, Handler(lambda _: call(board, clients.left, worker), Shape.SOCKET, {}))
