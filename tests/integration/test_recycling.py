@@ -60,7 +60,7 @@ def test_a_worker_waits_for_its_replacement_and_serves_on_when_that_does_not_com
 
 def test_an_old_worker_serves_on_until_its_replacement_is_ready(prefork_server: Start, module: Module, gate: Gate) -> None:
     folder = module(GATED_START)
-    server = prefork_server("mine:loop", folder=folder, workers=1, max_lifetime=0.001, environment=gate.environment)
+    server = prefork_server("mine:loop", folder=folder, workers=1, max_lifetime=0.0001, environment=gate.environment)
     with gate.closed():
         worn = pid(server)
         watch.until("its replacement starts", lambda: len(watch.family(server.pid)) == 3 or watch.is_gone(worn))
@@ -72,7 +72,7 @@ def test_an_old_worker_serves_on_until_its_replacement_is_ready(prefork_server: 
 
 def test_at_the_ceiling_there_is_never_more_than_one_process_more(prefork_server: Start, module: Module, gate: Gate) -> None:
     folder = module(GATED_START)
-    server = prefork_server("mine:loop", folder=folder, workers=3, max_workers=3, max_lifetime=0.001, environment=gate.environment)
+    server = prefork_server("mine:loop", folder=folder, workers=3, max_workers=3, max_lifetime=0.0001, environment=gate.environment)
     with gate.closed():
         pid(server)
         watch.until("a replacement starts", lambda: len(watch.family(server.pid)) == 5)
