@@ -410,27 +410,15 @@ class Worker:
                 except OSError as error:
                     log.event("peer_gone", peer=parts_text(host, port), reason=error)
                 took = now() - since
-                bucket_at = histogram_at + (took >> 10).bit_length()
                 if outcome is None:
                     ended_ok += 1
-                    words[begun_at], words[ok_at], words[error_at], words[rejected_at] = (
-                        begun,
-                        ended_ok,
-                        ended_error,
-                        ended_rejected,
-                    )
-                    words[bucket_at] = words[bucket_at] + 1 & mask
                 else:
                     ended_error += outcome == ERROR
                     ended_rejected += outcome == REJECTED
-                    words[begun_at], words[ok_at], words[error_at], words[rejected_at] = (
-                        begun,
-                        ended_ok,
-                        ended_error,
-                        ended_rejected,
-                    )
-                    if outcome == ERROR:  # what was rejected was not served: it has no duration
-                        words[bucket_at] = (words[bucket_at] + 1) & mask
+                words[begun_at], words[ok_at], words[error_at], words[rejected_at] = begun, ended_ok, ended_error, ended_rejected
+                if outcome is not REJECTED:  # what was rejected was not served: it has no duration
+                    bucket_at = histogram_at + (took >> 10).bit_length()
+                    words[bucket_at] = words[bucket_at] + 1 & mask
                 if more:
                     if log_access is not None:
                         log_access(parts_text(host, port), took, outcome or "ok")
