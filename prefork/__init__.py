@@ -7,10 +7,11 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from prefork.handler import Connection, current
+    from prefork.log.records import LogHandler
     from prefork.server import Server
 
 __version__ = "0.1.0"
-__all__ = ["Connection", "Server", "__version__", "current"]
+__all__ = ["Connection", "LogHandler", "Server", "__version__", "current"]
 
 
 def __getattr__(name: str) -> Any:
@@ -19,6 +20,10 @@ def __getattr__(name: str) -> Any:
         from prefork import handler  # noqa: PLC0415
 
         return getattr(handler, name)
+    if name == "LogHandler":
+        from prefork.log.records import LogHandler  # noqa: PLC0415
+
+        return LogHandler
     if name == "Server":
         from prefork.server import Server  # noqa: PLC0415
 

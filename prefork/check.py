@@ -21,10 +21,11 @@ from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
-from prefork import __version__, carried, forkserver, handler, request
+from prefork import __version__, carried, forkserver, handler, log, request
 from prefork.carried import State
 from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
 from prefork.errors import ConfigError, HandlerError, PreforkError
+from prefork.log import records
 from prefork.net import left_open
 from prefork.ops import instances
 from prefork.printable import printable
@@ -199,6 +200,7 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
             forkserver.settle(config, who, folder)
             _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
             sockets = left_open.sockets()
+            records.install(log.Level[config.log_level.upper()])
             loaded = handler.load(config)
             if loaded.shape is handler.Shape.SERVER:
                 binding = partial(request.bind, loaded.call, *request.name_at(config.bind[0]))

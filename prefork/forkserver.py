@@ -26,6 +26,7 @@ from typing import Any, NoReturn
 from prefork import handler, log, request, worker
 from prefork.config import Config
 from prefork.errors import REMEDIES, ConfigError, HandlerError, PreforkError, RefusedError, explained
+from prefork.log import records
 from prefork.net import left_open
 from prefork.net.handshakes import Cookies, Looks
 from prefork.net.listener import FAREWELL, Listener
@@ -263,6 +264,7 @@ class ForkServer:
         self._tie_to_master(signal.SIGKILL)  # the kernel has forgotten both if credentials have changed
         process.become_private()
         sockets = left_open.sockets()
+        records.install(log.Level[self.brief.config.log_level.upper()])
         try:
             loaded = handler.load(self.brief.config)
         finally:
@@ -277,6 +279,8 @@ class ForkServer:
         handler.refuse_threads(self.brief.config.module)
         if listening := handler.refuse_connections(self.brief.config, sockets):
             log.event("listening_left", sockets=", ".join(listening))
+        records.give_way()
+        records.take_http_messages()
         users = self._users_handlers()
         # Import and hook may have changed any of it; SIGCHLD ignored, for one, would lose every exit status.
         with signals.blocked():

@@ -30,7 +30,7 @@ FIELDS = {
     **dict.fromkeys(["accepted", "killed", "backlog", "limit"], WHOLE),
     **dict.fromkeys(["seconds", "duration"], SECONDS),
     **dict.fromkeys(
-        ["peer", "listener", "address", "addresses", "cause", "why", "what", "name", "module", "version", "paths"], TEXT
+        ["peer", "listener", "logger", "address", "addresses", "cause", "why", "what", "name", "module", "version", "paths"], TEXT
     ),
     "outcome": {"enum": ["ok", "error", "killed", "rejected"]},
     "stream": {"enum": ["stdout", "stderr"]},
@@ -38,6 +38,7 @@ FIELDS = {
 REQUIRED = {
     "access": ["peer", "duration", "outcome", "slot", "generation", "listener"],
     "output": ["stream"],
+    "record": ["logger"],
     "handler_error": ["peer", "text"],
     "worker_died": ["slot", "generation", "pid", "cause", "peer"],
     "dropped": ["count"],
@@ -143,6 +144,7 @@ EVENT_FIELDS = {
     "exit_failed": ["what"],
     "access": ["peer", "outcome", "duration", "slot", "generation", "listener"],
     "output": ["stream", "line"],
+    "record": ["logger", "line"],
 }
 Draft202012Validator.check_schema(SCHEMA)
 _validator = Draft202012Validator(SCHEMA)

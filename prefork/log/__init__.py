@@ -1,8 +1,8 @@
 """The log: the one place that turns events into lines. Code says ``log.event("worker_died", slot=3, ...)``.
 
 `events` names what can happen, `formats` makes lines of it, `sink` gets them out without waiting, `prints` turns what handlers
-print into events. Here is what this process logs, how, and where. A line is one write(2); one that can't be written is counted, and
-the count is told with the next one that can.
+print into events, `records` what they give to Python's `logging`. Here is what this process logs, how, and where. A line is one
+write(2); one that can't be written is counted, and the count is told with the next one that can.
 
 A log file is written by a process of its own (`writer`), to which everybody has a `pipe`: a disk that hangs stops nobody else. The
 master starts these processes, before anything depends on them (`files`); its forks find the pipes open.
@@ -28,6 +28,8 @@ from prefork.system import forks, process
 
 __all__ = ["ALWAYS", "EVENTS", "RESERVED", "Level", "Output", "Sink", "event"]
 
+# Of a logger's name so many bytes are told.
+LOGGER = 256
 _STREAM_LEVELS = {"stdout": Level.INFO, "stderr": Level.WARNING}
 
 
@@ -71,6 +73,15 @@ class Output:
                 entries.append(_entry("output", level, sentence.format_map(fields), "", fields))
         self._write(self.log, entries)
 
+    def record(self, level: Level, logger: str, message: str) -> None:
+        """Log what user code has given to `logging`: the first line, and below it, as the text, what follows."""
+        logger = next(formats.cut(logger, LOGGER))
+        first, *more = message.strip("\n").split("\n", 1)
+        line, *rest = formats.cut(first, self.log.room // 2)  # each part of a text comes with it
+        text = "\n".join(["".join(rest), *more] if rest else more)
+        fields = {"logger": logger, "line": line}
+        self._write(self.log, [_entry("record", level, EVENTS["record"][1].format_map(fields), text, fields)])
+
     def missing(self, sink: Sink, count: int) -> bytes:
         """The line that tells how many lines it lacks."""
         level, sentence = EVENTS["dropped"]
@@ -90,7 +101,7 @@ class Output:
         if sink.native:
             return formats.as_entries(entry, json_message=self.format == "json")
         lines = self._lines(sink, entry)
-        if isinstance(sink, Pipe) and self.format == "text":
+        if self.format == "text" and sink.most is not None and not sink.journal:
             lines = [piece for line in lines for piece in formats.pieces(line, sink.most)]
         return [(line + "\n").encode("utf-8", "backslashreplace") for line in lines]
 
@@ -130,6 +141,22 @@ _selector: selectors.BaseSelector | None = None
 def event(name: str, /, *, text: str = "", **fields: Any) -> None:
     """Log the event ``name``, as `Output.event` does, the way this process logs."""
     _output.event(name, text=text, **fields)
+
+
+def takes(level: Level) -> bool:
+    """Whether a record of this level is logged."""
+    return level >= _output.level
+
+
+def record(level: Level, logger: str, message: str) -> None:
+    """Log a record of `logging`, if its level is logged."""
+    if takes(level):
+        _output.record(level, logger, message)
+
+
+def hears_user_code() -> bool:
+    """Whether this process, or the one that it was forked from, has begun as a fork server."""
+    return prints.are_logged()
 
 
 def _missing(sink: Sink, count: int) -> bytes:
@@ -180,7 +207,7 @@ def _sink(key: str, path: str, patience: float) -> Sink:
         try:
             file.open(patience)
         except OSError as error:
-            raise ConfigError(f"{key} = {path!r}: {_remedy(path, error)}") from None
+            raise ConfigError(f"{key} = {path!r}: {_remedy(key, path, error)}") from None
         if _selector is not None:
             file.watch(_selector)
         _files[path] = file
@@ -188,7 +215,7 @@ def _sink(key: str, path: str, patience: float) -> Sink:
     return found
 
 
-def _remedy(path: str, error: OSError) -> str:
+def _remedy(key: str, path: str, error: OSError) -> str:
     match error.errno:
         case errno.EISDIR:
             return "is a directory: give the path of a file"
@@ -199,7 +226,10 @@ def _remedy(path: str, error: OSError) -> str:
         case errno.ENXIO:
             return "a socket, or a FIFO that nobody reads: give the path of a file"
         case errno.ELOOP:
-            return "a symbolic link, which is not followed when the handler runs as another user: give the path of the file itself"
+            word = "- for the log" if key == "access_log" else "stderr"  # of who has asked for /dev/stdout or /dev/stderr
+            return (
+                f"a symbolic link, which is not followed when the handler runs as another user: give the file's own path, or {word}"
+            )
         case _:
             return explained(error, "give another path")
 

@@ -182,4 +182,5 @@ EVENTS: dict[str, tuple[Level, str]] = {
     # lines of connections and of handlers
     "access": (Level.INFO, "{peer} {outcome} after {duration:.6f} s, worker {slot} of generation {generation} on {listener}"),
     "output": (Level.INFO, "{stream}: {line}"),
+    "record": (Level.INFO, "{logger}: {line}"),
 }

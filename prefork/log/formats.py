@@ -23,8 +23,8 @@ ENTRY_TEXT = 49152
 _COLOURS = {Level.DEBUG: "2", Level.INFO: "32", Level.WARNING: "33", Level.ERROR: "1;31"}
 # syslog(3)'s, which the journal reads from the beginning of a line.
 _PRIORITIES = {Level.DEBUG: 7, Level.INFO: 6, Level.WARNING: 4, Level.ERROR: 3}
-# In JSON the message of this event is this field alone: the rest is told by the others, and a text is not written twice.
-_OWN_WORDS = {"output": "line"}
+# In JSON the message of these events is this field alone: the rest is told by the others, and a text is not written twice.
+_OWN_WORDS = {"output": "line", "record": "line"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -118,11 +118,17 @@ def _plain(value: Any) -> Any:
 
 
 def pieces(line: str, room: int) -> Iterator[str]:
-    """The same of a line that hardly ever needs it: no character takes more than twelve bytes in any format."""
-    if 12 * len(line) <= room:
+    """Of a line for people, which hardly ever needs it: no character takes more than twelve bytes in any format.
+
+    What follows the first piece is indented, or it could be made to look like a line of the log.
+    """
+    room -= len("    \n")
+    if 12 * len(line) <= room or len(line.encode("utf-8", "backslashreplace")) <= room:
         yield line
     else:
-        yield from cut(line, room)
+        first, *more = cut(line, room)
+        yield first
+        yield from ("    " + piece for piece in more)
 
 
 def cut(text: str, room: int) -> Iterator[str]:

@@ -102,6 +102,11 @@ def install(say: Say) -> None:
         _installed.append(lines)
 
 
+def are_logged() -> bool:
+    """Whether they were installed here, or where this process was forked from."""
+    return bool(_installed)
+
+
 def finish() -> None:
     """Tell lines that have begun and were not ended."""
     for lines in _installed:

@@ -26,6 +26,48 @@ class Mutant:
 
 MUTANTS = [
     Mutant(
+        "a record that comes twice where the module has a handler of its own",
+        "log/records.py",
+        "            if any(other is not self and",
+        "            if any(other is not other and",
+        ("tests/integration/test_records.py::test_dict_config_names_the_handler_and_no_record_comes_twice",),
+    ),
+    Mutant(
+        "a basicConfig that does nothing because the root logger has our handler",
+        "log/records.py",
+        "        else:\n            _withdraw()\n",
+        "",
+        ("tests/integration/test_records.py::test_a_worker_that_configures_logging_is_obeyed",),
+    ),
+    Mutant(
+        "a root logger that keeps our level under a handler of user code's",
+        "log/records.py",
+        "    if isinstance(logging.root.level, Level):",
+        "    if False:",
+        ("tests/integration/test_records.py::test_a_handler_of_the_modules_own_is_left_alone",),
+    ),
+    Mutant(
+        "a record that raises into user code when it can't be formatted",
+        "log/records.py",
+        "        except Exception:  # whatever",
+        "        except ArithmeticError:  # whatever",
+        ("tests/unit/test_records.py::test_a_record_that_can_not_be_formatted_is_told_and_raises_nothing",),
+    ),
+    Mutant(
+        "requests of http.server that are warnings",
+        "forkserver.py",
+        "        records.take_http_messages()\n",
+        "",
+        ("tests/integration/test_records.py::test_http_servers_own_messages_are_no_warnings",),
+    ),
+    Mutant(
+        "a long line whose second piece looks like a line of the log",
+        "log/formats.py",
+        '        yield from ("    " + piece for piece in more)\n',
+        "        yield from more\n",
+        ("tests/unit/test_log.py::test_no_part_of_a_record_makes_a_line_of_its_own[text-x-text]",),
+    ),
+    Mutant(
         "a user's home that an upgrade carries under another name",
         "system/credentials.py",
         '    home: str = ""\n',

@@ -129,8 +129,8 @@ def test_every_event_is_logged_somewhere_with_the_fields_that_its_sentence_needs
             logged.add(name)
             assert None in given or set(fields_of(name)) <= given, f"{path}:{call.lineno}"
             assert not (given - {"text"}) & RESERVED, f"{path}:{call.lineno}"
-    # The log's own two: what it could not write, and what handlers print.
-    assert logged | {"dropped", "output"} == set(EVENTS)
+    # The log's own three: what it could not write, what handlers print, and what they give to `logging`.
+    assert logged | {"dropped", "output", "record"} == set(EVENTS)
 
 
 @pytest.mark.parametrize("name", EVENTS)
@@ -169,6 +169,40 @@ def test_a_traceback_can_not_forge_lines_either() -> None:
         log.event("bug", where="x", text="one\x1b[31m\r2026-01-01 00:00:00.000 INFO master[1]: stopped\x0btwo")
         _, *rest = stderr.line().split("\n")[:-1]
         assert rest == [r"    one\x1b[31m", "    2026-01-01 00:00:00.000 INFO master[1]: stopped", "    two"]
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+@pytest.mark.parametrize("character", ["x", "\x1b", "é", "😀", "\u2028"])
+@pytest.mark.parametrize("where", ["logger", "message", "text"])
+def test_no_part_of_a_record_makes_a_line_of_its_own(where: str, character: str, log_format: str) -> None:
+    long, forged = character * (9000 // len(json.dumps(character)[1:-1])), "2026-01-01 00:00:00.000 INFO master[1]: stopped"
+    value = f"{long}{forged}"
+    given = {"logger": "mine", "message": "said", "text": "more", where: value}
+    with captured() as stderr:
+        use(log_format=log_format)
+        log.record(Level.INFO, given["logger"], f"{given['message']}\n{given['text']}")
+        lines = "".join(stderr.writes()).split("\n")[:-1]
+        assert all(len(line.encode()) < sink.PIPE_BUF for line in lines)
+        if log_format == "text":
+            assert [line for line in lines if not line.startswith("    ")] == lines[:1]
+            told = "".join(line.removeprefix("    ") for line in lines)
+        else:
+            entries = list(log_schema.read("\n".join(lines) + "\n"))
+            assert {entry["event"] for entry in entries} == {"record"}
+            told = entries[0]["message"] + "".join(entry["text"] for entry in entries)
+        if where == "logger":
+            assert forged not in told  # so much of a name is not told
+        else:
+            assert forged in told
+
+
+@pytest.mark.parametrize("log_format", ["text", "json"])
+def test_an_empty_record_is_a_line(log_format: str) -> None:
+    with captured() as stderr:
+        use(log_format=log_format)
+        for message in ("", "\n\n"):
+            log.record(Level.INFO, "", message)
+        assert len("".join(stderr.writes()).splitlines()) == 2
 
 
 @pytest.mark.parametrize("level", ["debug", "info", "warning", "error"])
@@ -488,6 +522,16 @@ def test_the_journal_gets_fields(opened: Callable[[ExitStack], Journal]) -> None
         assert message == "master: internal error in the x, please report it\n    Traceback\n      File\\x1b\n    KeyError"
         with pytest.raises(BlockingIOError):
             journald.stream.recv(1)
+
+
+def test_a_record_of_logging_is_an_entry_of_the_journal(opened: Callable[[ExitStack], Journal]) -> None:
+    with ExitStack() as stack:
+        journald = opened(stack)
+        use()
+        log.record(Level.ERROR, "mine.part", "it failed\nTraceback:\n  File x\n<0>KeyError\x1b\n")
+        entry = journald.entry()
+        assert entry["MESSAGE"] == "master: mine.part: it failed\n    Traceback:\n      File x\n    <0>KeyError\\x1b"
+        assert (entry["PRIORITY"], entry["PREFORK_EVENT"], entry["PREFORK_LOGGER"]) == ("3", "record", "mine.part")
 
 
 def test_json_is_the_message_of_the_journals_entry(opened: Callable[[ExitStack], Journal]) -> None:
