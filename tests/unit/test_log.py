@@ -20,6 +20,7 @@ import pytest
 import prefork
 from prefork import log
 from prefork.config import Config
+from prefork.errors import ConfigError
 from prefork.log import EVENTS, RESERVED, Level, Output, Sink, formats, prints, sink
 from prefork.log.events import ALWAYS
 from tests import log_schema
@@ -356,6 +357,13 @@ def test_the_access_log_may_be_the_log_or_a_file_of_its_own(tmp_path: Path) -> N
         log.finish()
         assert json.loads(path.read_text())["event"] == "access"
         assert path.stat().st_mode & 0o777 == 0o600
+
+
+@pytest.mark.parametrize(("key", "word"), [("access_log", "- for the log"), ("log_file", "stderr")])
+def test_a_link_that_is_not_followed_is_refused_with_what_works(key: str, word: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(log, "_owner", os.geteuid())
+    with pytest.raises(ConfigError, match=rf"^{key} = '/dev/stdout': a symbolic link, .* or {word}$"):
+        use(**{key: "/dev/stdout"})
 
 
 # -- terminals and the journal
