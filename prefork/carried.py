@@ -141,7 +141,7 @@ class CarriedWiring:
 
 @dataclass(frozen=True, slots=True)
 class CarriedFile:
-    """A file of the daemon's own in the file system: the control socket, the pid file."""
+    """A file of the daemon's own in the file system: the control socket, its lock, the pid file."""
 
     path: str
     fd: int
@@ -190,6 +190,7 @@ class State:
     cookies: tuple[tuple[float, int | None], ...]  # readings of the kernel's counter of SYN cookies
     generations: tuple[CarriedGeneration, ...]  # the current one first
     tally: CarriedTally
+    lock: CarriedFile | None = None
     format: int = FORMAT
     board: int = scoreboard.VERSION
     wire: int = wire.VERSION
@@ -199,7 +200,7 @@ class State:
         wiring = self.wiring
         found = [wiring.doorbell_read, wiring.doorbell_write, wiring.devnull, *self.inherited]
         found += [fd for file in wiring.logs for fd in (file.write_end, file.read_end, file.control)]
-        found += [file.fd for file in (self.control, self.pid_file) if file is not None]
+        found += [file.fd for file in (self.control, self.lock, self.pid_file) if file is not None]
         found += [listener.fd for listener in self.listeners]
         for generation in self.generations:
             link = generation.link

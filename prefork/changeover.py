@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
-from prefork import __version__, config, log
+from prefork import __version__, config, log, names
 from prefork.config import Config
 from prefork.daemon import Canary, Daemon, Reload
 from prefork.errors import ConfigError, HandlerError, PreforkError
@@ -70,6 +70,7 @@ class Changeover:
         plan = Plan(())
         self.restart_at = None
         try:
+            names.restore(daemon)  # whatever becomes of the rest
             conf = daemon.load()
             changed = config.needs_restart(daemon.config, conf)
             if changed is not None:
@@ -342,6 +343,9 @@ class Changeover:
         if self._put_in_place(new, old, plan, farewell_at=daemon.now):
             self._serve_who_waits(new)
         first, _, rest = reason.partition("\n")
+        for listener in old.listeners:
+            if listener.is_swept:  # it was so before the reload
+                log.event("listener_swept", address=listener.address)
         log.event("rolled_back", what=reload.what, generation=old.number, crashed=new.number, reason=first, text=rest)
         self._remember("rolled back", reason)
         daemon.tell(reload.clients, {"ok": False, "reason": f"rolled back to generation {old.number}: {reason}"})

@@ -108,6 +108,7 @@ Files:
   /run/prefork/NAME.sock               the same, of root's, without that variable
   /run/prefork/NAME/NAME.sock          the same, of a systemd unit
   /tmp/prefork-UID/NAME.sock           the same, of anybody else's
+  NAME.sock.lock, beside it            held as long as that instance runs
 """
 
 

@@ -99,6 +99,7 @@ class Daemon:
         self.demand: limits.Demand | None = None  # what the machine's limits were last held against
         self.failure: PreforkError | None = None  # why the start failed
         self.control: ControlServer | None = None
+        self.lock: PidFile | None = None  # while it is held no other daemon has our control socket's path
         self.pid_file: PidFile | None = None
 
     def clock(self) -> float:

@@ -83,7 +83,9 @@ class Listeners:
         places: list[Listener] = []
         owners: list[tuple[int, int]] = []
         try:
-            for address, kept in self._match(conf.bind):
+            for address, found in self._match(conf.bind):
+                # One that has lost its path is served like a removed address.
+                kept = None if found is not None and found.is_swept else found
                 # A look-up may ask the network: only for what has changed.
                 owners.append(_owner(address, kept.configured if kept is not None else None))
                 if kept is not None and self._listens(kept, in_force):
@@ -197,7 +199,10 @@ class Listeners:
             if over:
                 self.farewells.remove(farewell)
                 farewell.listener.close()
-                log.event("no_longer_listening", address=farewell.listener.address)
+                address = farewell.listener.address
+                # A socket that had lost its path has a successor of the same address.
+                if not any(one.address == address and one is not farewell.listener for one in self.current):
+                    log.event("no_longer_listening", address=address)
         self.looks.rest()
 
     def _is_over(
@@ -253,7 +258,8 @@ def _anew(spoilt: Listener, conf: Config) -> Listener:
         # On an interface that it may not leave without CAP_NET_RAW, or behind a filter that is locked. As long as it listens the
         # kernel gives its address to no other socket. If that is refused, workers ring, and it listens there again (`Mending`).
         spoilt.shut_down()
-    fresh = open_listener(real, _settings(conf), spoilt.owner())
+    owner = _owner(real, None) if spoilt.is_swept else spoilt.owner()
+    fresh = open_listener(real, _settings(conf), owner)
     fresh.configured = spoilt.configured
     return fresh
 

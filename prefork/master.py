@@ -16,21 +16,21 @@ from dataclasses import replace
 from functools import partial
 from typing import Any
 
-from prefork import carried, config, log
+from prefork import carried, config, log, names
 from prefork.carried import State
 from prefork.changeover import Changeover
 from prefork.config import Sources
 from prefork.daemon import Daemon
-from prefork.errors import InUseError, PreforkError, explained
+from prefork.errors import PreforkError
 from prefork.floods import ChildSignals, Doorbell
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.mending import Mending
 from prefork.notifying import Notifying
-from prefork.ops import control, instances
+from prefork.ops import control
 from prefork.ops.control import Client
 from prefork.stopping import Stopping
-from prefork.system import credentials, pidfile, process, program, signals
+from prefork.system import credentials, process, program, signals
 from prefork.system.hangups import HangUps
 from prefork.system.program import Program
 from prefork.system.systemd import Notifier, activated, line
@@ -130,10 +130,8 @@ class Master:
         # Before anything can be seen of us: a stop or a log rotation that comes early must not end us with files left behind.
         self._prick_up()
         self._let_signals_in()  # whoever has started us may have blocked some
-        self._open_control()
         try:
-            if conf.pid_file:
-                daemon.pid_file = pidfile.write(conf.pid_file)
+            names.make(daemon, partial(self.obey, self))
             self.changeover.start()
         except BaseException:
             self._close()
@@ -385,23 +383,5 @@ class Master:
         daemon = self.daemon
         if os.getpid() != daemon.pid:
             os._exit(PreforkError.exit_code)  # a child that has unwound into these frames must not act for the master
-        if daemon.control is not None:
-            daemon.control.close()
-        if daemon.pid_file is not None:
-            daemon.pid_file.remove()
+        names.remove(daemon)
         log.finish()
-
-    # -- the control socket
-
-    def _open_control(self) -> None:
-        daemon = self.daemon
-        if daemon.config.control == "off":
-            return
-        try:
-            path = daemon.config.control or instances.default_path(daemon.name)
-            daemon.control = control.serve(path, daemon.selector, partial(self.obey, self))
-        except InUseError as error:
-            raise InUseError(f"{error}: an instance named {daemon.name} is running, give this one another --name") from None
-        except OSError as error:
-            where = f"{error.filename}: " if error.filename else ""
-            log.event("control_failed", reason=where + explained(error, "give another path (control)"))

@@ -15,12 +15,12 @@ import time
 from dataclasses import dataclass, replace
 from typing import Any
 
-from prefork import __version__, carried, config, log
+from prefork import __version__, carried, config, log, names
 from prefork.carried import CarriedFile, CarriedListener, CarriedTally, CarriedWiring, State, Upgrade
 from prefork.changeover import SETTLED, Changeover
 from prefork.config import Config
 from prefork.daemon import Daemon
-from prefork.errors import explained
+from prefork.errors import PreforkError, explained
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.net.listener import Listener
@@ -90,7 +90,10 @@ class Upgrading:
         number = daemon.upgrade.number + 1 if daemon.upgrade is not None else 1
         daemon.upgrade = Upgrade(number, time.time(), what, __version__, os.urandom(16).hex())
         try:
+            names.restore(daemon)
             self._try(self._program())
+        except PreforkError as error:
+            self._give_up(str(error))
         except OSError as error:
             self._give_up(f"{self._program().executable} can't be started: {explained(error)}")
         daemon.tell(clients, {"ok": True, "upgrade": number})
@@ -297,7 +300,7 @@ class Upgrading:
                 credentials=wiring.credentials,
             ),
             control=CarriedFile(control.path, control.sock.fileno(), control.inode) if control is not None else None,
-            pid_file=CarriedFile(daemon.pid_file.path, daemon.pid_file.fd) if daemon.pid_file is not None else None,
+            pid_file=_carried_file(daemon.pid_file),
             listeners=tuple(_carried_listener(listener) for listener in listeners),
             current_listeners=tuple(places[listener] for listener in daemon.listeners.current),
             farewells=daemon.listeners.carry(places),
@@ -306,6 +309,7 @@ class Upgrading:
             tally=CarriedTally(
                 tally.counts, tuple(tally.histogram), tally.forked, tally.exited, tally.saturated, tuple(tally.deaths)
             ),
+            lock=_carried_file(daemon.lock),
         )
 
     # -- in the new one
@@ -328,8 +332,7 @@ class Upgrading:
         strangers, who = set(state.wiring.strangers), state.wiring.credentials
         log.of_master(strangers, who.uid if who is not None and who.uid != 0 else None)
         log.adopt(state.wiring.logs)
-        if state.pid_file is not None:
-            daemon.pid_file = PidFile(state.pid_file.path, state.pid_file.fd)
+        daemon.pid_file, daemon.lock = _adopted_file(state.pid_file), _adopted_file(state.lock)
         # In loops, because what is made belongs to this frame then: if the rest fails, the way back needs it open.
         listeners: list[Listener] = []
         for listener in state.listeners:
@@ -407,6 +410,14 @@ def _carried_listener(listener: Listener) -> CarriedListener:
 def _adopted_listener(listener: CarriedListener) -> Listener:
     sock = socket.socket(fileno=listener.fd) if listener.fd != -1 else _closed()
     return Listener(listener.configured, listener.address, sock, listener.inode, listener.ours)
+
+
+def _carried_file(file: PidFile | None) -> CarriedFile | None:
+    return CarriedFile(file.path, file.fd) if file is not None else None
+
+
+def _adopted_file(file: CarriedFile | None) -> PidFile | None:
+    return PidFile(file.path, file.fd) if file is not None else None
 
 
 def _closed() -> socket.socket:

@@ -48,6 +48,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
         Level.WARNING,
         "no control socket, serving on without status, reload and stop: {reason}",
     ),
+    "lock_failed": (
+        Level.WARNING,
+        "only its control socket keeps a second instance named {name} from starting, there is no place for a lock: {reason}",
+    ),
+    "name_restored": (Level.WARNING, "{path} was removed while the daemon runs: it is there again"),
     "control_refused": (Level.WARNING, "control client refused: {reason}"),
     "handlers_are_root": (Level.WARNING, "handlers run as root: give a user to run them as (--user)"),
     "orders_exposed": (
@@ -82,6 +87,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "listener_lost": (
         Level.ERROR,
         "a handler has spoilt the listening socket of {address} ({reason}), which is another program's: have that open it anew",
+    ),
+    "listener_swept": (
+        Level.WARNING,
+        "the path of {address} was removed while the daemon runs, no client finds it: the next reload makes it anew",
     ),
     "limit": (Level.WARNING, "{what} is {has}, {why} can need {needs}: {remedy}"),
     "bug": (Level.ERROR, "internal error in the {where}, please report it"),

@@ -30,6 +30,7 @@ from prefork.net.address import Address, socket_address
 from prefork.net.handshakes import Handshakes, Looks
 from prefork.net.mending import SO_BINDTOIFINDEX, is_open
 from prefork.net.unix import UNCHANGED, dress, held_by, inode_of, open_unix, remove
+from prefork.system import replacing
 
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
@@ -232,6 +233,11 @@ class Listener:
         if self.inode is not None and wanted != self.configured and inode_of(wanted.host) == self.inode:
             dress(wanted.host, self.inode, wanted.mode, owner)
         self.configured = wanted
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether the path that we have given a Unix socket was removed, or is something else's by now: no client finds it."""
+        return self.inode is not None and replacing.is_swept(self.address.host, self.inode)
 
     def owner(self) -> tuple[int, int]:
         """Uid and gid of a Unix socket's path, for `apply`; UNCHANGED when it has none that is ours."""

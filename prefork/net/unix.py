@@ -13,6 +13,9 @@ from prefork.errors import InUseError
 from prefork.net.address import TEMPORARY_NAME
 from prefork.system import process, replacing
 
+# The sticky bit, by which systemd-tmpfiles spares a file, however old it is (XDG Base Directory Specification, XDG_RUNTIME_DIR). It
+# knows live sockets by the names in /proc/net/unix, which are those that they were bound under. Of a socket it means nothing else.
+SPARED = stat.S_ISVTX
 # chown(2): neither user nor group is changed.
 UNCHANGED = (-1, -1)
 # Another daemon that starts at the same moment can take the path between two looks, but not for ever.
@@ -94,6 +97,7 @@ def dress(path: str, inode: tuple[int, int] | None, mode: int, owner: tuple[int,
         if not stat.S_ISSOCK(found.st_mode) or not ours:
             raise FileExistsError(errno.EEXIST, "somebody has put something else in its place", path)
         itself, uid = f"/proc/self/fd/{fd}", found.st_uid
+        mode |= SPARED
         try:
             os.chmod(itself, mode)
         except PermissionError:  # without CAP_FOWNER root may not, but take it

@@ -20,7 +20,7 @@ from prefork import log
 from prefork.errors import explained
 from prefork.net.unix import inode_of, open_unix, remove
 from prefork.pool.throttle import REGISTER_AGAIN, Throttle
-from prefork.system import process
+from prefork.system import process, replacing
 
 REQUEST_LIMIT = 4096
 CLIENTS = 64
@@ -230,6 +230,23 @@ class ControlServer:
         """When to `tend`."""
         times = [c.deadline for c in self.clients] + [deadline for _, deadline, _ in self.waiting] + [self.resume_at]
         return min((at for at in times if at is not None), default=None)
+
+    @property
+    def is_swept(self) -> bool:
+        """Whether the path was removed, or is something else's by now."""
+        return replacing.is_swept(self.path, self.inode)
+
+    def listen_anew(self, path: str, now: float) -> None:
+        """Listen on another socket, which has a path. Raises AddressError and OSError as `serve`; the old one serves on then.
+
+        A command that waits in the old one's queue is reset there, and asks once more.
+        """
+        sock, inode = open_unix(path, 0o600, CLIENTS)
+        if self.resume_at is None:
+            self._pause(now)
+        self.sock.close()
+        sock.setblocking(False)
+        self.sock, self.path, self.inode = sock, path, inode
 
     def dismiss(self, reason: str, now: float) -> None:
         """Tell everybody that there will be no answer; ``again`` that nothing was done, so that it can be asked once more."""

@@ -26,6 +26,7 @@ from prefork.system.process import Peer
 # SCM_RIGHTS takes 253 descriptors (unix(7)).
 DESCRIPTORS_LIMIT = 250
 _SUFFIX = ".sock"
+_LOCK_SUFFIX = ".lock"
 _WRITABLE_BY_OTHERS = 0o022
 # They change nothing, and are asked again whatever has become of the first time.
 _QUESTIONS = ("status", "outcome")
@@ -63,8 +64,7 @@ def _private(path: Path) -> Path:
         path.mkdir(mode=0o700)
     except FileExistsError:
         pass  # checked below, like one that we made
-    status = path.lstat()
-    if not stat.S_ISDIR(status.st_mode) or status.st_uid != os.geteuid() or status.st_mode & _WRITABLE_BY_OTHERS:
+    if not _is_ours_alone(path.lstat()):
         raise PermissionError(f"{path} must be a directory of user {os.geteuid()} that nobody else can write to")
     return path
 
@@ -72,6 +72,24 @@ def _private(path: Path) -> Path:
 def default_path(name: str) -> str:
     """The control socket of the instance ``name``. Raises OSError when there is no place for it."""
     return str(runtime_directory() / (name + _SUFFIX))
+
+
+def lock_path(control: str) -> str:
+    """The file whose lock makes the daemon with this control socket the only one. Raises OSError when there is no place for it.
+
+    Nobody else may decide whether a daemon starts: only our user can write to its folder, the control socket's own if that is one.
+    """
+    if _is_ours_alone(os.stat(os.path.dirname(control))):
+        return control + _LOCK_SUFFIX
+    folder = runtime_directory()
+    if not _is_ours_alone(folder.stat()):
+        raise PermissionError(f"others can write to {folder}")
+    return str(folder / (os.fsencode(os.path.realpath(control)).hex() + _LOCK_SUFFIX))
+
+
+def _is_ours_alone(status: os.stat_result) -> bool:
+    """Whether only our user can write to the folder with this status."""
+    return stat.S_ISDIR(status.st_mode) and status.st_uid == os.geteuid() and not status.st_mode & _WRITABLE_BY_OTHERS
 
 
 def instances() -> dict[str, str]:

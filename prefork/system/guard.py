@@ -193,11 +193,12 @@ def _go_back(fd: int, state: dict[str, Any], reason: str) -> None:
 
 def _remove_traces(state: dict[str, Any]) -> None:
     """What says that the daemon is here."""
-    control, pid_file = state["control"], state["pid_file"]
+    control = state["control"]
     if control is not None and (found := _inode(control["path"])) is not None and found == control["inode"]:
         os.unlink(control["path"])
-    if pid_file is not None and (found := _inode(pid_file["path"])) is not None and found == _inode(pid_file["fd"]):
-        os.unlink(pid_file["path"])
+    for file in (state["lock"], state["pid_file"]):
+        if file is not None and (found := _inode(file["path"])) is not None and found == _inode(file["fd"]):
+            os.unlink(file["path"])
 
 
 def _inode(where: str | int) -> list[int] | None:

@@ -41,6 +41,17 @@ def put(beside: str, path: str, stale: tuple[int, int] | None) -> bool:
     return False
 
 
+def is_swept(path: str, inode: tuple[int, int]) -> bool:
+    """Whether a path is not any more that of the file with this device and inode; false where we may not look."""
+    try:
+        found = os.lstat(path)
+    except (FileNotFoundError, NotADirectoryError):
+        return True
+    except OSError:
+        return False
+    return (found.st_dev, found.st_ino) != inode
+
+
 def _put_anyhow(beside: str, path: str, stale: tuple[int, int] | None) -> bool:
     """On a file system that exchanges nothing (NFS): of two that find a stale file in the same instant the later one stays."""
     if stale is None:

@@ -37,6 +37,8 @@ def test_a_trial_that_can_not_be_heard_is_refused_and_ended(
         stopping=None,
         current=SimpleNamespace(number=1),
         upgrade=None,
+        control=None,
+        pid_file=None,
         reloading=None,
         trying=False,
         now=100.0,
