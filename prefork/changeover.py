@@ -73,6 +73,7 @@ class Changeover:
             names.restore(daemon)  # whatever becomes of the rest
             conf = daemon.load()
             changed = config.needs_restart(daemon.config, conf)
+            changed = changed or config.abandoned(daemon.config, conf, daemon.passed_sockets())
             if changed is not None:
                 raise ConfigError(changed)
             log.open_for(conf)

@@ -16,17 +16,29 @@ import socket
 import sys
 import time
 import traceback
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
 
 from prefork import __version__, carried, forkserver, handler, log, request
 from prefork.carried import State
-from prefork.config import OPTIONS, Config, Sources, document, is_unset, needs_restart, restored
+from prefork.config import (
+    OPTIONS,
+    Activated,
+    Config,
+    Sources,
+    abandoned,
+    document,
+    is_unset,
+    needs_restart,
+    restored,
+    with_activated,
+)
 from prefork.errors import ConfigError, HandlerError, PreforkError
 from prefork.log import records
 from prefork.net import left_open
+from prefork.net.address import INHERITED, Address
 from prefork.ops import instances
 from prefork.printable import printable
 from prefork.system import credentials, finalizers, originals, process, program, signals, systemd
@@ -56,7 +68,7 @@ def check(sources: Sources, state: bytes | None = None) -> str:
     program.resolve_python_path(folder)
     config, origins = replace(sources, folder=folder).trace()
     if running is not None:
-        _refuse_restart(running, config)
+        _refuse_restart(running, config, origins)
     for address in config.bind:
         if address.family == socket.AF_UNIX:
             instances.refuse_mistakable(address.host)
@@ -75,10 +87,18 @@ def check(sources: Sources, state: bytes | None = None) -> str:
     return f"# What prefork {__version__} serves with. {config.module} can be imported.\n{noted}\n{document(config, notes)}"
 
 
-def _refuse_restart(running: State, config: Config) -> None:
+def _listens_at(running: State, fd: int) -> Address | None:
+    """Where a socket listens that was passed to the daemon, and not to us; None when the daemon does not use it."""
+    inherited = (each for each in running.listeners if each.configured.family == INHERITED and each.configured.port == fd)
+    return next((each.address for each in inherited), None)
+
+
+def _refuse_restart(running: State, config: Config, origins: Mapping[str, str]) -> None:
     # All are tried: the program that goes on has to understand every one.
     current, *_ = [restored(generation.config, config.bind) for generation in running.generations]
-    changed = needs_restart(current, config)
+    sockets = [Activated(name, fd, _listens_at(running, fd)) for name, fd in running.activated]
+    bound = replace(current, bind=tuple(running.listeners[place].configured for place in running.current_listeners))
+    changed = needs_restart(current, config) or abandoned(bound, with_activated(config, origins, sockets), sockets)
     if changed is not None:
         raise ConfigError(changed)
 

@@ -15,14 +15,14 @@ import os
 import re
 import stat
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from socket import AF_UNIX
 from typing import Any
 
 from prefork import values
 from prefork.errors import ConfigError, explained
-from prefork.net.address import INHERITED, UNRESOLVED, Address
+from prefork.net.address import INHERITED, UNRESOLVED, Address, Claims
 from prefork.system import program
 
 FILE_LIMIT = 1_000_000
@@ -349,29 +349,82 @@ def _paths(config: Config) -> Iterator[tuple[str, str]]:
     yield from ((key, path) for key in made if (path := getattr(config, key)).startswith("/"))
 
 
-def with_activated(config: Config, origins: Mapping[str, str], sockets: Sequence[tuple[str, int]]) -> Config:
-    """The configuration with the sockets that a service manager has passed, given as name and descriptor.
+@dataclass(frozen=True, slots=True)
+class Activated:
+    """A socket that a service manager has passed: its name, our descriptor, and where it listens (None: it does not).
 
-    ``systemd:NAME`` stands for each of that name; when no ``bind`` was given anywhere, all of them are used. Raises ConfigError.
+    ``by``: who has passed it, for messages.
+    """
+
+    name: str
+    fd: int
+    address: Address | None
+    by: str = "the service manager"
+
+    @property
+    def inherited(self) -> Address:
+        """As an entry of ``bind``."""
+        return Address(INHERITED, f"systemd:{self.name}", self.fd)
+
+
+def with_activated(config: Config, origins: Mapping[str, str], sockets: Sequence[Activated]) -> Config:
+    """The configuration with the sockets that a service manager has passed.
+
+    ``systemd:NAME`` stands for each of that name, and an address for each that listens there; when no ``bind`` was given anywhere,
+    all of them are used. Raises ConfigError.
     """
     if not sockets and not any(address.port == UNRESOLVED for address in config.bind):
         return config
-    passed = {name: [Address(INHERITED, f"systemd:{name}", fd) for other, fd in sockets if other == name] for name, _ in sockets}
     found: list[Address] = []
     for address in config.bind if "bind" in origins else ():
-        if address.port != UNRESOLVED:
-            found.append(address)
-            continue
-        name = address.host.partition(":")[2]
-        if name not in passed:
-            there = f"it has passed {', '.join(sorted(passed))}" if passed else "it has passed none: is there a .socket unit?"
+        passed = [socket.inherited for socket in sockets if _is_meant(socket, address)]
+        if not passed and address.port == UNRESOLVED:
+            names = ", ".join(sorted({socket.name for socket in sockets}))
+            there = f"it has passed {names}" if names else "it has passed none: is there a .socket unit?"
             raise ConfigError(f"bind = {address}: the service manager has passed no socket of that name; {there}")
-        found += passed[name]
+        if not passed:
+            _refuse_collision(address, sockets)
+        found += [one for one in passed or [address] if one not in found]
     if "bind" not in origins:
-        found = [address for same in passed.values() for address in same]
+        # Those of one name side by side.
+        first = {socket.name: place for place, socket in reversed(list(enumerate(sockets)))}
+        found = [socket.inherited for socket in sorted(sockets, key=lambda socket: first[socket.name])]
     config = replace(config, bind=tuple(found))
     check(config, origins)
     return config
+
+
+def _is_meant(socket: Activated, address: Address) -> bool:
+    """Whether an entry of ``bind`` names that socket, or where it listens."""
+    if address.port == UNRESOLVED:
+        return address.host == socket.inherited.host
+    return socket.address is not None and socket.address.place == address.place
+
+
+def _refuse_collision(address: Address, sockets: Sequence[Activated]) -> None:
+    """Raise ConfigError for an address that can't be bound beside those that were passed."""
+    for socket in sockets:
+        claims = Claims()
+        if socket.address is not None:
+            claims.add(socket.address)
+        if claims.add(address) is not None:
+            raise ConfigError(
+                f"bind = {address} can't be bound: {socket.address} was passed by {socket.by}, which holds it: give that address, "
+                f"or systemd:{socket.name}, or no bind"
+            )
+
+
+def abandoned(before: Config, after: Config, sockets: Iterable[Activated]) -> str | None:
+    """Which passed socket would not be accepted from any more, in a sentence; None when there is none such."""
+    kept = {address.port for address in after.bind if address.family == INHERITED}
+    used = {address.port for address in before.bind if address.family == INHERITED} - kept
+    for socket in sockets:
+        if socket.fd in used:
+            return (
+                f"bind = {', '.join(map(str, after.bind))} leaves out {socket.address}, which was passed by {socket.by}: its "
+                f"clients would wait for ever; keep systemd:{socket.name} in bind, or stop the .socket unit and restart the service"
+            )
+    return None
 
 
 def document(config: Config, notes: Mapping[str, str]) -> str:

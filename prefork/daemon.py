@@ -15,12 +15,12 @@ from typing import Any
 
 from prefork import config, log
 from prefork.carried import Upgrade
-from prefork.config import Config, Sources
+from prefork.config import Activated, Config, Sources
 from prefork.errors import PreforkError, RefusedError, explained
 from prefork.generation import Generation
 from prefork.link import Wiring
 from prefork.listeners import Listeners, Plan
-from prefork.net.listener import Listener
+from prefork.net.listener import Listener, address_at
 from prefork.ops import control
 from prefork.ops.control import Client, ControlServer, Outcome
 from prefork.pool.scoreboard import BUSY
@@ -111,12 +111,20 @@ class Daemon:
     def load(self) -> Config:
         """Read the configuration again. Raises ConfigError."""
         conf, origins = self.sources.trace()
-        conf = config.with_activated(conf, origins, self.activated)
+        sockets = self.passed_sockets()
+        conf = config.with_activated(conf, origins, sockets)
         used = {address.port for address in conf.bind}
-        unused = sorted({name for name, fd in self.activated if fd not in used})
+        unused = sorted({f"{socket.name} ({socket.address})" for socket in sockets if socket.fd not in used})
         if unused:
             log.event("activated_unused", names=", ".join(unused))
         return conf
+
+    def passed_sockets(self) -> list[Activated]:
+        """Those of the service manager."""
+        if not self.activated:
+            return []
+        by = f"the .socket unit of {limits.service(os.environ) or 'this service'}"
+        return [Activated(name, fd, address_at(fd), by) for name, fd in self.activated]
 
     def warn_of_limits(self, listeners: Sequence[Listener]) -> None:
         """Name the limits of the machine that the configuration can exceed; at a reload, when it needs another measure."""

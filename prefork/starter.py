@@ -13,7 +13,7 @@ CONFIGURATION = """\
 # The handler: MODULE:ATTR, imported with the working directory first on the path.
 module = "mine:loop"
 
-# Where to listen; ":7000" is every address of this machine.
+# Where to listen; ":7000" is every address of this machine. A socket unit of systemd has the same address, or leave this out.
 bind = ["127.0.0.1:7000"]
 
 # Processes kept waiting in accept(), for each address.

@@ -198,7 +198,9 @@ AmbientCapabilities=""",
 def socket_unit(unit: Unit) -> str:
     """The .socket file. Raises RefusedError for addresses that one can't have."""
     lines = "\n".join(_socket_lines(unit.conf))
-    unbound = "" if unit.paired else "# The service takes it unless its configuration has `bind`: leave that out.\n"
+    unbound = (
+        "" if unit.paired else "# The service takes it; a `bind` in its configuration gives the same address, or is left out.\n"
+    )
     return f"""\
 [Unit]
 Description=Sockets of prefork: {unit.instance}

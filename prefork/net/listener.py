@@ -35,6 +35,7 @@ from prefork.system import replacing
 # struct tcp_info: eight bytes, then 32-bit fields: rto, ato, snd_mss, rcv_mss, unacked, sacked (linux/tcp.h).
 _TCP_INFO_UNACKED, _TCP_INFO_SACKED = 24, 28
 _SO_ATTACH_FILTER = 26
+_FAMILIES = (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX)
 # The highest index that an interface can have, and no interface has.
 _NOWHERE = (1 << 31) - 1
 # BPF over the TCP header: load byte 13 (flags), keep SYN and ACK, drop when only SYN is set, else take the whole segment.
@@ -299,7 +300,7 @@ def adopt_inherited(wanted: Address, settings: Settings) -> Listener:
         raise AddressError(f"{wanted}: descriptor {wanted.port} is no socket: {error.strerror}") from None
     try:
         listens = sock.type == socket.SOCK_STREAM and sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN)
-        if not listens or sock.family not in (socket.AF_INET, socket.AF_INET6, socket.AF_UNIX):
+        if not listens or sock.family not in _FAMILIES:
             raise AddressError(f"{wanted}: descriptor {wanted.port} is not a listening stream socket (TCP or Unix)")
         # The description is shared with whoever passed it; acceptors block.
         sock.setblocking(True)
@@ -313,13 +314,28 @@ def adopt_inherited(wanted: Address, settings: Settings) -> Listener:
         raise
 
 
+def address_at(fd: int) -> Address | None:
+    """Where the listening stream socket at a descriptor listens, as a user would write it; None when there is none."""
+    try:
+        sock = socket.socket(fileno=fd)
+    except OSError:
+        return None
+    try:
+        if sock.family not in _FAMILIES or not sock.getsockopt(socket.SOL_SOCKET, socket.SO_ACCEPTCONN):
+            return None
+        return _name_of(sock)
+    finally:
+        sock.detach()
+
+
 def _name_of(sock: socket.socket) -> Address:
     name = sock.getsockname()
     if sock.family == socket.AF_UNIX:
         # An abstract name begins with NUL, and is written with @ (unix(7)).
         shown = os.fsdecode(name)
         return Address(socket.AF_UNIX, "@" + shown[1:] if shown.startswith("\0") else shown)
-    return Address(int(sock.family), name[0], name[1])
+    is_both = name[0] == "::" and not sock.getsockopt(socket.IPPROTO_IPV6, socket.IPV6_V6ONLY)
+    return Address(int(sock.family), "" if is_both else name[0], name[1])
 
 
 def _explain(wanted: Address, error: OSError, *, find_holder: bool) -> Exception:

@@ -139,4 +139,4 @@ def held_by(pid: int) -> str:
         return ""
     except OSError:  # another user's, which /proc hides (hidepid); or no descriptors to read it
         return f" by process {pid}"
-    return f" by {name} (pid {pid})"
+    return f" by {name} (pid {pid})" + (": `systemctl list-sockets` tells for which unit" if name == "systemd" else "")

@@ -266,6 +266,11 @@ def _limits_of(root: str, found: Iterator[tuple[str, str]], *names: str) -> Iter
                 yield Group(path, file, limit)
 
 
+def service(environment: Mapping[str, str]) -> str | None:
+    """The systemd unit that we are, when we are one."""
+    return _service(_text("/proc/self/cgroup"), environment)
+
+
 def _service(cgroup: str, environment: Mapping[str, str]) -> str | None:
     """Our unit. The variables alone don't tell: a terminal that a service has started hands them down."""
     if not {"NOTIFY_SOCKET", "INVOCATION_ID"} & environment.keys():

@@ -186,6 +186,74 @@ def test_activated_sockets_are_named_and_several_may_have_one_name(tmp_path: Pat
         assert "sockets of the service manager are not used, bind names others: other" in server.log()
 
 
+def test_a_passed_socket_is_used_by_its_address_and_stays_the_same_over_a_reload(tmp_path: Path) -> None:
+    path, config = str(tmp_path / "socket"), tmp_path / "prefork.toml"
+    with listening() as tcp, listening(socket.AF_UNIX, path) as unix:
+        address = "{}:{}".format(*tcp.getsockname())
+        binds = [f"['{address}', 'unix:{path}']", f"['systemd:local', '{address}']", ""]
+        config.write_text(f"bind = {binds[0]}")
+        with activated(tmp_path, {"web": tcp, "local": unix}, f"--config={config}") as server:
+            for bind in (*binds, binds[0]):
+                config.write_text(f"bind = {bind}" if bind else "")
+                assert server.command("reload")["ok"]
+                assert sorted(each["address"] for each in server.status()["listeners"]) == sorted([address, f"unix:{path}"])
+                assert answers(tcp.getsockname())
+                assert answers(path)
+            assert "listening on" not in server.log(), "nothing was opened"
+        assert os.path.exists(path), "it is systemd's"
+
+
+def test_a_reload_that_would_leave_a_passed_socket_to_nobody_is_refused(tmp_path: Path) -> None:
+    config = tmp_path / "prefork.toml"
+    config.write_text("")
+    with (
+        listening() as web,
+        listening() as more,
+        activated(tmp_path, {"web": web, "more": more}, f"--config={config}") as server,
+    ):
+        first = "{}:{}".format(*web.getsockname())
+        for times, signo in enumerate((signal.SIGHUP, signal.SIGUSR2), 1):
+            config.write_text("bind = ['systemd:more', '127.0.0.1:0']")
+            os.kill(server.pid, signo)
+            told = f"bind = systemd:more, 127.0.0.1:0 leaves out {first}, which was passed by the .socket unit of"
+            watch.logged(server, told, times)
+            assert answers(web.getsockname())
+        assert server.log().count("refused, generation 1 keeps serving") == 2
+        assert "becomes what" not in server.log(), "the upgrade's check knew"
+        assert "no longer listening" not in server.log()
+        config.write_text(f"bind = ['systemd:more', '{first}', '127.0.0.1:0']")
+        assert server.command("reload")["ok"]
+        assert len(server.status()["listeners"]) == 3
+        assert answers(web.getsockname())
+
+
+@pytest.mark.parametrize("when", ["start", "reload"])
+def test_an_address_that_a_passed_socket_is_in_the_way_of_is_told_with_the_unit(tmp_path: Path, when: str) -> None:
+    config = tmp_path / "prefork.toml"
+    with listening() as sock:
+        port = sock.getsockname()[1]
+        config.write_text(f"bind = ':{port}'" if when == "start" else "")
+        with activated(tmp_path, {"web": sock}, f"--config={config}") as server:
+            if when == "reload":
+                config.write_text(f"bind = ':{port}'")
+                assert not server.command("reload")["ok"]
+            else:
+                assert server.process.wait(watch.DEADLINE) == 78
+            told = f"bind = :{port} can't be bound: 127.0.0.1:{port} was passed by the .socket unit of this service, which holds it"
+            assert f"{told}: give that address, or systemd:web, or no bind" in server.log()
+
+
+def test_a_passed_socket_for_both_families_is_used_by_its_address(tmp_path: Path) -> None:
+    with socket.create_server(("::", 0), family=socket.AF_INET6, dualstack_ipv6=True) as both:
+        port = both.getsockname()[1]
+        with activated(tmp_path, {"web": both}, f"--bind=:{port}") as server:
+            assert [each["address"] for each in server.status()["listeners"]] == [f":{port}"]
+            assert answers(("127.0.0.1", port))
+            os.kill(server.pid, signal.SIGUSR2)
+            watch.logged(server, "generation 2 serves")
+            assert answers(("::1", port))
+
+
 def test_a_name_that_was_not_passed_is_told_with_those_that_were(tmp_path: Path) -> None:
     with listening() as sock, activated(tmp_path, {"web": sock}, "--bind=systemd:wbe") as server:
         assert server.process.wait(watch.DEADLINE) == 78

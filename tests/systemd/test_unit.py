@@ -219,6 +219,85 @@ def test_tcp_and_unix_sockets_and_several_units_by_name(service: Service) -> Non
         (service.machine.root / "etc/systemd/system" / more).unlink()
 
 
+def test_a_bind_that_gives_the_sockets_address_is_that_socket(service: Service) -> None:
+    service.configure(bind=[f"127.0.0.1:{service.port}"])
+    service.with_socket()
+    assert service.says() == b"hello"
+    service.becomes("active")
+    for restart in ("reload", "restart", "reload"):
+        service.systemctl(restart)
+        assert service.says() == b"hello"
+    assert [each["address"] for each in service.status()["listeners"]] == [f"127.0.0.1:{service.port}"]
+    other = watch.free_port()
+    service.configure(bind=[f"127.0.0.1:{other}"])
+    assert service.systemctl("reload", check=False).returncode == 1
+    told = f"bind = 127.0.0.1:{other} leaves out 127.0.0.1:{service.port}, which was passed by the .socket unit of {service.unit}"
+    assert told in service.status_text
+    assert service.says() == b"hello"
+
+
+def test_a_bind_that_the_socket_is_in_the_way_of_is_told_with_the_unit(service: Service) -> None:
+    service.configure(bind=[f":{service.port}"])
+    service.with_socket()
+    assert service.systemctl("start", check=False).returncode == 1
+    service.becomes("failed")
+    held = f"127.0.0.1:{service.port} was passed by the .socket unit of {service.unit}, which holds it"
+    assert f"bind = :{service.port} can't be bound: {held}: give that address" in service.status_text
+    assert service.show("ExecMainStatus") == ["78"]
+
+
+@pytest.mark.parametrize("how", ["printed", "shipped"])
+def test_what_init_writes_works_with_the_units(machine: Machine, how: str) -> None:
+    port = watch.free_port()
+    init = f"mkdir -p /srv/first && cd /srv/first && rm -f * && {VENV}/bin/prefork init >/dev/null"
+    machine.run(f"{init} && sed -i s/7000/{port}/ prefork.toml")
+    unit = Service(machine, "mine", port)
+    files: list[str] = []
+    try:
+        if how == "printed":
+            command = f"cd /srv/first && {VENV}/bin/prefork unit --config prefork.toml"
+            files = machine.said(command + " | awk '/^# .etc/{file = $2; print file} {print > file}'").splitlines()
+            machine.run("systemctl daemon-reload && systemctl start prefork@mine.socket")
+        else:
+            machine.run("mkdir -p /etc/prefork && cp /srv/first/prefork.toml /etc/prefork/mine.toml")
+            unit.drop_in("service", "[Service]\nWorkingDirectory=/srv/first\n")
+            unit.with_socket()
+        assert unit.says() == b"hello"
+        unit.systemctl("reload")
+        assert [each["address"] for each in unit.status()["listeners"]] == [f"127.0.0.1:{port}"]
+        assert unit.says() == b"hello"
+    finally:
+        unit.remove()
+        machine.run(f"rm -f {' '.join(files)} /etc/prefork/mine.toml; systemctl daemon-reload", check=False)
+
+
+# -- names
+
+
+def test_a_control_socket_that_was_swept_away_comes_back(service: Service) -> None:
+    service.systemctl("start")
+    folder = f"/run/prefork/{service.name}"
+    service.machine.run(f"rm {folder}/{service.name}.sock")
+    assert service.systemctl("reload", check=False).returncode == 1, "no command finds it"
+    service.machine.run(f"systemctl kill -s HUP --kill-who=main {service.unit}")
+    watch.until("it is found again", lambda: service.prefork("status", check=False).returncode == 0)
+    service.systemctl("reload")
+    assert service.says() == b"hello"
+
+
+def test_systemds_own_cleaner_leaves_socket_and_lock_alone(service: Service) -> None:
+    folder = f"/run/prefork/{service.name}"
+    service.configure(bind=[f"127.0.0.1:{service.port}", f"unix:{folder}/clients"])
+    service.systemctl("start")
+    service.machine.write("/etc/tmpfiles.d/tests.conf", f"e {folder} - - - 0\n")
+    try:
+        service.machine.run(f"touch {folder}/other && systemd-tmpfiles --clean /etc/tmpfiles.d/tests.conf")
+        left = service.machine.said(f"ls {folder}").split()
+        assert left == ["clients", f"{service.name}.sock", f"{service.name}.sock.lock"]
+    finally:
+        (service.machine.root / "etc/tmpfiles.d/tests.conf").unlink()
+
+
 def test_reloads_upgrades_and_restarts_under_load_lose_nobody(service: Service) -> None:
     service.configure(workers=4)
     service.with_socket()

@@ -2,6 +2,7 @@
 
 import dataclasses
 import os
+import re
 import time
 import tomllib
 from pathlib import Path
@@ -14,8 +15,10 @@ from hypothesis import strategies as st
 from prefork.config import (
     FILE_LIMIT,
     OPTIONS,
+    Activated,
     Config,
     Sources,
+    abandoned,
     document,
     environment,
     flag,
@@ -24,7 +27,7 @@ from prefork.config import (
     with_activated,
 )
 from prefork.errors import ConfigError
-from prefork.net.address import TEMPORARY_NAME, UNIX_PATH_LIMIT, parse
+from prefork.net.address import TEMPORARY_NAME, UNIX_PATH_LIMIT, Address, parse
 
 # For each option a wrong value and what the message says would be right.
 WRONG = {
@@ -469,9 +472,17 @@ def test_any_text_is_toml_or_refused(tmp_path_factory: pytest.TempPathFactory, t
 # -- sockets that a service manager has passed
 
 
+WHERE = [Address(2, "127.0.0.1", 7000), Address(10, "", 7001), Address(1, "/run/mine"), None]
+
+
+def passed(sockets: list[tuple[str, int]]) -> list[Activated]:
+    """They listen in `WHERE`, one after the other."""
+    return [Activated(name, fd, WHERE[place], "a.socket") for place, (name, fd) in enumerate(sockets)]
+
+
 def activated(sockets: list[tuple[str, int]], **given: Any) -> list[tuple[str, int]]:
     config, origins = Sources({"module": "echo:loop", **given}).trace()
-    return [(str(address), address.port) for address in with_activated(config, origins, sockets).bind]
+    return [(str(address), address.port) for address in with_activated(config, origins, passed(sockets)).bind]
 
 
 def test_without_a_bind_every_socket_that_was_passed_is_used() -> None:
@@ -487,6 +498,39 @@ def test_with_a_bind_only_those_that_it_names_are_used() -> None:
         activated(sockets, bind="systemd:c")
     with pytest.raises(ConfigError, match="it has passed none"):
         activated([], bind="systemd:c")
+
+
+def test_a_passed_socket_is_used_by_its_address() -> None:
+    sockets = [("a", 3), ("a", 4), ("c", 5), ("d", 6)]
+    assert activated(sockets, bind="127.0.0.1:7000") == [("systemd:a", 3)]
+    assert activated(sockets, bind=["unix:/run/mine?mode=0660", ":7001"]) == [("systemd:c", 5), ("systemd:a", 4)]
+    assert activated(sockets, bind=["127.0.0.1:7000", "systemd:a"]) == [("systemd:a", 3), ("systemd:a", 4)], "each once"
+    assert activated(sockets, bind=["127.0.0.2:7000", "127.0.0.1:0"]) == [("127.0.0.2:7000", 7000), ("127.0.0.1:0", 0)]
+
+
+@pytest.mark.parametrize(
+    ("address", "held"), [(":7000", "127.0.0.1:7000"), ("0.0.0.0:7000", "127.0.0.1:7000"), ("[::1]:7001", ":7001")]
+)
+def test_an_address_beside_a_passed_one_of_the_same_port_is_refused_with_the_unit(address: str, held: str) -> None:
+    with pytest.raises(
+        ConfigError, match=f"bind = {re.escape(address)} can't be bound: {held} was passed by a.socket, .* systemd:a"
+    ):
+        activated([("a", 3), ("a", 4)], bind=address)
+
+
+def test_a_reload_that_leaves_a_passed_socket_to_nobody_is_told() -> None:
+    sockets = passed([("a", 3), ("b", 4)])
+    base, origins = Sources({"module": "echo:loop"}).trace()
+    both = with_activated(base, origins, sockets)
+    one = dataclasses.replace(both, bind=both.bind[:1])
+    assert abandoned(both, both, sockets) is None
+    assert abandoned(one, both, sockets) is None
+    reason = abandoned(both, one, sockets)
+    assert reason is not None
+    assert "bind = systemd:a leaves out :7001, which was passed by a.socket" in reason
+    assert abandoned(one, one, sockets) is None, "it was not accepted from before"
+    other = dataclasses.replace(both, bind=(Address(0, "fd:9", 9),))
+    assert abandoned(other, base, sockets) is None, "the caller's own"
 
 
 # -- the whole of it
