@@ -226,8 +226,14 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
                 binding = partial(request.bind, loaded.call, *request.name_at(config.bind[0]))
                 handler.run(f"{config.module}: {request.BINDING}", binding)
             handler.refuse_threads(config.module)
-            if listening := handler.refuse_connections(config, sockets):
-                _warn(f"{config.module}: the import opens listening sockets, which every worker has: {', '.join(listening)}")
+            left = handler.refuse_connections(config, sockets)
+            if left.listening:
+                _warn(f"{config.module}: the import opens listening sockets, which every worker has: {', '.join(left.listening)}")
+            if left.event_loops:
+                _warn(
+                    f"{config.module}: the import makes event loops (epoll: {', '.join(left.event_loops)}), which wake each worker "
+                    "for the others' clients, too, unless their library renews them after a fork: make them in on_worker_start"
+                )
             said = b""
         except PreforkError as error:
             said = str(error).encode(errors="backslashreplace")

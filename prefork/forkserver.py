@@ -277,8 +277,11 @@ class ForkServer:
         finally:
             self._end_if_child()
         handler.refuse_threads(self.brief.config.module)
-        if listening := handler.refuse_connections(self.brief.config, sockets):
-            log.event("listening_left", sockets=", ".join(listening))
+        left = handler.refuse_connections(self.brief.config, sockets)
+        if left.listening:
+            log.event("listening_left", sockets=", ".join(left.listening))
+        if left.event_loops:
+            log.event("event_loops_left", descriptors=", ".join(left.event_loops))
         records.give_way()
         records.take_http_messages()
         users = self._users_handlers()

@@ -173,8 +173,8 @@ def refuse_threads(target: str) -> None:
         )
 
 
-def refuse_connections(config: Config, before: Container[int]) -> tuple[str, ...]:
-    """Raise HandlerError when import or on_boot have left a connection open. Returns the listening sockets that they have opened.
+def refuse_connections(config: Config, before: Container[int]) -> left_open.LeftOpen:
+    """Raise HandlerError when import or on_boot have left a connection open. Returns what else they have left open.
 
     ``before``: the sockets that there were before the import.
     """
@@ -184,7 +184,7 @@ def refuse_connections(config: Config, before: Container[int]) -> tuple[str, ...
             f"{config.module}: the import or on_boot left connections open ({', '.join(found.connections)}), which all workers "
             'would share and get each other\'s answers from: connect in on_worker_start, or set shared_connections = "allow"'
         )
-    return found.listening
+    return found
 
 
 def _find(label: str, target: str) -> Any:

@@ -104,6 +104,7 @@ EVENT_FIELDS = {
     "upgraded": ["version", "before", "pid"],
     "folder_gone": ["folder"],
     "listening_left": ["sockets"],
+    "event_loops_left": ["descriptors"],
     "not_batch": ["reason"],
     "reload_queued": [],
     "ignored": ["what", "why"],

@@ -108,6 +108,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "handing_over": (Level.INFO, "prefork {version} becomes what {program} runs now"),
     "upgraded": (Level.INFO, "prefork {version} goes on where prefork {before} was, pid {pid}"),
     "listening_left": (Level.WARNING, "the import has opened listening sockets, which every worker has: {sockets}"),
+    "event_loops_left": (
+        Level.WARNING,
+        "the import has made event loops (epoll: {descriptors}), which wake each worker for the others' clients, too, unless their "
+        "library renews them after a fork: make them in on_worker_start",
+    ),
     "folder_gone": (Level.WARNING, "the working directory {folder} was removed: nothing is imported from there"),
     "reload_queued": (Level.INFO, "a reload or an upgrade is under way: another one follows it"),
     "ignored": (Level.INFO, "{what} ignored: {why}"),

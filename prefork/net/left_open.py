@@ -1,9 +1,12 @@
-"""What user code's import has left open that all workers would share: connections and listening sockets.
+"""What user code's import has left open that all workers would share: connections, listening sockets, event loops.
 
 Workers that write to one connection get each other's answers, without an error anywhere. A connection is a stream socket with a
 peer that has an address: an Internet address, or the name of a Unix socket. A socketpair has none, and is a process' own.
+
+Workers that share an event loop's epoll are woken for each other's clients, and look in vain until these are served.
 """
 
+import gc
 import os
 import select
 import socket
@@ -23,8 +26,9 @@ _NAMED = 5
 class LeftOpen:
     """What was found, as people read it: ``descriptor 7 to 10.0.0.5:5432``."""
 
-    connections: tuple[str, ...]
-    listening: tuple[str, ...]
+    connections: tuple[str, ...] = ()
+    listening: tuple[str, ...] = ()
+    event_loops: tuple[str, ...] = ()
 
 
 def sockets() -> frozenset[int]:
@@ -33,7 +37,15 @@ def sockets() -> frozenset[int]:
 
 
 def since(before: Container[int]) -> LeftOpen:
-    """The connections and listening sockets that have been opened since."""
+    """The connections and listening sockets that have been opened since, and all event loops: there was none before."""
+    found = _look(before)
+    if found == LeftOpen():
+        return found
+    gc.collect()  # what nothing refers to any more may only wait to be closed
+    return _look(before)
+
+
+def _look(before: Container[int]) -> LeftOpen:
     connections, listening = [], []
     for fd, inode in _sockets():
         if inode in before:
@@ -45,7 +57,15 @@ def since(before: Container[int]) -> LeftOpen:
                 listening.append(f"descriptor {fd} at {_name(sock, sock.getsockname())}")
             elif (peer := _peer(sock)) is not None:
                 connections.append(f"descriptor {fd} to {peer}")
-    return LeftOpen(tuple(connections[:_NAMED]), tuple(listening[:_NAMED]))
+    event_loops = [f"descriptor {fd}" for fd in process.descriptors() if _is_epoll(fd)]
+    return LeftOpen(tuple(connections[:_NAMED]), tuple(listening[:_NAMED]), tuple(event_loops[:_NAMED]))
+
+
+def _is_epoll(fd: int) -> bool:
+    try:
+        return os.readlink(f"/proc/self/fd/{fd}") == "anon_inode:[eventpoll]"
+    except FileNotFoundError:  # no /proc: it is not told
+        return False
 
 
 def _sockets() -> Iterator[tuple[int, int]]:

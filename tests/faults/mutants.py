@@ -117,6 +117,20 @@ MUTANTS = [
         ("tests/integration/test_addresses.py::test_a_reload_that_would_leave_a_passed_socket_to_nobody_is_refused",),
     ),
     Mutant(
+        "garbage of the import that is refused as a connection which workers share",
+        "net/left_open.py",
+        "    gc.collect()  # what",
+        "    pass  # what",
+        ("tests/integration/test_left_open.py::test_what_the_import_has_let_go_in_a_circle_is_closed_and_not_refused",),
+    ),
+    Mutant(
+        "an event loop that all workers share, and nothing says so",
+        "net/left_open.py",
+        '"anon_inode:[eventpoll]"',
+        '"anon_inode:[eventfd]"',
+        ("tests/integration/test_left_open.py::test_an_event_loop_that_workers_share_is_named_and_one_of_each_is_not",),
+    ),
+    Mutant(
         "a user's home that an upgrade carries under another name",
         "system/credentials.py",
         '    home: str = ""\n',

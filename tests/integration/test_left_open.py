@@ -94,6 +94,41 @@ def test_listening_sockets_are_named(prefork_server: Start, module: Module) -> N
     assert re.search(r"every worker has: descriptor \d+ at 127\.0\.0\.1:\d+", checked.stderr)
 
 
+LOOP = "import asyncio\ndef make():\n    global loop_of_mine\n    loop_of_mine = asyncio.new_event_loop()\n"
+
+
+def test_an_event_loop_that_workers_share_is_named_and_one_of_each_is_not(prefork_server: Start, module: Module) -> None:
+    server = prefork_server("mine:loop", folder=module(LOOP + HANDLER), on_worker_start="mine:make")
+    assert "event loops" not in server.log()
+    server.stop()
+    folder = module(f"{LOOP}make()\n{HANDLER}")
+    server = prefork_server("mine:loop", folder=folder)
+    named = r"event loops \(epoll: descriptor \d+\), .*: make them in on_worker_start"
+    assert re.search(named, watch.logged(server, "event loops"))
+    checked = check(folder)
+    assert checked.returncode == 0
+    assert re.search(named, checked.stderr)
+
+
+CIRCLE = """
+class Circle: pass
+for made in (asyncio.new_event_loop(), database):
+    it = Circle()
+    it.it, it.made = it, made
+del database, made, it
+"""
+
+
+def test_what_the_import_has_let_go_in_a_circle_is_closed_and_not_refused(
+    prefork_server: Start, module: Module, backend: socket.socket
+) -> None:
+    folder = module("import asyncio, gc\ngc.disable()\n" + source(backend) + CIRCLE)
+    server = prefork_server("mine:loop", folder=folder)
+    with server.connect() as sock:
+        assert sock.recv(64) == b"hello"
+    assert "event loops" not in server.log()
+
+
 # -- which sockets are connections
 
 
