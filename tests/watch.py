@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, NoReturn, TypeVar
 
 import psutil
 import pytest
@@ -83,13 +83,22 @@ def logged(server: Server, text: str, times: int = 1) -> str:
     return server.log()
 
 
+def lacks(reason: str) -> NoReturn:
+    """Skip a test for this reason; in CI, which has everything, that is a failure."""
+    if os.environ.get("CI") == "true":
+        pytest.fail(reason)
+    pytest.skip(reason)
+
+
 def needs(program: str) -> None:
     """Skip a test where a program is missing that it is about; in CI that is a failure."""
     if shutil.which(program) is None:
-        reason = f"{program} is not installed"
-        if os.environ.get("CI") == "true":
-            pytest.fail(reason)
-        pytest.skip(reason)
+        lacks(f"{program} is not installed")
+
+
+def program(name: str, package: str, path: str | None = None) -> str:
+    """The path of a program that a Debian package has. Without it the test is skipped, and fails in CI."""
+    return shutil.which(name, path=path) or lacks(f"{name} is not installed (Debian: {package})")
 
 
 def family(pid: int) -> list[psutil.Process]:

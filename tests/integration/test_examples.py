@@ -27,11 +27,7 @@ PLACES = os.pathsep.join([os.environ.get("PATH", ""), "/usr/sbin", "/usr/lib/pos
 
 def client(name: str, package: str) -> str:
     """The program's path; without it the test is skipped, and fails in CI."""
-    found = shutil.which(name, path=PLACES)
-    if found is None:
-        assert os.environ.get("CI") != "true", f"CI has {name} (Debian: {package})"
-        pytest.skip(f"{name} is not installed (Debian: {package})")
-    return found
+    return watch.program(name, package, PLACES)
 
 
 def run(*command: str, text: str = "") -> str:
