@@ -41,7 +41,7 @@ from prefork.net import left_open
 from prefork.net.address import INHERITED, Address
 from prefork.ops import instances
 from prefork.printable import printable
-from prefork.system import credentials, finalizers, originals, process, program, signals, systemd
+from prefork.system import credentials, finalizers, limits, originals, process, program, signals, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -96,7 +96,8 @@ def _listens_at(running: State, fd: int) -> Address | None:
 def _refuse_restart(running: State, config: Config, origins: Mapping[str, str]) -> None:
     # All are tried: the program that goes on has to understand every one.
     current, *_ = [restored(generation.config, config.bind) for generation in running.generations]
-    sockets = [Activated(name, fd, _listens_at(running, fd)) for name, fd in running.activated]
+    by = limits.socket_unit(os.environ)
+    sockets = [Activated(name, fd, _listens_at(running, fd), by) for name, fd in running.activated]
     bound = replace(current, bind=tuple(running.listeners[place].configured for place in running.current_listeners))
     changed = needs_restart(current, config) or abandoned(bound, with_activated(config, origins, sockets), sockets)
     if changed is not None:

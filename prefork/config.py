@@ -359,7 +359,7 @@ class Activated:
     name: str
     fd: int
     address: Address | None
-    by: str = "the service manager"
+    by: str
 
     @property
     def inherited(self) -> Address:

@@ -123,7 +123,7 @@ class Daemon:
         """Those of the service manager."""
         if not self.activated:
             return []
-        by = f"the .socket unit of {limits.service(os.environ) or 'this service'}"
+        by = limits.socket_unit(os.environ)
         return [Activated(name, fd, address_at(fd), by) for name, fd in self.activated]
 
     def warn_of_limits(self, listeners: Sequence[Listener]) -> None:

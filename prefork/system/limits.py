@@ -266,9 +266,9 @@ def _limits_of(root: str, found: Iterator[tuple[str, str]], *names: str) -> Iter
                 yield Group(path, file, limit)
 
 
-def service(environment: Mapping[str, str]) -> str | None:
-    """The systemd unit that we are, when we are one."""
-    return _service(_text("/proc/self/cgroup"), environment)
+def socket_unit(environment: Mapping[str, str]) -> str:
+    """What passes us sockets, for a message."""
+    return f"the .socket unit of {_service(_text('/proc/self/cgroup'), environment) or 'this service'}"
 
 
 def _service(cgroup: str, environment: Mapping[str, str]) -> str | None:
