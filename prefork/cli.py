@@ -305,7 +305,7 @@ def upgrade(name: str | None, control: str | None) -> None:
 
     \b
     Examples:
-      prefork upgrade echo   after pip install -U prefork
+      prefork upgrade echo   after pip install -U . in a checkout of prefork, or pip install -U prefork-2.0.0-py3-none-any.whl
     """
     path = find(name, control)
     answer, _ = _answer(None, path, "upgrade")

@@ -1,6 +1,6 @@
 """A fork server: one process for each generation. It imports the handler once, calls on_boot, then forks, signals, reaps.
 
-It is forked from the master, never exec'ed: a ``pip install -U`` under a running daemon must not mix versions. It runs user
+It is forked from the master, never exec'ed: an installation under a running daemon must not mix versions. It runs user
 code, so the master takes everything that it says as its word only. What it must not do: keep a descriptor of the master's that
 it does not need, call user code after READY, or wait for anybody.
 

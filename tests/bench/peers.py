@@ -267,7 +267,7 @@ PEERS = {
             "sync workers, WSGI",
             lambda: version("gunicorn"),
             _gunicorn,
-            lambda: None if importlib.util.find_spec("gunicorn") else "gunicorn is not installed (pip install 'prefork[bench]')",
+            lambda: None if importlib.util.find_spec("gunicorn") else "gunicorn is not installed (pip install '.[bench]')",
             handlers=("http",),
         ),
     )
