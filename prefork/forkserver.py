@@ -128,7 +128,7 @@ def settle(conf: Config, who: Credentials | None, folder: str) -> None:
             handler.prepare_path(folder)
             return
         asking = f" as user {who.name or who.uid}" if who is not None else ""
-        remedy = "give them access to it" if error.errno == errno.EACCES else "make it"
+        remedy = readable.hidden_by(folder) or ("give them access to it" if error.errno == errno.EACCES else "make it")
         raise HandlerError(
             f"can't enter the working directory {folder}{asking}: {error.strerror}: {remedy}, or name another one (chdir)"
         ) from None

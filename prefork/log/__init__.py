@@ -24,7 +24,7 @@ from prefork.log.formats import Entry
 from prefork.log.pipe import Pipe
 from prefork.log.sink import Sink
 from prefork.log.writer import Ask
-from prefork.system import forks, process
+from prefork.system import forks, process, readable
 
 __all__ = ["ALWAYS", "EVENTS", "RESERVED", "Level", "Output", "Sink", "event"]
 
@@ -216,6 +216,11 @@ def _sink(key: str, path: str, patience: float) -> Sink:
 
 
 def _remedy(key: str, path: str, error: OSError) -> str:
+    if (
+        error.errno in (errno.ENOENT, errno.EACCES, errno.EROFS)
+        and (hidden := readable.hidden_by(os.path.dirname(path))) is not None
+    ):
+        return f"{error.strerror}: {hidden}"
     match error.errno:
         case errno.EISDIR:
             return "is a directory: give the path of a file"

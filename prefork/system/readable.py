@@ -21,8 +21,36 @@ def refusal(user: str) -> str | None:
     if not found:
         return None
     whats = ", ".join(f"{what} {path}" for what, path, _ in found)
+    if (hidden := next(filter(None, (hidden_by(path) for _, path, _ in found)), None)) is not None:
+        return f"user {user} can't read {whats}: {hidden}"
     doors = " ".join(dict.fromkeys(closed for _, _, closed in found))
     return f"user {user} can't read {whats}: have Python where every user can, as in /opt, or let them in (chmod a+rx {doors})"
+
+
+def hidden_by(path: str) -> str | None:
+    """What helps where a unit hides what is at ``path`` from this service; None where it does not, or /proc does not say so."""
+    try:
+        with open("/proc/self/mountinfo") as file:
+            hidden = _hidden_at(os.path.abspath(path), file.read())
+    except OSError:
+        return None
+    if hidden is None:
+        return None
+    return (
+        f"its unit hides {hidden} from this service (ProtectHome=, PrivateTmp=, InaccessiblePaths=): have it elsewhere, as in /opt"
+    )
+
+
+def _hidden_at(path: str, mounts: str) -> str | None:
+    """The mount point by which systemd hides ``path``, of those in proc_pid_mountinfo(5)."""
+    point, root, options, kind = "", "", [""], ""
+    for line in mounts.splitlines():
+        fields, _, rest = line.partition(" - ")
+        _, _, _, source, target, given, *_ = fields.split()
+        if f"{path}/".startswith(f"{target.rstrip('/')}/") and len(target) >= len(point):
+            point, root, options, kind = target, source, given.split(","), rest.split()[0]
+    is_empty = kind == "tmpfs" and "ro" in options and point in ("/home", "/root", "/run/user")  # ProtectHome=tmpfs
+    return point if root.endswith("/systemd/inaccessible/dir") or "/systemd-private-" in root or is_empty else None
 
 
 def _installed() -> list[str]:
