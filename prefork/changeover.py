@@ -404,9 +404,11 @@ def _what_hangs(generation: Generation) -> str:
     if generation.fork_trouble.failures:
         return f"{generation.fork_trouble.reason}: its workers are not there after boot_timeout = {conf.boot_timeout:g} s"
     if generation.ready:
-        started = f"on_worker_start = {conf.on_worker_start} has not ended" if conf.on_worker_start else "its workers are not ready"
-        return f"{conf.module}: {started} after boot_timeout = {conf.boot_timeout:g} s"
-    imported = "the import or on_boot" if conf.on_boot else "the import"
-    return (
-        f"{conf.module}: {imported} has not ended after boot_timeout = {conf.boot_timeout:g} s; prefork check tells where it hangs"
-    )
+        if not conf.on_worker_start:
+            return f"{conf.module}: its workers are not ready after boot_timeout = {conf.boot_timeout:g} s"
+        what, check = f"on_worker_start = {conf.on_worker_start}", "prefork check --hooks"
+    elif conf.on_boot:
+        what, check = "the import or on_boot", "prefork check --hooks"
+    else:
+        what, check = "the import", "prefork check"
+    return f"{conf.module}: {what} has not ended after boot_timeout = {conf.boot_timeout:g} s; {check} tells where it hangs"

@@ -2,8 +2,8 @@
 
 The import happens in a child that is made like a fork server, so that it finds what it would find there, and can do here
 whatever it likes: exit, crash, hang, fork. What it prints comes through a pipe: the import may run as another user, and has no
-descriptor of the terminal that root has typed this on. What this must not do: bind, write a file, call a hook, leave a process
-behind.
+descriptor of the terminal that root has typed this on. What this must not do: bind, write a file, call a hook unless asked to,
+leave a process behind.
 """
 
 import codecs
@@ -13,10 +13,11 @@ import os
 import select
 import signal
 import socket
+import stat
 import sys
 import time
 import traceback
-from collections.abc import Collection, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from typing import NoReturn
@@ -31,6 +32,7 @@ from prefork.config import (
     abandoned,
     document,
     is_unset,
+    made,
     needs_restart,
     restored,
     with_activated,
@@ -51,32 +53,37 @@ LONGEST_POLL = 86400.0
 # Of what the import's process has left for us; the import can make it as large as it likes.
 SAID_LIMIT = 1 << 18
 _WHERE = signal.SIGRTMIN + 2
-# Begins what is said of an import that has succeeded, and what it has registered and started follows, a line each.
-_DONE = b"imported\0"
+# What the import's process has begun, said before it: each hook that it calls, by its label, and at last what the import has
+# registered for the end. What was registered and started follows this, a line each.
+_DONE = "imported"
 # What a pipe holds (pipe(7)): as much may still be there when the import and all that it has started have ended.
 _PIPE = 65536
 
 
-def check(sources: Sources, state: bytes | None = None) -> str:
-    """The effective configuration as TOML, each value with where it came from. Raises ConfigError and HandlerError.
+def check(sources: Sources, state: bytes | None = None, *, call_hooks: bool = False) -> str:
+    """The effective configuration as TOML, each value with where it came from. Raises PreforkError, with all mistakes at once.
 
-    With the ``state`` of a running daemon, whether this program could go on where that one is, too, which is proved to it at the
-    end. Raises StateError.
+    The handler is imported unless the configuration has values that can't be. With the ``state`` of a running daemon, whether this
+    program could go on where that one is, too, which is proved to it at the end. Raises StateError.
     """
     running = carried.read(state) if state is not None else None
     folder = running.wiring.folder if running is not None else process.working_directory()
     program.resolve_python_path(folder)
-    config, origins = replace(sources, folder=folder).trace()
-    if running is not None:
+    config, origins, mistakes = replace(sources, folder=folder).examine()
+    if running is not None and not mistakes:
         _refuse_restart(running, config, origins)
-    for address in config.bind:
-        if address.family == socket.AF_UNIX:
-            instances.refuse_mistakable(address.host)
-        if address.user:
-            credentials.uid_of(address.user)
-        if address.group:
-            credentials.gid_of(address.group)
-    found = _try_import(config, folder)
+    errors: list[PreforkError] = [*map(ConfigError, mistakes), *_caught(_of_this_machine(config))]
+    if running is None:  # its files are open
+        errors += map(ConfigError, _missing_folders(config, origins))
+    found: list[str] = []
+    try:
+        who = credentials.wanted(config.user, config.group)
+        if not mistakes:
+            found = _try_import(config, who, folder, call_hooks=call_hooks)
+    except PreforkError as error:
+        errors.append(error)
+    if errors:
+        raise errors[0] if len(errors) == 1 else ConfigError("\n".join(map(str, errors)))
     notes = {
         key: origins.get(key) or (f"not set: {option.help}" if is_unset(config, key) else "default")
         for key, option in OPTIONS.items()
@@ -84,7 +91,47 @@ def check(sources: Sources, state: bytes | None = None) -> str:
     if running is not None:
         program.answer(running.upgrade.token)
     noted = "".join(f"# {line}\n" for line in found)
-    return f"# What prefork {__version__} serves with. {config.module} can be imported.\n{noted}\n{document(config, notes)}"
+    called = f" Called were {', '.join(_labels(config))}." if call_hooks and _labels(config) else ""
+    return f"# What prefork {__version__} serves with. {config.module} can be imported.{called}\n{noted}\n{document(config, notes)}"
+
+
+def _of_this_machine(config: Config) -> Iterator[Callable[[], object]]:
+    """What raises PreforkError where a value is wrong here."""
+    for address in config.bind:
+        if address.family == socket.AF_UNIX:
+            yield partial(instances.refuse_mistakable, address.host)
+        if address.user:
+            yield partial(credentials.uid_of, address.user)
+        if address.group:
+            yield partial(credentials.gid_of, address.group)
+
+
+def _caught(calls: Iterator[Callable[[], object]]) -> Iterator[PreforkError]:
+    for call in calls:
+        try:
+            call()
+        except PreforkError as error:
+            yield error
+
+
+def _missing_folders(config: Config, origins: Mapping[str, str]) -> Iterator[str]:
+    """Of what the daemon makes, that for which there is no folder. One below /run is a service manager's to make at the start."""
+    for key, path in made(config):
+        folder = os.path.dirname(path)
+        try:
+            is_there = stat.S_ISDIR(os.stat(folder).st_mode)
+        except (FileNotFoundError, NotADirectoryError):
+            is_there = os.path.realpath(folder).startswith("/run/")
+        except OSError:  # not for this user to see, and perhaps for the daemon's
+            continue
+        if not is_there:
+            by_unit = " (a unit's LogsDirectory= does, at its first start)" if folder.startswith("/var/log/prefork/") else ""
+            yield f"{key} = {path!r} {origins[key]}: {folder} is no directory: make it{by_unit}, or give another path"
+
+
+def _labels(config: Config) -> list[str]:
+    """The hooks as their user wrote them, in the order in which they are called."""
+    return [f"{option} = {hook}" for option in handler.HOOKS if (hook := getattr(config, option))]
 
 
 def _listens_at(running: State, fd: int) -> Address | None:
@@ -104,12 +151,11 @@ def _refuse_restart(running: State, config: Config, origins: Mapping[str, str]) 
         raise ConfigError(changed)
 
 
-def _try_import(config: Config, folder: str) -> list[str]:
+def _try_import(config: Config, who: Credentials | None, folder: str, *, call_hooks: bool) -> list[str]:
     """Import the handler and its hooks in a child; no process is left when this returns. Raises HandlerError.
 
     Returns what the import has registered for the end and started, in sentences.
     """
-    who = credentials.wanted(config.user, config.group)
     outcome = os.memfd_create("outcome")
     printed, printing = os.pipe2(os.O_CLOEXEC)
     os.set_blocking(printed, False)
@@ -123,7 +169,7 @@ def _try_import(config: Config, folder: str) -> list[str]:
         us = os.getpid()
         pid = os.fork()
         if pid == 0:
-            _import_and_exit(config, who, folder, us, outcome, printing)
+            _import_and_exit(config, who, folder, us, outcome, printing, call_hooks=call_hooks)
     os.close(printing)
     decoder = codecs.getincrementaldecoder("utf-8")("backslashreplace")
     try:
@@ -136,15 +182,26 @@ def _try_import(config: Config, folder: str) -> list[str]:
         said = os.pread(outcome, min(os.fstat(outcome).st_size, SAID_LIMIT), 0)
     finally:
         os.close(outcome)
+    begun, text = _last_begun(said.decode(errors="replace"), [*(_labels(config) if call_hooks else ()), _DONE])
     if status is None:
-        what = "what the import has registered for the end" if said.startswith(_DONE) else "the import"
+        what = "what the import has registered for the end" if begun == _DONE else begun
         late = f"{config.module}: {what} has not ended after boot_timeout = {config.boot_timeout:g} s"
-        raise HandlerError(late + _where(said.decode(errors="replace")))
-    if not said:
-        raise HandlerError(f"{config.module}: the import ended its process: {process.describe(status)}")
-    if not said.startswith(_DONE) or said.count(0) > 1:  # the import has written there, too
-        raise HandlerError(said.decode(errors="replace"))
-    return printable(said.removeprefix(_DONE).decode(errors="replace")).splitlines()
+        raise HandlerError(late + _where(text))
+    if not text and begun != _DONE:
+        raise HandlerError(f"{config.module}: {begun} ended its process: {process.describe(status)}")
+    if begun != _DONE or "\0" in text:  # the import has written there, too
+        raise HandlerError(text)
+    return printable(text).splitlines()
+
+
+def _last_begun(said: str, steps: Sequence[str]) -> tuple[str, str]:
+    """Which of these the child has said last that it begins, and what it has said since."""
+    begun = "the import"
+    for step in steps:
+        if not said.startswith(f"{step}\0"):
+            break
+        begun, said = step, said.removeprefix(f"{step}\0")
+    return begun, said
 
 
 def _wait(pid: int, seconds: float, printed: int, decoder: codecs.IncrementalDecoder) -> int | None:
@@ -211,7 +268,9 @@ def _where(text: str) -> str:
 # -- in the child
 
 
-def _import_and_exit(config: Config, who: Credentials | None, folder: str, parent: int, outcome: int, printing: int) -> NoReturn:
+def _import_and_exit(
+    config: Config, who: Credentials | None, folder: str, parent: int, outcome: int, printing: int, *, call_hooks: bool
+) -> NoReturn:
     """Be what `prefork.forkserver` is until its handler is imported. Called with all signals blocked; never returns."""
     us = os.getpid()
     status = PreforkError.exit_code
@@ -223,6 +282,8 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
             sockets = left_open.sockets()
             records.install(log.Level[config.log_level.upper()])
             loaded = handler.load(config)
+            call = partial(_call, loaded.hooks if call_hooks else {}, us, outcome, config.module)
+            call("on_boot")
             if loaded.shape is handler.Shape.SERVER:
                 binding = partial(request.bind, loaded.call, *request.name_at(config.bind[0]))
                 handler.run(f"{config.module}: {request.BINDING}", binding)
@@ -235,13 +296,19 @@ def _import_and_exit(config: Config, who: Credentials | None, folder: str, paren
                     f"{config.module}: the import makes event loops (epoll: {', '.join(left.event_loops)}), which wake each worker "
                     "for the others' clients, too, unless their library renews them after a fork: make them in on_worker_start"
                 )
-            said = b""
+            said = ""
         except PreforkError as error:
-            said = str(error).encode(errors="backslashreplace")
+            said = str(error)
         if os.getpid() == us:  # and no child that the import forked and that has come back here
             aside, started = finalizers.set_aside(), process.started_by_us()
-            found = _for_the_end(aside.registered, started.values()).encode(errors="backslashreplace")
-            _say(outcome, said or _DONE + found, config.module)
+            if not said:
+                try:
+                    call("on_worker_start")
+                    call("on_worker_exit")
+                except HandlerError as error:
+                    said = str(error)
+            found = _for_the_end(aside.registered, started.values())
+            _say(outcome, said or f"{_DONE}\0{found}", config.module)
             forkserver.finish_import(aside, started, lambda _: traceback.print_exc())
         status = 0
     except BaseException:
@@ -274,6 +341,17 @@ def _end_with(parent: int) -> None:
         os._exit(0)
 
 
+def _call(hooks: Mapping[str, handler.Hook], us: int, outcome: int, module: str, option: str) -> None:
+    """Call a hook, if there is one. Raises HandlerError. A child that the hook forks ends here, as in a worker."""
+    if (hook := hooks.get(option)) is not None:
+        _write(outcome, f"{hook.label}\0", module)
+        try:
+            handler.run(hook.label, hook.call)
+        finally:
+            if os.getpid() != us:
+                os._exit(0)
+
+
 _forks = 0
 
 
@@ -292,15 +370,19 @@ def _for_the_end(registered: Collection[str], started: Collection[str]) -> str:
     return said
 
 
-def _say(outcome: int, said: bytes, module: str) -> None:
+def _say(outcome: int, said: str, module: str) -> None:
     with contextlib.suppress(Exception):  # whatever the import has put in its place
         sys.stdout.flush()
     if _forks:
         _warn(f"{module}: the import forks: a child that returns from it is ended, any other runs on beside the fork server")
     if undone := forkserver.handlers_undone(signals.installed()):
         _warn(f"{module}: handlers that the import has installed for {undone} are undone, workers need these signals")
+    _write(outcome, said, module)
+
+
+def _write(outcome: int, said: str, module: str) -> None:
     try:
-        os.write(outcome, said)
+        os.write(outcome, said.encode(errors="backslashreplace"))
     except OSError:
         _warn(f"{module}: the import closed descriptors that were not its own")
         os._exit(PreforkError.exit_code)

@@ -15,9 +15,10 @@ from collections.abc import Callable
 from typing import Any, NoReturn
 
 import click
+from click.shell_completion import CompletionItem
 
 from prefork import __version__, log, values
-from prefork.config import DEFAULTS, OPTIONS, Sources, environment, flag, unknown_variables, variable
+from prefork.config import DEFAULTS, OPTIONS, OTHER_WORDS, Option, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError, explained
 from prefork.ops.instances import ask, closest, find, instances, nearest, process_of, shares_pids
 from prefork.printable import printable
@@ -28,6 +29,7 @@ _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 PROMPT, OUTCOME, GONE = 10.0, 86400.0, 60.0
 # Completed by shells, and otherwise text: whether it can be used is for those to say who use it.
 _PATH = click.Path(readable=False)
+_FOLDER = click.Path(readable=False, file_okay=False)
 
 
 def tell(error: Exception) -> NoReturn:
@@ -61,19 +63,47 @@ class _Command(click.Command):
         try:
             return super().parse_args(ctx, args)
         except click.NoSuchOption as error:
-            known = [name for parameter in self.params for name in parameter.opts]
-            raise click.NoSuchOption(error.option_name, possibilities=closest(error.option_name, known), ctx=ctx) from None
+            # Without their dashes, which all have in common.
+            known = {name.lstrip("-"): name for parameter in self.params for name in parameter.opts}
+            known |= {word: flag(key) for word, key in OTHER_WORDS.items() if flag(key) in known.values()}
+            meant = "".join(f" Did you mean {known[name]!r}?" for name in closest(error.option_name.lstrip("-"), known))
+            # Not a NoSuchOption: newer versions of click pass over a word that is not like the option's name.
+            raise click.UsageError(f"No such option {error.option_name!r}.{meant}", ctx) from None
+
+
+# Commands of other programs, and what does here what they do there. Without that `top` would be a mistyped `stop`.
+OTHER_COMMANDS = {
+    "top": "status",
+    "stack": "status --json",
+    "stats": "status",
+    "ps": "status",
+    "list": "status",
+    "start": "serve",
+    "run": "serve",
+    "restart": "upgrade",
+    "kill": "stop --quick",
+    "quit": "stop",
+    "shutdown": "stop",
+    "test": "check",
+    "validate": "check",
+    "help": "--help",
+    "version": "--version",
+}
 
 
 class _Commands(click.Group):
-    """Suggests the nearest command for a mistyped one."""
+    """For a command that is not there: the one that was meant, or all that are."""
 
     command_class = _Command
 
     def resolve_command(self, ctx: click.Context, args: list[str]) -> tuple[str | None, click.Command | None, list[str]]:
         name = args[0]
-        if name not in self.commands and name.isidentifier() and not ctx.resilient_parsing:
-            ctx.fail(f"No such command {name!r}. {nearest(name, self.commands).capitalize()}".rstrip())
+        if name not in self.commands and not name.startswith("-") and not ctx.resilient_parsing:
+            if name in OTHER_COMMANDS:
+                meant = f"There is: prefork {OTHER_COMMANDS[name]}"
+            else:
+                meant = nearest(name, self.commands).strip().capitalize() or f"There are {', '.join(self.commands)}."
+            ctx.fail(f"No such command {name!r}. {meant}")
         return super().resolve_command(ctx, args)
 
 
@@ -117,12 +147,12 @@ Files:
 def main() -> None:
     """Run a blocking Python network handler in production.
 
-    You write loop(sock); `prefork serve --module echo:loop` is everything between the socket and that function.
+    You write loop(sock); `prefork serve echo:loop` is everything between the socket and that function.
 
     \b
     Examples:
-      prefork serve --module echo:loop   the bundled echo server, on 127.0.0.1:7000
-      prefork serve --module mymodule:loop -b :7000 -w 16   your own, on every address
+      prefork serve echo:loop            the bundled echo server, on 127.0.0.1:7000
+      prefork serve mymodule:loop -b :7000 -w 16   your own, on every address
       prefork status                     one look at it
       prefork reload                     new code, no lost connection
       prefork stop                       let connections finish, then end
@@ -143,7 +173,13 @@ def _configured(command: Callable[..., None]) -> Callable[..., Any]:
     """A command with --config and every option, called with where the configuration comes from."""
 
     @functools.wraps(command)
-    def call(file: str | None, **given: Any) -> None:
+    def call(file: str | None, handler: str | None, **given: Any) -> None:
+        if handler is not None:
+            if given["module"] is not None:
+                raise click.UsageError(f"two handlers are given, {handler} and --module {given['module']}: leave out one")
+            if ":" not in handler and os.path.isfile(handler):
+                raise click.UsageError(f"{handler} is a file, and a handler is MODULE:ATTR, like echo:loop{_meant_by(handler)}")
+            given["module"] = handler
         others = {key: given.pop(key) for key in given.keys() - OPTIONS.keys()}
         command_line = {
             key: list(value) if isinstance(value, tuple) else value for key, value in given.items() if value not in (None, ())
@@ -152,7 +188,15 @@ def _configured(command: Callable[..., None]) -> Callable[..., Any]:
 
     text = "A flat TOML file with the options below."
     named = click.option("--config", "file", metavar="FILE", envvar=variable("config"), help=text, type=_PATH)
-    return named(_with_options(call))
+    return click.argument("handler", metavar="[MODULE:ATTR]", required=False)(named(_with_options(call)))
+
+
+def _meant_by(file: str) -> str:
+    """Of a file that stands where a handler should: what is given instead."""
+    name, dot, suffix = file.rpartition(".")
+    if suffix == "py" and name.isidentifier():
+        return f": {name}:ATTR"
+    return f"; a configuration is given by --config {file}" if dot and suffix == "toml" else ""
 
 
 def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
@@ -160,9 +204,22 @@ def _with_options(command: Callable[..., Any]) -> Callable[..., Any]:
         default = _default_text(key)
         names = [flag(key), key, *([option.short] if option.short else [])]
         text = option.help + (f"  [default: {default}]" if default else "") + ("" if option.reloadable else "  [restart]")
-        kind = _PATH if option.metavar in ("PATH", "DIR") else None  # what a shell completes
-        command = click.option(*names, metavar=option.metavar, help=text, multiple=option.multiple, type=kind)(command)
+        more: dict[str, Any] = {"metavar": option.metavar, "multiple": option.multiple, "shell_complete": _completing(option)}
+        command = click.option(*names, help=text, **more)(command)
     return command
+
+
+def _completing(option: Option) -> Callable[[click.Context, click.Parameter, str], list[CompletionItem]]:
+    """What a shell completes: a choice, or a path beside the words that can stand for one."""
+
+    def complete(ctx: click.Context, parameter: click.Parameter, incomplete: str) -> list[CompletionItem]:
+        kind = {"PATH": _PATH, "DIR": _FOLDER}.get(option.metavar)
+        found = kind.shell_complete(ctx, parameter, incomplete) if kind is not None else []
+        # After the path: bash takes a file name only where there are no words.
+        words = [word for word in (*option.words, *option.choices) if word.startswith(incomplete)]
+        return [*found, *map(CompletionItem, words)]
+
+    return complete
 
 
 @main.command()
@@ -171,8 +228,9 @@ def serve(sources: Sources) -> None:
     """Run the daemon in the foreground.
 
     Every option can stand in the --config file (max_workers = 64) or in the environment (PREFORK_MAX_WORKERS=64); the command
-    line beats the environment, which beats the file. Durations are seconds (1.5) or 30s, 5m, 1h. A path that is not absolute
-    counts from the working directory. A reload takes changed values, but for those marked [restart].
+    line beats the environment, which beats the file. MODULE:ATTR by itself is what --module MODULE:ATTR is. Durations are seconds
+    (1.5) or 30s, 5m, 1h. A path that is not absolute counts from the working directory. A reload takes changed values, but for
+    those marked [restart].
 
     \b
     Signals:
@@ -185,8 +243,8 @@ def serve(sources: Sources) -> None:
 
     \b
     Examples:
-      prefork serve --module echo:loop
-      prefork serve --module mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
+      prefork serve echo:loop
+      prefork serve mymodule:loop --bind 0.0.0.0:7000 --bind unix:/run/my.sock?mode=0660 --workers 16
       prefork serve --config /etc/prefork/echo.toml
     """
     click.get_current_context().obj(sources)
@@ -194,23 +252,27 @@ def serve(sources: Sources) -> None:
 
 @main.command()
 @click.option("--adopt", type=int, hidden=True)  # the descriptor of a running daemon's state: what an upgrade asks first
+@click.option("--hooks", is_flag=True, help="Call the hooks, too: each once, one after the other, in the process of the import.")
 @_configured
-def check(sources: Sources, adopt: int | None) -> None:
+def check(sources: Sources, adopt: int | None, *, hooks: bool) -> None:
     """Validate the configuration, import the handler, print what holds.
 
-    Takes what serve takes, and binds nothing. What it prints is a configuration file: every option with the value that it has,
-    and where that comes from. The import happens in a process of its own; what it prints goes to standard error.
+    Takes what serve takes, and binds nothing. All mistakes of the configuration are told at once. What it prints is a
+    configuration file: every option with the value that it has, and where that comes from. The import happens in a process of its
+    own; what it prints goes to standard error. Hooks are imported, and called only with --hooks. An import, or a hook, that has not
+    ended after boot_timeout is told with the line where it hangs.
 
     \b
     Examples:
       prefork check --config /etc/prefork/echo.toml
-      prefork check --module mymodule:loop > prefork.toml
+      prefork check mymodule:loop > prefork.toml
+      prefork check --config /etc/prefork/echo.toml --hooks   to see where a hook hangs
     """
     from prefork.check import check as checked
     from prefork.system import process, program
 
     process.open_standard_descriptors()
-    text = checked(sources, program.read_state(adopt) if adopt is not None else None)
+    text = checked(sources, program.read_state(adopt) if adopt is not None else None, call_hooks=hooks)
     for name, remedy in unknown_variables(sources.environment):
         _say(f"prefork: the environment variable {name} is no option: {remedy}", err=True)
     click.echo(text, nl=False)
@@ -402,7 +464,7 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
 
 
 @main.command()
-@click.argument("folder", metavar="[DIR]", default=".", type=_PATH)
+@click.argument("folder", metavar="[DIR]", default=".", type=_FOLDER)
 def init(folder: str) -> None:
     """Write a configuration and a handler to begin with into DIR, by default the working directory.
 
@@ -431,8 +493,8 @@ def unit(sources: Sources, *, socket: bool) -> None:
     Examples:
       prefork unit --config /etc/prefork/echo.toml
       prefork unit --config /etc/prefork/echo.toml | awk '/^# .etc/{file = $2} {print > file}'   writes both files
-      prefork unit --module mymodule:loop --bind :443 --no-socket
-      prefork unit --module mymodule:loop --user www-data   the handler can't reach the master
+      prefork unit mymodule:loop --bind :443 --no-socket
+      prefork unit mymodule:loop --user www-data   the handler can't reach the master
     """
     from prefork import unit as units
 
@@ -446,7 +508,7 @@ def unit(sources: Sources, *, socket: bool) -> None:
 @main.command()
 @click.argument("shell", metavar="[bash|zsh|fish]", type=click.Choice(["bash", "zsh", "fish"]), required=False)
 def completion(shell: str | None) -> None:
-    """Print a script that teaches a shell to complete prefork's commands, options and instances.
+    """Print a script that teaches a shell to complete prefork's commands, options, their values, and instances.
 
     By default that of $SHELL. bash and zsh take it in ~/.bashrc or ~/.zshrc by: eval "$(prefork completion bash)"
 

@@ -23,9 +23,11 @@ from typing import Any
 from prefork import values
 from prefork.errors import ConfigError, explained
 from prefork.net.address import INHERITED, UNRESOLVED, Address, Claims
-from prefork.system import program
+from prefork.system import program, readable
 
 FILE_LIMIT = 1_000_000
+# What `prefork init` writes, and what is suggested where no file is named.
+FILE = "prefork.toml"
 # What some editors put before UTF-8 text; TOML 1.1 has it ignored.
 _BOM = "\ufeff"
 # tomllib's time grows with the square of a dotted key's length: 32 KB of "a.a.a." took it 3 s. No option has a dotted key. What is
@@ -36,6 +38,15 @@ _DEEP_KEY = re.compile(rb"(?<![\w-])(?:[\w-]++[ \t]*+\.[ \t]*+){20}")
 WORKERS_LIMIT = 1 << 20
 LOG_LEVELS = ("debug", "info", "warning", "error")
 LOG_FORMATS = ("text", "json")
+# The environment variables that Kubernetes and Docker make in each container for a service named prefork, or prefork-...: "service
+# links". PREFORK_PORT is one with a URL only.
+_SERVICE_LINK = re.compile(
+    r"PREFORK_(?:\w+_)?(?:SERVICE_HOST|SERVICE_PORT(?:_\w+)?|PORT_\d+_(?:TCP|UDP|SCTP)(?:_(?:PROTO|PORT|ADDR))?)=.*|"
+    r"PREFORK_(?:\w+_)?PORT=(?:tcp|udp|sctp)://.*",
+    re.DOTALL,
+)
+# Words for an option that are not like its name.
+OTHER_WORDS = {"port": "bind", "host": "bind", "listen": "bind", "address": "bind"}
 
 
 def _same(value: Any, _folder: str = "") -> Any:
@@ -58,6 +69,12 @@ class Option:
     multiple: bool = False
     plain: Callable[[Any], Any] = _same
     resolve: Callable[[Any, str], Any] = _same
+    words: tuple[str, ...] = ()  # that a path may be instead
+
+    @property
+    def choices(self) -> tuple[str, ...]:
+        """All values that there are; none where they can't be listed."""
+        return tuple(self.metavar.split("|")) if "|" in self.metavar else ()
 
     @property
     def has_paths(self) -> bool:
@@ -74,7 +91,8 @@ def _seconds(default: float, help: str, parse: Callable[[Any], float] = values.s
 
 
 def _path(default: str, help: str, *words: str, metavar: str = "PATH", reloadable: bool = True) -> Any:  # noqa: A002
-    return _option(default, values.path(*words), help, metavar, resolve=values.resolve_path(*words), reloadable=reloadable)
+    parse, resolve = values.path(*words), values.resolve_path(*words)
+    return _option(default, parse, help, metavar, resolve=resolve, reloadable=reloadable, words=words)
 
 
 def _target(help: str) -> Any:  # noqa: A002
@@ -187,10 +205,15 @@ class Config:
         "PATH",
         reloadable=False,
         resolve=values.resolve_socket_path,
+        words=("off",),
     )
     pid_file: str = _path("", "Where the master's pid is written, for those who need it.", reloadable=False)
-    log_level: str = _option("info", values.choice(*LOG_LEVELS), f"The least that is logged: {', '.join(LOG_LEVELS)}.", "LEVEL")
-    log_format: str = _option("text", values.choice(*LOG_FORMATS), "Lines for people (text) or for machines (json).", "FORMAT")
+    log_level: str = _option(
+        "info", values.choice(*LOG_LEVELS), f"The least that is logged: {', '.join(LOG_LEVELS)}.", "|".join(LOG_LEVELS)
+    )
+    log_format: str = _option(
+        "text", values.choice(*LOG_FORMATS), "Lines for people (text) or for machines (json).", "|".join(LOG_FORMATS)
+    )
     log_file: str = _path("stderr", "Where the log goes; SIGUSR1 opens the file again.", "stderr")
     access_log: str = _path("off", "A line for each connection, to a file or to the log (-).", "off", "-")
 
@@ -233,14 +256,36 @@ class Sources:
         return self.trace()[0]
 
     def trace(self) -> tuple[Config, dict[str, str]]:
-        """The effective configuration, and for each option that was given where it comes from. Raises ConfigError."""
+        """The effective configuration, and for each option that was given where it comes from.
+
+        Raises ConfigError, which has a line for each mistake.
+        """
+        config, origins, mistakes = self.examine()
+        if mistakes:
+            raise ConfigError("\n".join(mistakes))
+        return config, origins
+
+    def examine(self) -> tuple[Config, dict[str, str], list[str]]:
+        """The same with all mistakes, in sentences; a value that can't be is not in it. Raises ConfigError for an unusable file."""
         parsed: dict[str, Any] = {}
         origins: dict[str, str] = {}
+        mistakes: list[str] = []
+        wrong: set[str] = set()
         for key, raw, place in self._given():
-            parsed[key], origins[key] = _parse(key, raw, place, self.folder), place
+            try:
+                parsed[key], origins[key] = _parse(key, raw, place, self.folder), place
+            except ConfigError as error:
+                mistakes.append(str(error))
+                wrong.add(key)
         config = Config(**parsed)
-        check(config, origins)
-        return config, origins
+        # Of a wrong value the default stands in `config`, which contradicts nothing that was given.
+        mistakes += [text for keys, text in _contradictions(config, origins, self._ways_to_a_handler()) if wrong.isdisjoint(keys)]
+        return config, origins, mistakes
+
+    def _ways_to_a_handler(self) -> str:
+        if self.file is None and os.path.isfile(os.path.join(self.folder, FILE)):
+            return f"--config {FILE}, which is here, or MODULE:ATTR, like echo:loop"
+        return _WAYS_TO_A_HANDLER
 
     def _given(self) -> Iterator[tuple[str, Any, str]]:
         """Everything that was given, the weakest first: key, value as it stands there, and where."""
@@ -252,7 +297,8 @@ class Sources:
             if (raw := self.environment.get(variable(key))) is not None:
                 yield key, raw, f"in the environment ({variable(key)})"
         for key, raw in self.command_line.items():
-            yield key, raw, f"on the command line ({flag(key)})"
+            # The handler may stand there by itself.
+            yield key, raw, "on the command line" if key == "module" else f"on the command line ({flag(key)})"
         for key, raw in self.keywords.items():
             yield key, raw, "of prefork.Server"
 
@@ -275,7 +321,9 @@ def _read_file(path: str, named: str) -> dict[str, Any]:
 
         return tomllib.loads(data.decode().removeprefix(_BOM))
     except OSError as error:
-        raise ConfigError(f"{path}{named}: can't read the configuration: {explained(error)}") from None
+        hidden = readable.hidden_by(path)
+        why = explained(error) if hidden is None else f"{error.strerror}: {hidden}"
+        raise ConfigError(f"{path}{named}: can't read the configuration: {why}") from None
     except UnicodeDecodeError as error:
         is_utf_16 = data.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         what = "UTF-16, not UTF-8" if is_utf_16 else f"not UTF-8 (byte {error.start})"
@@ -293,8 +341,8 @@ def _parse(key: str, raw: Any, place: str, folder: str = "") -> Any:
             raise ConfigError(
                 f"unknown option {key!r} {place}: the file is flat, without [tables]: each option is a line of its own"
             )
-        near = difflib.get_close_matches(key, OPTIONS, 1)
-        remedy = f"did you mean {near[0]!r}?" if near else f"known are {', '.join(OPTIONS)}"
+        near = _nearest(key)
+        remedy = f"did you mean {near!r}?" if near else f"known are {', '.join(OPTIONS)}"
         raise ConfigError(f"unknown option {key!r} {place}: {remedy}")
     try:
         return option.resolve(option.parse(raw), folder)
@@ -312,41 +360,55 @@ def _shown(raw: Any) -> str:
 
 def check(config: Config, origins: Mapping[str, str]) -> None:
     """Raise ConfigError for values that are right by themselves and impossible together. ``origins``: as from `Sources.trace`."""
+    if found := [text for _, text in _contradictions(config, origins)]:
+        raise ConfigError("\n".join(found))
+
+
+_WAYS_TO_A_HANDLER = "MODULE:ATTR, like echo:loop, or module in the configuration file"
+
+
+def _contradictions(
+    config: Config, origins: Mapping[str, str], ways_to_a_handler: str = _WAYS_TO_A_HANDLER
+) -> Iterator[tuple[tuple[str, ...], str]]:
+    """What is wrong, and the options whose values make it so."""
 
     def given(key: str, text: object) -> str:
         return f"{key} = {text} ({origins.get(key, 'default')})"
 
     if not config.module:
-        raise ConfigError("no handler: give --module MODULE:ATTR, like --module echo:loop, or module in the configuration file")
+        yield ("module",), f"no handler: give {ways_to_a_handler}"
     least = config.workers * len(config.bind)
     if config.max_workers < least:
-        raise ConfigError(
+        yield (
+            ("max_workers", "workers", "bind"),
             f"{given('max_workers', config.max_workers)} is less than {given('workers', config.workers)} x {len(config.bind)} "
-            f"listeners: raise max_workers to at least {least}, or lower workers"
+            f"listeners: raise max_workers to at least {least}, or lower workers",
         )
     if config.max_connections_jitter and not config.max_connections:
-        raise ConfigError(
+        yield (
+            ("max_connections_jitter", "max_connections"),
             f"{given('max_connections_jitter', config.max_connections_jitter)} adds to max_connections, which is not set: set it, "
-            "or drop the jitter"
+            "or drop the jitter",
         )
     unix = [str(address) for address in config.bind if address.family == AF_UNIX]
     if config.drain == "eof" and unix:
-        raise ConfigError(
+        yield (
+            ("drain", "bind"),
             f"{given('drain', config.drain)} does not work for {unix[0]}: on a Unix socket the client's next send fails at once; "
-            "listen on TCP, or take drain = finish"
+            "listen on TCP, or take drain = finish",
         )
     taken: dict[str, str] = {}
-    for key, path in _paths(config):
+    for key, path in made(config):
         if path in taken and {key, taken[path]} != {"log_file", "access_log"}:
-            raise ConfigError(f"{given(key, path)} is the path of {taken[path]}, too: give it another one")
+            yield (key, taken[path]), f"{given(key, path)} is the path of {taken[path]}, too: give it another one"
         taken[path] = key
 
 
-def _paths(config: Config) -> Iterator[tuple[str, str]]:
+def made(config: Config) -> Iterator[tuple[str, str]]:
     """The files and sockets that the daemon makes."""
     yield from (("bind", address.host) for address in config.bind if address.family == AF_UNIX)
-    made = ("control", "pid_file", "log_file", "access_log")
-    yield from ((key, path) for key in made if (path := getattr(config, key)).startswith("/"))
+    files = ("control", "pid_file", "log_file", "access_log")
+    yield from ((key, path) for key in files if (path := getattr(config, key)).startswith("/"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -494,10 +556,16 @@ def needs_restart(old: Config, new: Config) -> str | None:
 def unknown_variables(variables: Mapping[str, str]) -> Iterator[tuple[str, str]]:
     """Names in the environment that look like options and are none, each with what may have been meant."""
     known = [variable(key) for key in (*OPTIONS, "config")]
-    for name in variables:
-        if name not in known:
-            near = difflib.get_close_matches(name, known, 1)
-            yield name, f"did you mean {near[0]}?" if near else "prefork serve --help shows all"
+    for name, value in variables.items():
+        if name not in known and not _SERVICE_LINK.fullmatch(f"{name}={value}"):
+            near = _nearest(name.removeprefix("PREFORK_").lower(), "config")
+            yield name, f"did you mean {variable(near)}?" if near else "prefork serve --help shows all"
+
+
+def _nearest(word: str, *others: str) -> str | None:
+    """The option that may have been meant, if any is like it."""
+    near = [OTHER_WORDS[word]] if word in OTHER_WORDS else difflib.get_close_matches(word, [*OPTIONS, *others], 1)
+    return near[0] if near else None
 
 
 def environment() -> dict[str, str]:

@@ -21,7 +21,7 @@ import click
 import psutil
 import pytest
 
-from prefork.cli import main
+from prefork.cli import OTHER_COMMANDS, main
 from prefork.config import OPTIONS, flag, reference
 from prefork.testing import Server, StartError, serve
 from tests import watch
@@ -68,7 +68,7 @@ def test_check_reads_no_more_of_an_imports_outcome_than_a_traceback_needs(module
     files = "[int(fd) for fd in os.listdir('/proc/self/fd') if 'outcome' in os.path.realpath(f'/proc/self/fd/{fd}')]"
     done = check(module(f"import os\nfor fd in {files}:\n    os.truncate(fd, 1 << 40)\n" + LOOP), "--module=mine:loop")
     assert done.returncode == 78
-    assert done.stderr.startswith("prefork: imported\\x00")
+    assert done.stderr.startswith("prefork: \\x00\\x00")
     assert len(done.stderr) < 5 << 18
 
 
@@ -137,6 +137,9 @@ def test_check_binds_and_makes_nothing(module: Callable[[str], Path], tmp_path: 
         )
     assert done.returncode == 0, done.stderr
     assert [path.name for path in tmp_path.iterdir()] == ["mine.py"]
+
+
+PREFORK = [sys.executable, "-P", "-m", "prefork"]
 
 
 def test_the_import_finds_what_it_finds_in_a_fork_server(module: Callable[[str], Path], tmp_path: Path) -> None:
@@ -289,6 +292,118 @@ def test_hooks_are_imported_and_not_called(module: Callable[[str], Path], option
         assert f"{option} = {target}" in bad.stderr
 
 
+HOOKS = """
+import os, sys, time
+def tell(what):
+    print(what, os.getpid(), flush=True)
+    if what == os.environ.get("HANGS"):
+        time.sleep(60)
+    if what == os.environ.get("RAISES"):
+        raise KeyError(what)
+    if what == os.environ.get("EXITS"):
+        os._exit(3)
+    if what == os.environ.get("FORKS") and os.fork() == 0:
+        return
+def boot(): tell("boot")
+def start(): tell("start")
+def leave(): tell("leave")
+"""
+CALLED = ("--hooks", "mine:loop", "--on-boot=mine:boot", "--on-worker-start=mine:start", "--on-worker-exit=mine:leave")
+LABELS = {"boot": "on_boot = mine:boot", "start": "on_worker_start = mine:start", "leave": "on_worker_exit = mine:leave"}
+
+
+def test_check_calls_each_hook_once_when_it_is_asked_to(module: Callable[[str], Path]) -> None:
+    done = check(module(HOOKS + LOOP), *CALLED)
+    assert done.returncode == 0, done.stderr
+    assert [line.split()[0] for line in done.stderr.splitlines()] == ["boot", "start", "leave"]
+    assert f"mine:loop can be imported. Called were {', '.join(LABELS.values())}.\n" in done.stdout
+    tomllib.loads(done.stdout)
+
+
+@pytest.mark.parametrize("hook", LABELS)
+def test_check_tells_where_a_hook_hangs(module: Callable[[str], Path], hook: str) -> None:
+    done = check(module(HOOKS + LOOP), *CALLED, "--boot-timeout=0.5", HANGS=hook)
+    assert (done.returncode, done.stdout) == (78, "")
+    told = f"prefork: mine:loop: {LABELS[hook]} has not ended after boot_timeout = 0.5 s; it was here (most recent call first)\n"
+    assert told in done.stderr
+    assert 'mine.py", line 6 in tell\n' in done.stderr
+    assert f" in {hook}\n" in done.stderr
+    assert "prefork/handler.py" not in done.stderr
+
+
+@pytest.mark.parametrize("hook", LABELS)
+def test_check_tells_of_a_hook_that_raises_or_ends_its_process(module: Callable[[str], Path], hook: str) -> None:
+    folder = module(HOOKS + LOOP)
+    raised = check(folder, *CALLED, RAISES=hook)
+    assert (raised.returncode, raised.stdout) == (78, "")
+    assert f"prefork: {LABELS[hook]} raised\nTraceback" in raised.stderr
+    ended = check(folder, *CALLED, EXITS=hook)
+    assert (ended.returncode, ended.stdout) == (78, "")
+    assert f"prefork: mine:loop: {LABELS[hook]} ended its process: exit status 3\n" in ended.stderr
+    assert check(folder, *CALLED, FORKS=hook).returncode == 0
+
+
+@pytest.mark.parametrize(
+    ("arguments", "status", "says"),
+    [
+        (["mine:loop"], 0, ""),
+        (["mine:loop", "--module=echo:loop"], 2, "two handlers are given, mine:loop and --module echo:loop: leave out one"),
+        (["mine"], 78, "module = 'mine' on the command line: must be MODULE:ATTR, like echo:loop"),
+        (["mine.py"], 2, "mine.py is a file, and a handler is MODULE:ATTR, like echo:loop: mine:ATTR"),
+        (["my.toml"], 2, "a configuration is given by --config my.toml"),
+        ([], 78, "no handler: give MODULE:ATTR, like echo:loop, or module in the configuration file"),
+    ],
+)
+@pytest.mark.parametrize("command", ["check", "unit", "serve"])
+def test_the_handler_may_stand_by_itself(
+    module: Callable[[str], Path], command: str, arguments: list[str], status: int, says: str
+) -> None:
+    folder = module(LOOP)
+    (folder / "my.toml").write_text("")
+    if command == "serve" and status == 0:
+        with serve("", folder=folder, arguments=tuple(arguments), workers=1) as server, server.connect() as sock:
+            assert sock.recv(64) == b"hello"
+            assert server.status()["module"] == "mine:loop"
+        return
+    done = subprocess.run([*PREFORK, command, *arguments], cwd=folder, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == status, done.stderr
+    assert says in done.stderr
+    assert status or {"check": 'module = "mine:loop"\n', "unit": " --module=mine:loop "}[command] in done.stdout
+
+
+def test_serve_without_a_handler_names_the_configuration_that_is_there(tmp_path: Path) -> None:
+    assert run("init", str(tmp_path)).returncode == 0
+    done = subprocess.run([*PREFORK, "serve"], cwd=tmp_path, capture_output=True, text=True, check=False, timeout=60)
+    assert done.returncode == 78
+    assert done.stderr.endswith("no handler: give --config prefork.toml, which is here, or MODULE:ATTR, like echo:loop\n")
+
+
+def test_check_tells_all_mistakes_of_a_file_at_once(module: Callable[[str], Path]) -> None:
+    folder = module("print('imported')\n" + LOOP)
+    (folder / "file").write_text("")
+    right = (
+        f"module = 'mine:lop'\nlog_file = '{folder}/logs/log'\naccess_log = '{folder}/file/access'\npid_file = '/run/no/such/pid'\n"
+        f"bind = ['unix:{folder}/sockets/s?user=nosuchuser']\n"
+    )
+    (folder / "my.toml").write_text(right + "workers = 0\nmax_worker = 3\n")
+    done = check(folder, "--config=my.toml")
+    missing = [
+        f"bind = '{folder}/sockets/s' in my.toml: {folder}/sockets is no directory: make it, or give another path",
+        f"log_file = '{folder}/logs/log' in my.toml: {folder}/logs is no directory: make it, or give another path",
+        f"access_log = '{folder}/file/access' in my.toml: {folder}/file is no directory: make it, or give another path",
+    ]
+    first, second, user, *rest = done.stderr.splitlines()
+    assert (done.returncode, done.stdout, rest) == (78, "", missing)
+    assert first == "prefork: workers = 0 in my.toml: must be a whole number from 1 to 1048576"
+    assert second == "unknown option 'max_worker' in my.toml: did you mean 'max_workers'?"
+    assert "user 'nosuchuser' does not exist" in user
+    (folder / "my.toml").write_text(right)
+    with_the_handlers = check(folder, "--config=my.toml")
+    printed, user, *rest, handler = with_the_handlers.stderr.splitlines()
+    assert (with_the_handlers.returncode, printed, rest) == (78, "imported", missing)
+    assert handler == f"mine:lop: {folder}/mine.py has no 'lop'; did you mean 'loop'?"
+
+
 def test_a_bad_configuration_ends_with_78_before_anything_is_imported(module: Callable[[str], Path]) -> None:
     folder = module("print('imported')\n" + LOOP)
     done = check(folder, "--module=mine:loop", "--workers=0")
@@ -428,6 +543,7 @@ def test_the_manual_page_is_whole_and_without_warnings(tmp_path: Path) -> None:
 def completing(tmp_path: Path) -> Iterator[dict[str, str]]:
     """The environment of a shell that knows prefork, with an instance running and a file to complete."""
     (tmp_path / "prefork-own.toml").write_text("")
+    (tmp_path / "prefork-other").mkdir()
     with serve("echo:loop", name="completed", control=str(tmp_path / "completed.sock")):
         yield {
             "PATH": f"{BIN}:{os.environ['PATH']}",
@@ -442,9 +558,17 @@ TYPED = {
     "prefork stat": "prefork status",
     "prefork serve --max-w": "prefork serve --max-workers",
     "prefork reload comp": "prefork reload completed",
-    "prefork check --config prefork-o": "prefork check --config prefork-own.toml",
-    "prefork serve --log-file prefork-o": "prefork serve --log-file prefork-own.toml",
+    "prefork check --config prefork-ow": "prefork check --config prefork-own.toml",
+    "prefork serve --log-file prefork-ow": "prefork serve --log-file prefork-own.toml",
     "prefork stop --control compl": "prefork stop --control completed.sock",
+    "prefork serve --drain e": "prefork serve --drain eof",
+    "prefork serve --log-level w": "prefork serve --log-level warning",
+    "prefork check --log-format j": "prefork check --log-format json",
+    "prefork unit --scheduling i": "prefork unit --scheduling inherit",
+    "prefork serve --nodelay of": "prefork serve --nodelay off",
+    "prefork serve --log-file std": "prefork serve --log-file stderr",
+    "prefork serve --control of": "prefork serve --control off",
+    "prefork serve --chdir prefork-o": "prefork serve --chdir prefork-other",
 }
 
 
@@ -492,7 +616,7 @@ def test_fish_completes(typed: str, completing: dict[str, str], tmp_path: Path) 
     watch.needs("fish")
     command = ["fish", "--no-config", "-c", f"prefork completion fish | source; complete -C {shlex.quote(typed)}"]
     done = subprocess.run(command, env=completing, capture_output=True, text=True, check=True, cwd=tmp_path, timeout=60)
-    assert TYPED[typed].split()[-1] in [line.split("\t")[0] for line in done.stdout.splitlines()]
+    assert TYPED[typed].split()[-1] in [line.split("\t")[0].rstrip("/") for line in done.stdout.splitlines()]
 
 
 def test_the_shell_is_that_of_the_environment_unless_it_is_named() -> None:
@@ -516,13 +640,26 @@ def test_a_mistyped_command_is_told_with_the_nearest() -> None:
     done = run("relod")
     assert done.returncode == 2
     assert done.stderr.endswith("Error: No such command 'relod'. Did you mean 'reload'?\n")
-    assert run("xyz").stderr.endswith("Error: No such command 'xyz'.\n")
+    assert run("xyz").stderr.endswith(f"Error: No such command 'xyz'. There are {', '.join(main.commands)}.\n")
+
+
+def test_a_command_of_another_program_is_told_with_what_does_the_same() -> None:
+    done = run("top")
+    assert done.returncode == 2
+    assert done.stderr.endswith("Error: No such command 'top'. There is: prefork status\n")
+    for word, command in OTHER_COMMANDS.items():
+        assert word not in main.commands
+        name, *arguments = command.split()
+        assert name in main.commands or name in ("--help", "--version")
+        assert not arguments or arguments[0] in [option for param in main.commands[name].params for option in param.opts]
 
 
 def test_a_mistyped_option_is_told_with_the_nearest() -> None:
     done = run("serve", "--max-worker", "3")
     assert done.returncode == 2
     assert done.stderr.endswith("Error: No such option '--max-worker'. Did you mean '--max-workers'?\n"), done.stderr
+    assert run("serve", "--port", "3").stderr.endswith("Error: No such option '--port'. Did you mean '--bind'?\n")
+    assert run("serve", "--zzz", "3").stderr.endswith("Error: No such option '--zzz'.\n"), "all have their dashes in common"
 
 
 def test_a_mistyped_instance_is_told_with_the_nearest(prefork_server: Start, tmp_path: Path) -> None:

@@ -215,7 +215,7 @@ def start():
 def test_a_worker_whose_start_hangs_is_killed_after_boot_timeout(module: Module) -> None:
     source = f"import os, time\ndef start():\n    time.sleep(60)\n\n{HANDLER}"
     with (
-        pytest.raises(StartError, match=r"boot_timeout = 0\.5 s") as caught,
+        pytest.raises(StartError, match=r"boot_timeout = 0\.5 s; prefork check --hooks tells where it hangs") as caught,
         serve("mine:loop", folder=module(source), on_worker_start="mine:start", boot_timeout=0.5),
     ):
         pass
@@ -225,7 +225,9 @@ def test_a_worker_whose_start_hangs_is_killed_after_boot_timeout(module: Module)
 def test_an_on_boot_that_hangs_ends_the_start(module: Module) -> None:
     source = f"import os, time\ndef boot():\n    time.sleep(60)\n\n{HANDLER}"
     with (
-        pytest.raises(StartError, match=r"the import or on_boot has not ended after boot_timeout = 0\.5 s") as caught,
+        pytest.raises(
+            StartError, match=r"on_boot has not ended after boot_timeout = 0\.5 s; prefork check --hooks tells"
+        ) as caught,
         serve("mine:loop", folder=module(source), on_boot="mine:boot", boot_timeout=0.5),
     ):
         pass

@@ -4,6 +4,7 @@ import errno
 import os
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -140,3 +141,19 @@ def test_the_remedy_of_a_failed_start_is_that_of_its_errno(number: int, remedy: 
 def test_a_niceness_that_a_sandbox_refuses_is_not_told_as_one_that_takes_root(nice: int, message: str) -> None:
     found, said = refused("--bind=127.0.0.1:0", f"--nice={nice}", "--control=off", before=refusing(errno.EPERM, "setpriority"))
     assert (found, f"nice = {nice}: {message}" in said) == (78, True), said
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="only root can mount")
+@pytest.mark.parametrize("privileges", [[], ["setpriv", "--bounding-set=-all", "--inh-caps=-all"]], ids=["root", "no capability"])
+@pytest.mark.parametrize("option", ["--chdir={}/me", "--config={}/me/prefork.toml", "--log-file={}/me/log"])
+def test_what_a_unit_hides_is_told_as_that(option: str, privileges: list[str], tmp_path: Path) -> None:
+    watch.needs("setpriv")
+    home, empty = tmp_path / "home", tmp_path / "systemd" / "inaccessible" / "dir"
+    for folder in (home / "me", empty):
+        folder.mkdir(parents=True)
+    empty.chmod(0)
+    hide = ["unshare", "--mount", "sh", "-c", 'mount --bind "$0" "$1" && shift && exec "$@"', str(empty), str(home)]
+    found, said = refused("--bind=127.0.0.1:0", "--control=off", option.format(home), before=[*hide, *privileges])
+    assert found == 78, said
+    assert f"its unit hides {home} from this service (ProtectHome=, " in said
+    assert said.endswith("have it elsewhere, as in /opt") or "or name another one (chdir)" in said

@@ -1,5 +1,7 @@
 """What `prefork check` makes of where a hanging import was."""
 
+import pytest
+
 from prefork import check, handler
 
 USER = '  File "/srv/mine.py", line 3 in <module>'
@@ -17,3 +19,18 @@ def test_no_frames_of_ours_are_shown_for_an_import_that_has_not_begun() -> None:
     assert check._where("\n".join([HEADER, *OURS[1:]])) == ""
     assert check._where("\n".join([HEADER, *OURS])) == ""
     assert check._where("") == ""
+
+
+@pytest.mark.parametrize(
+    ("said", "begun", "since"),
+    [
+        ("", "the import", ""),
+        ("Traceback", "the import", "Traceback"),
+        ("on_boot = a:b\0", "on_boot = a:b", ""),
+        ("on_boot = a:b\0imported\0one\n", "imported", "one\n"),
+        ("imported\0", "the import", "imported\0"),
+        ("on_boot = a:b\0on_boot = a:b\0", "on_boot = a:b", "on_boot = a:b\0"),
+    ],
+)
+def test_the_step_that_was_begun_last_is_known(said: str, begun: str, since: str) -> None:
+    assert check._last_begun(said, ["on_boot = a:b", "imported"]) == (begun, since)

@@ -23,6 +23,7 @@ from prefork.config import (
     environment,
     flag,
     needs_restart,
+    unknown_variables,
     variable,
     with_activated,
 )
@@ -157,7 +158,7 @@ def test_a_wrong_value_is_told_with_its_key_its_place_and_what_would_be_right(ke
     for sources, place in [
         (Sources(file=path), f"in {path}"),
         (Sources(environment={variable(key): value}), f"in the environment ({variable(key)})"),
-        (Sources({key: value}), f"on the command line ({flag(key)})"),
+        (Sources({key: value}), "on the command line" if key == "module" else f"on the command line ({flag(key)})"),
     ]:
         message = refusal(sources)
         assert message.startswith(f"{key} = {value!r} {place}: ")
@@ -174,7 +175,7 @@ def test_a_long_wrong_value_does_not_fill_the_screen() -> None:
 
 
 def test_an_unknown_key_is_told_with_the_nearest_known_one(tmp_path: Path) -> None:
-    path = written(tmp_path, "max_worker = 3")
+    path = written(tmp_path, "module = 'echo:loop'\nmax_worker = 3")
     assert refusal(Sources(file=path)) == f"unknown option 'max_worker' in {path}: did you mean 'max_workers'?"
 
 
@@ -191,7 +192,75 @@ def test_a_table_is_told_that_the_file_is_flat(tmp_path: Path) -> None:
 
 
 def test_without_a_handler_the_user_is_told_how_to_name_one() -> None:
-    assert "--module MODULE:ATTR" in refusal(Sources())
+    given = "no handler: give MODULE:ATTR, like echo:loop, or module in the configuration file"
+    assert refusal(Sources()) == given
+
+
+def test_without_a_handler_beside_a_configuration_its_file_is_named(tmp_path: Path) -> None:
+    path = written(tmp_path, "workers = 3")
+    assert refusal(Sources(folder=str(tmp_path))) == (
+        "no handler: give --config prefork.toml, which is here, or MODULE:ATTR, like echo:loop"
+    )
+    assert "or module in the configuration file" in refusal(Sources(file=path, folder=str(tmp_path))), "it has none"
+
+
+def test_all_mistakes_are_told_at_once_and_none_that_follows_from_another(tmp_path: Path) -> None:
+    text = "workers = 0\nmax_workers = 1\nmax_worker = 3\ndrain = 'eof'\nbind = ['unix:/a']\nlog_level = 'loud'\n"
+    path = written(tmp_path, text)
+    told = refusal(Sources({"nice": "100"}, {"PREFORK_PID_FILE": "/a"}, path)).splitlines()
+    assert [line.partition(":")[0] for line in told] == [
+        f"workers = 0 in {path}",
+        f"unknown option 'max_worker' in {path}",
+        f"log_level = 'loud' in {path}",
+        "nice = '100' on the command line (--nice)",
+        "no handler",
+        f"drain = eof (in {path}) does not work for unix",
+        "pid_file = /a (in the environment (PREFORK_PID_FILE)) is the path of bind, too",
+    ]
+
+
+@pytest.mark.parametrize("key", [key for key in OPTIONS if OPTIONS[key].choices])
+def test_every_choice_that_a_shell_completes_is_one(key: str) -> None:
+    assert [OPTIONS[key].parse(word) for word in OPTIONS[key].choices]
+    with pytest.raises(ValueError, match="must be"):
+        OPTIONS[key].parse("neither")
+
+
+@pytest.mark.parametrize("key", [key for key in OPTIONS if OPTIONS[key].words])
+def test_every_word_that_a_shell_completes_beside_paths_is_one(key: str) -> None:
+    assert [OPTIONS[key].parse(word) for word in OPTIONS[key].words] == list(OPTIONS[key].words)
+
+
+LINKS = {
+    "SERVICE_HOST": "10.0.0.1",
+    "SERVICE_PORT": "7000",
+    "SERVICE_PORT_ECHO": "7000",
+    "PORT": "tcp://10.0.0.1:7000",
+    "PORT_7000_TCP": "tcp://10.0.0.1:7000",
+    "PORT_7000_TCP_PROTO": "tcp",
+    "PORT_7000_TCP_PORT": "7000",
+    "PORT_7000_TCP_ADDR": "10.0.0.1",
+}
+
+
+def test_service_links_are_no_mistyped_options() -> None:
+    """As Kubernetes makes them for services named prefork and prefork-echo."""
+    links = {f"PREFORK_{service}{key}": value for service in ("", "ECHO_") for key, value in LINKS.items()}
+    assert list(unknown_variables(links)) == []
+
+
+@pytest.mark.parametrize(
+    ("name", "remedy"),
+    [
+        ("PREFORK_WOKERS", "did you mean PREFORK_WORKERS?"),
+        ("PREFORK_PORT", "did you mean PREFORK_BIND?"),
+        ("PREFORK_CONFG", "did you mean PREFORK_CONFIG?"),
+        ("PREFORK_SERVICE", "prefork serve --help shows all"),
+        ("PREFORK_XYZZY", "prefork serve --help shows all"),
+    ],
+)
+def test_a_mistyped_variable_is_told_with_the_nearest_if_any_is_like_it(name: str, remedy: str) -> None:
+    assert list(unknown_variables({name: "7000", "PREFORK_BIND": ":1", "PREFORK_CONFIG": "a"})) == [(name, remedy)]
 
 
 def test_a_ceiling_below_the_acceptors_is_refused_with_the_least_that_will_do() -> None:
