@@ -154,6 +154,33 @@ def test_the_program_of_the_readme_serves_and_stops(folder: Path) -> None:
         assert server.stop() == 0
 
 
+@pytest.mark.parametrize(
+    ("bind", "source", "code", "says"),
+    [
+        ("nowhere", "", 78, "prefork: bind = 'nowhere' of prefork.Server: "),
+        ("192.0.2.1:7000", "def loop(sock): pass\n", 69, "prefork: 192.0.2.1:7000: "),
+        ("127.0.0.1:0", "1 / 0\n", 78, "prefork: mine:loop: the import raised\nTraceback "),
+    ],
+)
+def test_the_program_of_the_readme_ends_as_the_command_line_does(
+    folder: Path, bind: str, source: str, code: int, says: str
+) -> None:
+    program = (folder / "main.py").read_text()
+    (folder / "main.py").write_text(program.replace('":7000"', repr(bind)))
+    (folder / "mine.py").write_text(source)
+    settings = {**os.environ, "PREFORK_CONTROL": "off"}
+    done = subprocess.run([sys.executable, "main.py"], env=settings, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == code
+    assert says in done.stderr
+    command = [sys.executable, "-P", "-m", "prefork", "serve", "mine:loop", f"--bind={bind}"]
+    assert subprocess.run(command, env=settings, capture_output=True, timeout=60, check=False).returncode == code
+
+
+def test_nothing_says_that_prefork_is_on_pypi() -> None:
+    texts = [README, *(command.help or "" for command in main.commands.values())]
+    assert not re.search(r"pip install (?:-\S+ )?'?prefork\b(?![-/])", "\n".join(texts))
+
+
 def test_the_request_handler_of_the_readme_answers(folder: Path) -> None:
     with serve("shout:Shout") as server, server.connect() as sock:
         sock.sendall(b"hello\n")

@@ -1,5 +1,7 @@
 """`prefork.Server`: the daemon from Python."""
 
+import functools
+import re
 import subprocess
 import sys
 import threading
@@ -9,7 +11,8 @@ from pathlib import Path
 import pytest
 
 import prefork
-from prefork.errors import ConfigError, RefusedError
+from prefork import errors
+from prefork.errors import ConfigError, PreforkError, RefusedError
 from prefork.testing import Server, connect
 from tests import watch
 
@@ -79,6 +82,31 @@ def test_a_wrong_option_is_told_at_once_with_its_place() -> None:
         prefork.Server("echo:loop", worker=3)
     with pytest.raises(ConfigError, match=r"workers = 0 of prefork\.Server: must be a whole number"):
         prefork.Server("echo:loop", workers=0)
+
+
+def test_an_object_is_told_with_what_to_pass() -> None:
+    begins = r"was given a \w+, and the fork server imports the handler by its name: pass "
+    module = __name__
+    program = type("Shout", (), {"__module__": "__main__"})
+    for given, right in (
+        (
+            test_an_object_is_told_with_what_to_pass,
+            f'"{module}:test_an_object_is_told_with_what_to_pass", and do not import it here',
+        ),
+        (lambda _: None, 'MODULE:ATTR as text, like "mine:loop", of a file of its own'),
+        (functools.partial(print), "MODULE:ATTR as text"),
+        (program, '"mine:Shout", with Shout in a file of its own (mine.py), not in the program itself'),
+        (subprocess, '"subprocess:ATTR"'),
+        (3, "MODULE:ATTR as text"),
+    ):
+        with pytest.raises(ConfigError, match=begins + re.escape(right)):
+            prefork.Server(given)  # type: ignore[arg-type]
+
+
+def test_what_a_server_raises_is_a_name_of_the_package_and_has_an_exit_code() -> None:
+    raised = {error for error in vars(errors).values() if isinstance(error, type) and issubclass(error, PreforkError)}
+    assert raised == {getattr(prefork, name) for name in prefork.__all__ if name.endswith("Error")}
+    assert {error.exit_code for error in raised} == {1, 69, 70, 77, 78}
 
 
 def test_keywords_beat_the_environment_which_beats_the_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
