@@ -10,6 +10,7 @@ from dataclasses import dataclass
 from prefork.config import Config
 from prefork.link import Link
 from prefork.pool import policy, scoreboard
+from prefork.pool.episode import Episodes
 from prefork.pool.policy import Memory, View
 from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, PARKED, PAUSED, STARTING, Scoreboard
 from prefork.pool.state import Pool
@@ -42,9 +43,7 @@ class Acceptors:
         self.seen_ns = 0  # the same, as workers' clocks have it
         self.memory = Memory()
         self.ring_below = 0  # what the workers were told
-        self.saturated_since: float | None = None
-        self.told_saturated: float | None = None  # the log says that it is at the ceiling: seconds of that, up to `unsaturated_at`
-        self.unsaturated_at = 0.0
+        self.episodes = Episodes()
         self.retired = False  # nobody is forked any more
         self._slots = slots
         self._recycles = bool(config.max_connections or config.max_memory or config.max_lifetime)
@@ -55,9 +54,10 @@ class Acceptors:
         """Look at that time, or before."""
         self.look_at = at if self.look_at is None else min(self.look_at, at)
 
-    def retire(self) -> None:
+    def retire(self, now: float) -> None:
         """Nobody is forked here any more, so nobody looks."""
-        self.retired, self.look_at, self.told_saturated = True, None, None
+        self.retired, self.look_at = True, None
+        self.episodes.stop(now)
 
     def arm(self, ring_below: int) -> None:
         """Have workers ring whose accept leaves fewer than so many idle; 0 is never."""

@@ -20,6 +20,7 @@ from prefork.errors import RefusedError
 from prefork.log.files import CarriedLog
 from prefork.net.address import Address
 from prefork.pool import scoreboard, wire
+from prefork.pool.episode import Episodes
 from prefork.pool.scoreboard import Counts, Layout
 from prefork.pool.state import Worker
 from prefork.pool.tally import Death, LastReload, Trouble
@@ -104,10 +105,10 @@ class CarriedGeneration:
     trouble: Trouble
     fork_trouble: Trouble
     gossip: int
-    saturated_seconds: float
     counted: dict[int, Counts]
     pool: CarriedPool
     link: CarriedLink
+    episodes: tuple[Episodes, ...]
     served: dict[int, tuple[int, float]] = dataclasses.field(default_factory=dict)
     unseen_since: float | None = 0.0
     unserved: dict[int, tuple[int, str, int]] = dataclasses.field(default_factory=dict)
@@ -123,6 +124,7 @@ class CarriedTally:
     forked: int
     exited: int
     saturated: float
+    stalled: float
     deaths: tuple[Death, ...]
 
 
@@ -268,7 +270,7 @@ def _check_generation(generation: CarriedGeneration, listeners: int) -> None:
         raise ValueError("a board of another shape")
     if not all(host.isascii() and 0 <= port < 1 << 16 for _, host, port in generation.unserved.values()):
         raise ValueError("no peer")
-    if len(generation.targets) != layout.listeners or len(pool.high) != layout.listeners:
+    if not len(generation.targets) == len(pool.high) == len(generation.episodes) == layout.listeners:
         raise ValueError("not one target for each listener")
     _within(generation.retired, layout.listeners, "a listener")
     _within(pool.high, layout.capacity + 1, "a slot")

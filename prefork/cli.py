@@ -395,7 +395,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
     if not 1 <= len(arguments) <= 2:
         raise click.UsageError("give a number of workers: N, +K or -K")
     answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", workers=arguments[-1])
-    later = "; max_workers is reached, the missing start as connections end" if answer["saturated"] else ""
+    later = "; max_workers is reached, the missing start as connections end" if answer["at_ceiling"] else ""
     _say(f"scaled: {answer['workers']} acceptors for each address{later}{_overdue(answer)}")
 
 

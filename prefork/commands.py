@@ -77,7 +77,7 @@ def _scale(master: Master, client: Client, wanted: object) -> None:
             return {"ok": False, "reason": "a reload came between"}
         if not current.settled():
             return None
-        return {"ok": True, "workers": workers, "saturated": current.saturated, "overdue": len(current.overdue(now))}
+        return {"ok": True, "workers": workers, "at_ceiling": current.at_ceiling, "overdue": len(current.overdue(now))}
 
     daemon.tell_when(client, daemon.now + daemon.config.boot_timeout, outcome)
 
@@ -140,7 +140,7 @@ def _status(daemon: Daemon, client: Client) -> None:
         if troubled.until > daemon.now
         else None,
         "max_workers": daemon.config.max_workers,
-        "saturated_seconds": daemon.saturated(),
+        **daemon.waits(),
         "listeners": [_listener_facts(listener) for listener in listeners],
         "targets": daemon.current.targets if daemon.current is not None else [],
         "ended": asdict(ended),

@@ -8,7 +8,7 @@ which this process was stopped, so that nobody's deadline passes in it.
 import os
 import selectors
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -23,6 +23,7 @@ from prefork.listeners import Listeners, Plan
 from prefork.net.listener import Listener, address_at
 from prefork.ops import control
 from prefork.ops.control import Client, ControlServer, Outcome
+from prefork.pool.episode import Episode
 from prefork.pool.scoreboard import BUSY
 from prefork.pool.tally import LastReload, Tally, Trouble
 from prefork.pool.throttle import REGISTER_AGAIN
@@ -237,9 +238,21 @@ class Daemon:
         """Connections that are being served."""
         return sum(generation.count(BUSY) for generation in self.generations())
 
-    def saturated(self) -> float:
-        """Seconds at the ceiling with somebody missing, added up over the listeners."""
-        return self.tally.saturated + sum(generation.saturated_for(self.now) for generation in self.generations())
+    def waits(self) -> dict[str, float | None]:
+        """How long no acceptor was left, added up over the listeners, and since when that is so now, in seconds since the epoch."""
+        episodes = [its for generation in self.generations() for its in generation.episodes()]
+        return {
+            "saturated_seconds": self.tally.saturated + sum(its.saturated.seconds(self.now) for its in episodes),
+            "saturated_since": self._since(its.saturated for its in episodes),
+            "stalled_seconds": self.tally.stalled + sum(its.stalled.seconds(self.now) for its in episodes),
+            "stalled_since": self._since(its.stalled for its in episodes),
+            "ceiling_since": self._since(its.at_ceiling for its in episodes),
+        }
+
+    def _since(self, episodes: Iterable[Episode]) -> float | None:
+        """Since when the first of those is so that are so now."""
+        since = min((episode.since for episode in episodes if episode.since is not None), default=None)
+        return None if since is None else time.time() - (self.now - since)
 
     def killed(self) -> int:
         """Connections that ended with their worker."""

@@ -24,6 +24,7 @@ from prefork.killing import Killing
 from prefork.link import Link, Wiring
 from prefork.net.listener import Listener
 from prefork.pool import lives, policy, scoreboard, wire
+from prefork.pool.episode import Episode, Episodes
 from prefork.pool.lives import WorkerLives
 from prefork.pool.policy import Memory, Tired, View
 from prefork.pool.scoreboard import BUSY, FREE, IDLE, LEAVING, NOTHING, PARKED, PAUSED, STARTING, Counts, Layout, Scoreboard
@@ -41,9 +42,6 @@ SETTLE = 0.001
 LIMBO, LIMBO_LOOK = 0.5, 0.02
 # A fork server that somebody stopped, or that was told to leave and does not, is killed after this long.
 PATIENCE = 2.0
-# That the ceiling is no hindrance any more is told when it has been none for so long: what user code stops and continues, or a load
-# that is at the edge, must not fill the log.
-UNSATURATED_FOR = 1.0
 # So many crashes are remembered for a reload that may be taken back.
 CRASHES_KEPT = 8
 # Workers that end by themselves are replaced at once: all that there can be and so many more, then so many a second on average. A
@@ -103,7 +101,6 @@ class Generation:
         self.gossip = 0
         self.exhausted = 0  # workers that have served clients and then could not accept any more
         self._why_exhausted = ""  # the latest word of such a worker
-        self.saturated_seconds = 0.0
         self._denied: set[int] = set()  # free slots whose last fork has failed, as the fork server says
         self._absent: set[int] = set()  # slots in use that are no acceptors whatever they say: asked to leave, stopped, tired
         self._tired: set[int] = set()  # those of them that want to be recycled, and were not asked to leave yet
@@ -130,7 +127,7 @@ class Generation:
 
     # -- an upgrade
 
-    def carry(self, places: Mapping[Listener, int], now: float) -> CarriedGeneration:
+    def carry(self, places: Mapping[Listener, int]) -> CarriedGeneration:
         """What another program has to know to go on with it (`adopted`). ``places``: of the listeners in the state's list."""
         served, unseen_since = self.hung.carry()
         return CarriedGeneration(
@@ -148,7 +145,6 @@ class Generation:
             trouble=self.trouble,
             fork_trouble=self.fork_trouble,
             gossip=self.gossip,
-            saturated_seconds=self.saturated_for(now),
             counted=self._counted,
             pool=CarriedPool(
                 workers=tuple(self.pool.workers.values()),
@@ -160,6 +156,7 @@ class Generation:
             served=served,
             unseen_since=unseen_since,
             unserved={slot: (one.begun, *one.peer) for slot, one in self.retiring.unserved.items()},
+            episodes=tuple(acceptors.episodes for acceptors in self._acceptors),
         )
 
     @classmethod
@@ -174,7 +171,9 @@ class Generation:
         self.suspended, self._left = carried.suspended, carried.left
         self._counted = dict(carried.counted)
         self.trouble, self.fork_trouble = carried.trouble, carried.fork_trouble
-        self.gossip, self.saturated_seconds = carried.gossip, carried.saturated_seconds
+        self.gossip = carried.gossip
+        for acceptors, episodes in zip(self._acceptors, carried.episodes, strict=True):
+            acceptors.episodes = episodes
         self.link.adopt(carried.link)
         self.retiring.ask_again(now)
         for slot, (begun, host, port) in carried.unserved.items():
@@ -186,7 +185,7 @@ class Generation:
             if worker.killed:
                 self.killing.note(worker, now)
         for place in carried.retired:
-            self._acceptors[place].retire()
+            self._acceptors[place].retire(now)
         if self.link.pid is None:
             self._limbo_at, self._limbo_until = now, now + LIMBO
         elif self.link.stopped or self._left:
@@ -331,6 +330,7 @@ class Generation:
         self._patience_at = None
         self.killing.kill_again()
         self.retiring.ask_again(now)
+        self.look_soon_all(now)
 
     def _may_be_a_worker(self, slot: int, pid: int) -> bool:
         """Whether the fork server can have forked it: what is taken for a worker may be signalled. It may have gone already."""
@@ -559,7 +559,7 @@ class Generation:
     def room_was_made(self, now: float) -> None:
         """A process somewhere has ended: who waits at the ceiling may go on."""
         for acceptors in self._acceptors:
-            if acceptors.memory.saturated:
+            if acceptors.memory.at_ceiling:
                 acceptors.wake(now)
 
     def look_soon_all(self, now: float) -> None:
@@ -620,10 +620,10 @@ class Generation:
         quiet_until = max(self.trouble.until, self.fork_trouble.until, self._deaths.until)
         can_fork = self.link.pid is not None and not self.suspended and now >= quiet_until
         self.board.order_words[scoreboard.FORKS] = can_fork
-        if self.link.pid is None or self.suspended:
-            return  # orphans serve on until a new generation is ready; nobody is missing who is not wanted
+        if self.suspended:
+            return  # nobody is missing who is not wanted
         if not can_fork:
-            acceptors.wake(quiet_until)
+            self._look_without_forks(acceptors, now, quiet_until)
             return
         row = acceptors.true_row()
         if self.trouble.until_served and acceptors.latest(row, self._failed_ns):
@@ -632,10 +632,10 @@ class Generation:
         if acceptors.note_tired() and live_elsewhere + self.live() <= self.config.max_workers:
             # At the ceiling, too, a replacement is there before the recycled worker leaves: one process more, for a moment.
             room = max(room, 1)
-        view = acceptors.view(room, row, seen_before)
+        view = self._with_queue(acceptors, acceptors.view(room, row, seen_before))
         acceptors.vacated = acceptors.come = 0
         acceptors.memory, decision = policy.decide(acceptors.memory, view, now, self.config.spare_timeout)
-        self._note_saturation(acceptors, now)
+        self._note_episodes(acceptors, now)
         for _ in range(decision.fork):
             self._fork(acceptors.place, now)
         self._retire_some(acceptors, row, decision.retire, now)
@@ -647,6 +647,29 @@ class Generation:
         if decision.ring_below > acceptors.ring_below and (decision.look_at is None or decision.look_at > now + policy.CALM_LOOK):
             acceptors.wake(now + SETTLE)
         acceptors.arm(decision.ring_below)
+
+    def _look_without_forks(self, acceptors: Acceptors, now: float, quiet_until: float) -> None:
+        """No worker can be forked. Those that are there serve on; that none of them accepts is told and counted."""
+        if self.link.pid is not None:
+            acceptors.wake(quiet_until)
+        if not self.committed:
+            return
+        view = self._with_queue(acceptors, acceptors.view(0, acceptors.true_row()))
+        wait = policy.ever_more_seldom(acceptors.memory)
+        acceptors.memory = replace(acceptors.memory, wait=wait, due=now + wait, at_ceiling=False, saturated=False)
+        why = "its fork server has ended" if self.link.pid is None else max(self.troubles(), key=lambda one: one.until).reason
+        # One that leaves makes room, and nobody comes in its place.
+        self._note_episodes(acceptors, now, why_stalled=why if policy.unserved(replace(view, leaving=0)) else None)
+        if not view.idle + view.tired:
+            acceptors.wake(now + wait)
+        acceptors.arm(1)
+
+    def _with_queue(self, acceptors: Acceptors, view: View) -> View:
+        """How many clients wait, where that matters: nobody accepts, and there is no room for another worker."""
+        if view.room > 0 or view.idle + view.tired:
+            return view
+        queue = self.listeners[acceptors.place].queue()
+        return view if queue is None else replace(view, waiting=queue[0])
 
     def _release_tired(self, acceptors: Acceptors, row: bytes, view: View, now: float) -> None:
         # By the row that the view was made of: a worker may have ended its connection since, and would be of no kind.
@@ -695,30 +718,38 @@ class Generation:
         board.order_words[board.listener_word(place, scoreboard.HIGH)] = self.pool.high[place]
         self.link.send(Order.FORK, slot)
 
-    def _note_saturation(self, acceptors: Acceptors, now: float) -> None:
-        address = self.listeners[acceptors.place].address
-        if acceptors.memory.saturated:
-            if acceptors.saturated_since is None:
-                acceptors.saturated_since = now
-            if acceptors.told_saturated is None:
-                acceptors.told_saturated = 0.0
-                log.event("saturated", max_workers=self.config.max_workers, address=address)
-        elif acceptors.told_saturated is not None:
-            if acceptors.saturated_since is not None:
-                acceptors.told_saturated += self._end_saturation(acceptors, now)
-                acceptors.unsaturated_at = now
-            if now < acceptors.unsaturated_at + UNSATURATED_FOR:
-                acceptors.wake(acceptors.unsaturated_at + UNSATURATED_FOR)
-                return
-            seconds, acceptors.told_saturated = acceptors.told_saturated, None
-            log.event("unsaturated", address=address, seconds=seconds)
+    def _note_episodes(self, acceptors: Acceptors, now: float, *, why_stalled: str | None = None) -> None:
+        """Tell once, and count, that fewer than wanted can wait, and that clients do; ``why_stalled``: though there may be more."""
+        episodes, memory, most = acceptors.episodes, acceptors.memory, self.config.max_workers
+        address, workers = self.listeners[acceptors.place].address, acceptors.target
 
-    def _end_saturation(self, acceptors: Acceptors, now: float) -> float:
-        """The listener is not at the ceiling any more. Returns the seconds that it was."""
-        since, acceptors.saturated_since = acceptors.saturated_since, None
-        seconds = 0.0 if since is None else now - since
-        self.saturated_seconds += seconds
-        return seconds
+        def note(episode: Episode, begun: Callable[[], object], over: Callable[[float], object], *, is_so: bool) -> None:
+            if is_so:
+                if episode.begin(now):
+                    begun()
+            elif (seconds := episode.end(now)) is not None:
+                over(seconds)
+            elif episode.told is not None:
+                acceptors.wake(episode.over_at)
+
+        note(
+            episodes.at_ceiling,
+            lambda: log.event("ceiling_reached", max_workers=most, address=address, workers=workers),
+            lambda seconds: log.event("ceiling_left", address=address, seconds=seconds),
+            is_so=memory.at_ceiling,
+        )
+        note(
+            episodes.saturated,
+            lambda: log.event("saturated", max_workers=most, address=address),
+            lambda seconds: log.event("unsaturated", address=address, seconds=seconds),
+            is_so=memory.saturated,
+        )
+        note(
+            episodes.stalled,
+            lambda: log.event("stalled", address=address, reason=why_stalled),
+            lambda seconds: log.event("unstalled", address=address, seconds=seconds),
+            is_so=why_stalled is not None,
+        )
 
     def _cut_unready(self, now: float) -> None:
         """Kill workers that have not come as far as accept() in time: what runs in them then is somebody's code."""
@@ -771,9 +802,8 @@ class Generation:
         acceptors = self._acceptors[place]
         if acceptors.retired:
             return
-        acceptors.retire()
+        acceptors.retire(now)
         acceptors.arm(0)
-        self._end_saturation(acceptors, now)
         self.hung.looked(now)  # nobody looks there again
         for worker in self.pool.workers.values():
             if worker.listener == place:
@@ -789,6 +819,8 @@ class Generation:
         self.suspended = True
         for acceptors in self._acceptors:
             acceptors.arm(0)
+            acceptors.memory = Memory()
+            acceptors.episodes.stop(now)
         for worker in self.pool.workers.values():
             if not worker.retiring:
                 self._ask_to_leave(worker, now, None)
@@ -904,7 +936,8 @@ class Generation:
             durations = self.board.histogram(slot)
             if sum(durations) <= counts.orderly:  # else they were overwritten
                 self.tally.histogram = [a + b for a, b in zip(self.tally.histogram, durations, strict=True)]
-        self.tally.saturated += self.saturated_seconds
+        self.tally.saturated += sum(its.saturated.total for its in self.episodes())
+        self.tally.stalled += sum(its.stalled.total for its in self.episodes())
         self.link.close()
         log.event("drained", generation=self.number)
 
@@ -938,15 +971,19 @@ class Generation:
         if self.suspended:
             return not self.retiring.prompt
         return not self.retiring.prompt and all(
-            acceptors.memory.saturated
+            acceptors.memory.at_ceiling
             or ((view := acceptors.view(0, acceptors.row())).idle + view.returning >= acceptors.target and not view.starting)
             for acceptors in self._acceptors
         )
 
     @property
-    def saturated(self) -> bool:
+    def at_ceiling(self) -> bool:
         """Whether the ceiling keeps a listener from having its acceptors."""
-        return any(acceptors.memory.saturated for acceptors in self._acceptors)
+        return any(acceptors.memory.at_ceiling for acceptors in self._acceptors)
+
+    def episodes(self) -> list[Episodes]:
+        """For each listener, since when it is at the ceiling, saturated or stalled, and for how long it has been."""
+        return [acceptors.episodes for acceptors in self._acceptors]
 
     def begun(self) -> int:
         """Connections so far, for a rate: as the workers say, without a check."""
@@ -955,11 +992,6 @@ class Generation:
     def accepted(self) -> Counts:
         """The sum of all slots' counters."""
         return sum(map(self._counts, self._slots()), NOTHING)
-
-    def saturated_for(self, now: float) -> float:
-        """Seconds at the ceiling with somebody missing, added up over the listeners."""
-        since = [acceptors.saturated_since for acceptors in self._acceptors if acceptors.saturated_since is not None]
-        return self.saturated_seconds + sum(now - at for at in since)
 
     def wake_at(self) -> float | None:
         """When to `tend` even without an event."""

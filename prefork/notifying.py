@@ -170,7 +170,7 @@ class Notifying:
         if daemon.current is None:
             return said
         acceptors = daemon.current.count(IDLE) + daemon.current.count(PARKED)
-        full = f"; max_workers = {daemon.config.max_workers} is reached" if daemon.current.saturated else ""
+        full = f"; max_workers = {daemon.config.max_workers} is reached" if daemon.current.at_ceiling else ""
         return f"{acceptors} acceptors, {said}{full}"
 
     def _accepted_so_far(self) -> int:

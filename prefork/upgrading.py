@@ -305,9 +305,15 @@ class Upgrading:
             current_listeners=tuple(places[listener] for listener in daemon.listeners.current),
             farewells=daemon.listeners.carry(places),
             cookies=tuple(daemon.listeners.cookies.readings),
-            generations=tuple(generation.carry(places, daemon.now) for generation in generations),
+            generations=tuple(generation.carry(places) for generation in generations),
             tally=CarriedTally(
-                tally.counts, tuple(tally.histogram), tally.forked, tally.exited, tally.saturated, tuple(tally.deaths)
+                counts=tally.counts,
+                histogram=tuple(tally.histogram),
+                forked=tally.forked,
+                exited=tally.exited,
+                saturated=tally.saturated,
+                stalled=tally.stalled,
+                deaths=tuple(tally.deaths),
             ),
             lock=_carried_file(daemon.lock),
         )
@@ -327,7 +333,9 @@ class Upgrading:
         self.changeover.wanted = [] if state.reload_wanted else None
         daemon.now, daemon.upgrade, daemon.activated = daemon.clock(), state.upgrade, state.activated
         counted = state.tally
-        daemon.tally = Tally(counted.counts, list(counted.histogram), counted.forked, counted.exited, counted.saturated)
+        daemon.tally = Tally(
+            counted.counts, list(counted.histogram), counted.forked, counted.exited, counted.saturated, counted.stalled
+        )
         daemon.tally.deaths.extend(counted.deaths)
         strangers, who = set(state.wiring.strangers), state.wiring.credentials
         log.of_master(strangers, who.uid if who is not None and who.uid != 0 else None)

@@ -168,8 +168,21 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "deaf": (Level.ERROR, "can't hear {what} for now: {reason}; trying again every second"),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
     "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
-    "saturated": (Level.WARNING, "max_workers = {max_workers} reached on {address}: new clients wait in the queue"),
-    "unsaturated": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s at the ceiling"),
+    "ceiling_reached": (
+        Level.INFO,
+        "max_workers = {max_workers} reached: on {address} fewer than workers = {workers} can wait for clients",
+    ),
+    "ceiling_left": (Level.INFO, "{address} has all its acceptors again, after {seconds:.1f} s at the ceiling"),
+    "saturated": (
+        Level.WARNING,
+        "max_workers = {max_workers} reached on {address}, and no acceptor is left: new clients wait in the queue",
+    ),
+    "unsaturated": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s without"),
+    "stalled": (
+        Level.WARNING,
+        "no acceptor is left on {address}, and no worker can be forked ({reason}): new clients wait in the queue",
+    ),
+    "unstalled": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s in which none could be forked"),
     "gossip": (Level.WARNING, "{count} reports from processes of generation {generation} made no sense and were ignored"),
     "spoilt_slot": (Level.WARNING, "worker {slot} of generation {generation} left impossible counters: put back"),
     "handlers_undone": (

@@ -28,6 +28,7 @@ _COLOURS = {
     **dict.fromkeys(("starting", "reloading", "upgrading", "suspended", "stopping", "retiring"), "yellow"),
     "paused": "red",
 }
+_WAITS = ("saturated_seconds", "saturated_since", "stalled_seconds", "stalled_since", "ceiling_since")
 _WORKER_STATES = ("starting", "idle", "busy", "retiring", "paused")
 
 
@@ -65,7 +66,7 @@ def assemble(facts: dict[str, Any], descriptors: Sequence[int], *, usage: bool =
         **{key: facts[key] for key in ("name", "module", "version", "pid", "state", "started_at", "uptime")},
         **{key: facts[key] for key in ("generation", "reload")},
         "backoff": facts["backoff"] or _pause_of(workers),
-        **{key: facts[key] for key in ("max_workers", "saturated_seconds")},
+        **{key: facts[key] for key in ("max_workers", *_WAITS)},
         "listeners": [
             {**listener, "workers": _summary(workers, listener["address"], target)}
             for listener, target in zip(facts["listeners"], facts["targets"] or [0] * len(facts["listeners"]), strict=True)
@@ -201,8 +202,7 @@ def _head(status: dict[str, Any]) -> list[str]:
     ]
     if duration["p50"] is not None:
         lines.append("duration: " + "  ".join(f"{key} {_span(value)}" for key, value in duration.items()))
-    if status["saturated_seconds"]:
-        lines.append(f"at the ceiling: {_span(status['saturated_seconds'])}")
+    lines += _waits(status)
     if status["backoff"]:
         lines.append(f"{click.style('backing off', fg='red')}: {status['backoff']['reason']}")
     if status["overdue"]:
@@ -211,6 +211,20 @@ def _head(status: dict[str, Any]) -> list[str]:
     if reload and reload["result"] != "ok":
         when = f"{_span(time.time() - reload['at'])} ago"
         lines.append(f"last reload {click.style(reload['result'], fg='red')} {when}: {reload['reason']}")
+    return lines
+
+
+def _waits(status: dict[str, Any]) -> list[str]:
+    """Whether clients wait now because no acceptor is left, and for how long they have."""
+    now, lines = time.time(), []
+    for key, why in (("saturated", "max_workers is reached"), ("stalled", "no worker can be forked")):
+        since, seconds = status[f"{key}_since"], status[f"{key}_seconds"]
+        if since is not None:
+            lines.append(f"{click.style(key, fg='red')} for {_span(now - since)}: {why}, and clients wait; {_span(seconds)} in all")
+        elif seconds:
+            lines.append(f"{key}: not now, {_span(seconds)} in all")
+    if status["ceiling_since"] is not None and status["saturated_since"] is None:
+        lines.append(f"at the ceiling for {_span(now - status['ceiling_since'])}: fewer acceptors than workers can wait")
     return lines
 
 

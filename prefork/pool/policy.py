@@ -24,6 +24,9 @@ A worker that has reached a limit of its own (connections, age, memory) is *tire
 replacement is forked as for any worker that is missing. It leaves when its replacement is there: `released`. Until then a worker
 that is too old or too large serves on, and one that has served its last connection waits. What serves or waits is no acceptor that
 could be missed, so it leaves for each replacement that comes, whether that is idle or has a client already.
+
+At the ceiling nobody is forked, so fewer than ``target`` can wait in accept(). That alone hurts no client. The listener is
+*saturated* once no acceptor is left, so that clients wait (`unserved`).
 """
 
 from collections.abc import Sequence
@@ -32,7 +35,8 @@ from dataclasses import dataclass, replace
 LOOK_AGAIN, STEADY_LOOK, CALM_LOOK = 0.002, 0.032, 0.256
 # A busy worker may be about to be back as long as it is runnable and has been busy for less than YOUNG, or less than FRESH anyhow.
 YOUNG, FRESH = 0.050, 0.0006
-# At the ceiling nothing can be done until somebody ends, which is an event; the look only keeps `saturated_seconds` true.
+# At the ceiling nothing can be done until somebody ends, which is an event. But no event tells that a worker is idle again: looks
+# that come ever more seldom, up to this, keep `saturated_seconds` true to a half of what it has added.
 SATURATED_LOOK = 1.0
 # Surplus acceptors are looked for at most ten times a second, however short `spare_timeout` is: each time costs a look.
 SHORTEST_WINDOW = 0.1
@@ -56,6 +60,7 @@ class View:
     come: int = 0  # have reached accept() since the last look
     tired: int = 0  # in accept(), and to be recycled: no acceptors, but clients do not wait for one meanwhile
     leaving: int = 0  # about to go, and to make room
+    waiting: int = 0  # clients in the queue; told at the ceiling only
     accepted: bool = False  # somebody was, since the last look
 
 
@@ -69,7 +74,8 @@ class Memory:
     short_at: float | None = None
     low_water: int | None = None  # fewest idle since `window_at`; None when there are no more workers than wanted
     window_at: float = 0.0
-    saturated: bool = False
+    at_ceiling: bool = False  # fewer than wanted can wait in accept(), and none may be forked
+    saturated: bool = False  # and none is left, so clients wait
 
 
 @dataclass(frozen=True, slots=True)
@@ -122,17 +128,33 @@ def _short(memory: Memory, view: View, missing: int, now: float) -> tuple[Memory
     wanted = max(settled, min(shortage, view.vacated))
     fork = min(wanted, max(0, view.room))
     if view.room <= 0:
-        saturated = shortage > view.tired + view.leaving
-        return Memory(low_water=low, window_at=memory.window_at, saturated=saturated), Decision(0, 0, now + SATURATED_LOOK, 0)
+        saturated = unserved(view)
+        at_ceiling = saturated or shortage > view.tired + view.leaving
+        wait = ever_more_seldom(memory)
+        # Whoever takes the last acceptor rings, as soon as looks have become rare.
+        ring_below = 1 if wait > STEADY_LOOK and view.idle + view.tired else 0
+        memory = Memory(wait, now + wait, low_water=low, window_at=memory.window_at, at_ceiling=at_ceiling, saturated=saturated)
+        return memory, Decision(0, 0, memory.due, ring_below)
     if fork:
         # What was forked is `starting` from now on: the next pair of looks begins here.
         short, short_at, wait = shortage - fork, now, LOOK_AGAIN
     return Memory(wait, now + wait, short, short_at, low, memory.window_at), Decision(fork, 0, now + wait, _alarm(wait, view))
 
 
+def unserved(view: View) -> bool:
+    """Whether clients wait: nobody accepts, and no worker is about to, or there are more clients in the queue than such workers."""
+    about_to = view.starting + view.returning + view.leaving
+    return view.idle + view.tired == 0 and (about_to == 0 or view.waiting > about_to)
+
+
 def _later(memory: Memory, view: View) -> float:
     """How long to wait while a load goes on and nobody is blocked."""
     return min(CALM_LOOK if view.idle else STEADY_LOOK, max(LOOK_AGAIN, 2 * memory.wait))
+
+
+def ever_more_seldom(memory: Memory) -> float:
+    """How long to wait while nobody may be forked."""
+    return min(SATURATED_LOOK, max(LOOK_AGAIN, 2 * memory.wait))
 
 
 def _alarm(wait: float, view: View) -> int:

@@ -55,6 +55,7 @@ class Tally:
     forked: int = 0
     exited: int = 0
     saturated: float = 0.0  # seconds
+    stalled: float = 0.0
     deaths: deque[Death] = field(default_factory=lambda: deque(maxlen=64))
 
 

@@ -166,6 +166,27 @@ MUTANTS = [
         ("tests/unit/test_readable.py::test_what_a_unit_hides_is_told_by_where_it_does",),
     ),
     Mutant(
+        "a ceiling that counts as saturated while acceptors are idle",
+        "pool/policy.py",
+        "    return view.idle + view.tired == 0 and (about_to == 0",
+        "    return (about_to == 0",
+        ("tests/integration/test_pool.py::test_at_the_ceiling_with_acceptors_left_no_client_waits_and_that_is_what_is_told",),
+    ),
+    Mutant(
+        "a saturation that goes on while the daemon is suspended",
+        "generation.py",
+        "            acceptors.memory = Memory()\n            acceptors.episodes.stop(now)\n",
+        "",
+        ("tests/unit/test_generation.py::test_a_suspended_daemon_is_not_at_its_ceiling",),
+    ),
+    Mutant(
+        "clients that wait for want of a fork, and nobody is told",
+        "generation.py",
+        "why if policy.unserved(replace(view, leaving=0)) else None",
+        "None",
+        ("tests/integration/test_pool.py::test_clients_that_wait_for_want_of_a_fork_are_told_of_once_and_counted",),
+    ),
+    Mutant(
         "a user's home that an upgrade carries under another name",
         "system/credentials.py",
         '    home: str = ""\n',

@@ -58,7 +58,19 @@ def test_status_has_the_documented_keys(prefork_server: Start) -> None:
     status: dict[str, Any] = json.loads(done.stdout)
     assert set(status) == {
         *("name", "module", "version", "pid", "state", "started_at", "uptime", "generation", "reload", "backoff", "max_workers"),
-        *("saturated_seconds", "listeners", "totals", "duration", "workers", "overdue", "deaths"),
+        *(
+            "saturated_seconds",
+            "saturated_since",
+            "stalled_seconds",
+            "stalled_since",
+            "ceiling_since",
+            "listeners",
+            "totals",
+            "duration",
+            "workers",
+            "overdue",
+            "deaths",
+        ),
     }
     assert (status["name"], status["module"], status["pid"], status["state"]) == ("keys", "tiny:who", server.pid, "running")
     assert set(status["listeners"][0]) == {"address", "queue", "queue_limit", "workers"}

@@ -48,14 +48,64 @@ def test_at_the_ceiling_clients_wait_in_the_queue_and_are_served(prefork_server:
     server = prefork_server("tiny:who", folder=HANDLERS, workers=2, max_workers=4)
     with ExitStack() as stack:
         held = hold(stack, server, 4)
-        watch.logged(server, "max_workers = 4 reached")
+        watch.logged(server, "no acceptor is left")
         late = stack.enter_context(server.connect())
-        assert server.status()["listeners"][0]["queue"] == 1
+        status = server.status()
+        assert status["listeners"][0]["queue"] == 1
         assert len(watch.workers(server)) == 4
+        assert status["started_at"] < status["saturated_since"] < time.time()
         held[0].close()
         assert late.recv(64)
         assert server.status()["saturated_seconds"] > 0
     watch.logged(server, "has acceptors again")
+    watch.until("it is over", lambda: server.status()["ceiling_since"] is None)
+    assert server.status()["saturated_since"] is None
+
+
+def test_at_the_ceiling_with_acceptors_left_no_client_waits_and_that_is_what_is_told(prefork_server: Start) -> None:
+    server = prefork_server("tiny:who", folder=HANDLERS, workers=4, max_workers=4)
+    with ExitStack() as stack:
+        hold(stack, server, 1)
+        watch.logged(server, "fewer than workers = 4 can wait")
+        status = server.status()
+        assert (status["saturated_seconds"], status["saturated_since"]) == (0, None)
+        assert status["ceiling_since"] is not None
+        hold(stack, server, 2)
+        assert server.status()["saturated_seconds"] == 0
+        hold(stack, server, 1)
+        begun = time.time()
+        since = watch.until("it is saturated", lambda: server.status()["saturated_since"])
+        assert since <= begun + 0.5, "who took the last acceptor has rung"
+    log = watch.logged(server, "has all its acceptors again")
+    assert (log.count("no acceptor is left"), log.count("fewer than workers = 4 can wait")) == (1, 1)
+
+
+def test_clients_that_wait_for_want_of_a_fork_are_told_of_once_and_counted(
+    prefork_server: Start, module: Callable[[str], object]
+) -> None:
+    folder = module(
+        "import os\n"
+        "os.register_at_fork(after_in_child=lambda: os._exit(3) if os.path.exists('broken') else None)\n"
+        "def loop(sock):\n    sock.sendall(b'served')\n"
+    )
+    server = prefork_server("mine:loop", folder=folder, workers=2, max_connections=1)
+    watch.settled(server, 2)
+    broken = f"{folder}/broken"
+    with open(broken, "w"):
+        pass
+    for _ in range(2):
+        with server.connect() as sock:
+            assert sock.recv(64)
+    with server.connect() as waiting:
+        log = watch.logged(server, "no worker can be forked")
+        watch.until("it is counted", lambda: server.status()["stalled_seconds"] > 0.1)
+        status = server.status()
+        assert (status["saturated_seconds"], status["stalled_since"] is None) == (0, False)
+        os.unlink(broken)
+        assert waiting.recv(64)
+    log = watch.logged(server, "s in which none could be forked")
+    assert log.count("no worker can be forked") == 1
+    assert server.status()["stalled_since"] is None
 
 
 def test_surplus_acceptors_go_after_spare_timeout_and_not_before(prefork_server: Start) -> None:

@@ -14,7 +14,8 @@ from prefork.pool.scoreboard import Layout
 LAYOUT = Layout(1, 2)
 FACTS: dict[str, Any] = {
     **dict.fromkeys(("name", "module", "version", "pid", "state", "started_at", "uptime", "overdue"), "x"),
-    **dict.fromkeys(("generation", "reload", "backoff", "max_workers", "saturated_seconds"), 1),
+    **dict.fromkeys(("generation", "reload", "backoff", "max_workers"), 1),
+    **dict.fromkeys(("saturated_seconds", "saturated_since", "stalled_seconds", "stalled_since", "ceiling_since"), 1.0),
     "listeners": [],
     "targets": [],
     "ended": {"begun": 0, "ok": 0, "error": 0, "rejected": 0, "killed": 0},

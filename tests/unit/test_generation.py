@@ -16,11 +16,12 @@ import pytest
 
 from prefork.accepting import EXIT_CANT_ACCEPT
 from prefork.config import Sources
-from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, PATIENCE, UNSATURATED_FOR, Generation
+from prefork.generation import DEATHS, DEATHS_A_SECOND, LIMBO, PATIENCE, Generation
 from prefork.link import Wiring
 from prefork.net import address
 from prefork.net.listener import Settings, open_listener
 from prefork.pool import policy, scoreboard, wire
+from prefork.pool.episode import OVER_FOR
 from prefork.pool.scoreboard import Counts
 from prefork.pool.tally import Tally
 from prefork.pool.wire import Command, Kind, Order, Report
@@ -307,7 +308,7 @@ def test_no_byte_of_boards_and_orders_ends_the_master_or_keeps_it_from_going_on(
         generation.tend(now, 0)
     assert generation.accepted() == generation._counted[0] == Counts(0, 0, 0, 0, 0)
     # What another program of this process does with the same descriptors.
-    carried = generation.carry(listener, 5.0)
+    carried = generation.carry(listener)
     carried = replace(
         carried,
         link=replace(
@@ -522,24 +523,56 @@ def test_a_fork_server_that_was_killed_is_not_waited_for_again_and_again(peer: P
     generation.note_stop(os.getpid(), 1.0, stopped=False)
 
 
-def test_a_ceiling_that_comes_and_goes_is_told_once_and_its_seconds_are_exact(
+def test_a_saturation_that_comes_and_goes_is_told_once_and_its_seconds_are_exact(
     peer: Peer, capfd: pytest.CaptureFixture[str]
 ) -> None:
     generation, acceptors, now = peer.generation, peer.generation._acceptors[0], 10.0
     for _ in range(100):
         for saturated in (True, False):
-            acceptors.memory = replace(acceptors.memory, saturated=saturated)
-            generation._note_saturation(acceptors, now)
+            acceptors.memory = replace(acceptors.memory, at_ceiling=saturated, saturated=saturated)
+            generation._note_episodes(acceptors, now)
             now += 0.25
-    assert generation.saturated_for(now) == 25.0
+    assert acceptors.episodes.saturated.seconds(now) == 25.0
     assert acceptors.look_at is not None, "the end has to be told without an event"
     said = capfd.readouterr().err
-    assert (said.count("max_workers = 256 reached"), said.count("acceptors again")) == (1, 0)
-    generation._note_saturation(acceptors, now - 0.25 + UNSATURATED_FOR)
-    assert "has acceptors again, after 25.0 s at the ceiling" in capfd.readouterr().err
+    assert (said.count("no acceptor is left"), said.count("acceptors again")) == (1, 0)
+    assert said.count("fewer than workers = 2 can wait") == 1
+    generation._note_episodes(acceptors, now - 0.25 + OVER_FOR)
+    assert "has acceptors again, after 25.0 s without" in capfd.readouterr().err
     acceptors.memory = replace(acceptors.memory, saturated=True)
-    generation._note_saturation(acceptors, now + 2)
-    assert "max_workers = 256 reached" in capfd.readouterr().err
+    generation._note_episodes(acceptors, now + 2)
+    assert "no acceptor is left" in capfd.readouterr().err
+
+
+def test_acceptors_that_are_taken_while_the_fork_server_is_dead_are_told_and_counted(
+    peer: Peer, capfd: pytest.CaptureFixture[str]
+) -> None:
+    generation, board, stalled = peer.generation, peer.generation.board, peer.generation._acceptors[0].episodes.stalled
+    board.states[0] = scoreboard.BUSY
+    generation._look_without_forks(generation._acceptors[0], 1.0, 0.0)
+    assert stalled.since is None
+    assert board.order_words[board.listener_word(0, scoreboard.RING_BELOW)] == 1, "whoever takes the last one rings"
+    board.states[1] = scoreboard.BUSY
+    generation.fork_trouble.add(2.0, "fork failed: Cannot allocate memory")
+    for now in (2.0, 3.0):
+        generation._look_without_forks(generation._acceptors[0], now, 0.0)
+    assert stalled.seconds(3.0) == 1.0
+    said = capfd.readouterr().err
+    assert said.count("no worker can be forked (fork failed: Cannot allocate memory): new clients wait") == 1
+    board.states[0] = scoreboard.IDLE
+    generation._look_without_forks(generation._acceptors[0], 4.0, 0.0)
+    generation._look_without_forks(generation._acceptors[0], 4.0 + OVER_FOR, 0.0)
+    assert stalled.seconds(9.0) == 2.0
+    assert "has acceptors again, after 2.0 s in which none could be forked" in capfd.readouterr().err
+
+
+def test_a_suspended_daemon_is_not_at_its_ceiling(peer: Peer) -> None:
+    generation, acceptors = peer.generation, peer.generation._acceptors[0]
+    acceptors.memory = replace(acceptors.memory, at_ceiling=True, saturated=True)
+    generation._note_episodes(acceptors, 1.0)
+    generation.suspend(3.0)
+    assert not generation.at_ceiling
+    assert acceptors.episodes.saturated.seconds(9.0) == 2.0
 
 
 def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates() -> None:
@@ -774,7 +807,7 @@ def test_one_that_is_given_up_with_its_workers_has_as_long(registered: Peer) -> 
 
 def test_an_upgrade_knows_that_a_fork_server_stays(registered: Peer) -> None:
     generation = registered.generation
-    carried, wiring = generation.carry({registered.listener: 0}, 1.0), generation.link.wiring
+    carried, wiring = generation.carry({registered.listener: 0}), generation.link.wiring
     link = carried.link
     board, orders, stacks, channel = (os.dup(fd) for fd in (link.board, link.orders, link.stacks, link.channel))
     carried = replace(carried, link=replace(link, board=board, orders=orders, stacks=stacks, channel=channel, gate=-1))

@@ -24,7 +24,7 @@ class Generation:
 
     idle: int = 8
     connections: int = 0
-    saturated: bool = False
+    at_ceiling: bool = False
 
     def count(self, state: int) -> int:
         return self.idle if state == IDLE else 0
@@ -169,7 +169,7 @@ def test_the_whole_is_short_enough_for_the_manager(running: Manager) -> None:
 
 
 def test_the_ceiling_is_told_with_the_numbers(running: Manager) -> None:
-    running.daemon.current = Generation(0, saturated=True)
+    running.daemon.current = Generation(0, at_ceiling=True)
     running.daemon.connected = 256
     told = "STATUS=0 acceptors, 256 busy, 0.0 connections/s; max_workers = 256 is reached"
     assert running.hears(PERIOD) == [told]

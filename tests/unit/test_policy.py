@@ -74,11 +74,11 @@ def test_at_the_ceiling_a_tired_worker_makes_room_for_its_replacement() -> None:
     assert released(view(4, 0, room=0, starting=1), Tired(idle=3)) == Tired()
     assert released(view(4, 0, leaving=1, room=0), Tired(idle=3, busy=2)) == Tired(), "one is on its way already"
     memory, _ = decide(Memory(), full, 1.0, SPARE)
-    assert not memory.saturated, "clients do not wait"
+    assert not memory.at_ceiling, "a replacement comes for each"
     memory, _ = decide(Memory(), view(4, 0, tired=3, leaving=1, room=0), 1.0, SPARE)
-    assert not memory.saturated, "room is being made"
+    assert not memory.at_ceiling, "room is being made"
     memory, _ = decide(Memory(), view(4, 0, tired=3, busy=1, room=0), 1.0, SPARE)
-    assert memory.saturated
+    assert (memory.at_ceiling, memory.saturated) == (True, False), "those that are to be recycled accept"
 
 
 @given(
@@ -157,15 +157,55 @@ def test_a_death_that_leaves_enough_acceptors_forks_nobody() -> None:
     assert decide(Memory(), view(4, 4, vacated=1), 1.0, SPARE)[1].fork == 0
 
 
-def test_at_the_ceiling_nobody_is_forked_and_the_next_look_is_a_second_away() -> None:
-    memory, decision = decide(Memory(), view(4, 0, busy=4, room=0, vacated=2), 1.0, SPARE)
-    assert decision == Decision(fork=0, retire=0, look_at=1.0 + SATURATED_LOOK, ring_below=0)
-    assert memory.saturated
+def test_at_the_ceiling_nobody_is_forked_and_looks_come_ever_more_seldom() -> None:
+    memory, now, waits = Memory(), 1.0, []
+    for _ in range(12):
+        memory, decision = decide(memory, view(4, 0, busy=4, room=0, vacated=2), now, SPARE)
+        assert (decision.fork, decision.retire, decision.ring_below, memory.saturated) == (0, 0, 0, True)
+        assert decision.look_at is not None
+        waits.append(decision.look_at - now)
+        now = decision.look_at
+    assert waits == pytest.approx([min(SATURATED_LOOK, LOOK_AGAIN * 2**look) for look in range(12)])
 
 
-def test_busy_workers_that_are_about_to_be_back_are_no_saturation() -> None:
+def test_at_the_ceiling_the_accept_that_takes_the_last_acceptor_rings_once_looks_are_rare() -> None:
+    memory, now, rings = Memory(), 1.0, []
+    for _ in range(8):
+        memory, decision = decide(memory, view(4, 3, busy=1, room=0), now, SPARE)
+        assert (memory.at_ceiling, memory.saturated) == (True, False)
+        assert decision.look_at is not None
+        rings.append(decision.ring_below)
+        now = decision.look_at
+    assert rings == [0, 0, 0, 0, 0, 1, 1, 1]
+    memory, decision = decide(memory, view(4, 0, busy=4, room=0), now - 0.1, SPARE)
+    assert (memory.saturated, decision.ring_below) == (True, 0)
+    assert decision.look_at == pytest.approx(now - 0.1 + STEADY_LOOK)
+
+
+@pytest.mark.parametrize(
+    ("seen", "clients_wait"),
+    [
+        (view(4, 0, busy=4, room=0), True),
+        (view(4, 1, busy=3, room=0), False),
+        (view(4, 1, busy=3, room=0, waiting=5), False),  # the next look tells
+        (view(4, 0, tired=1, busy=3, room=0), False),
+        (view(4, 0, busy=4, returning=4, room=0), False),
+        (view(4, 0, busy=4, returning=4, room=0, waiting=4), False),
+        (view(4, 0, busy=4, returning=4, room=0, waiting=60), True),  # computing without an end
+        (view(4, 0, busy=3, starting=1, room=0), False),
+        (view(4, 0, busy=3, leaving=1, room=0), False),
+        (view(4, 0, busy=3, leaving=1, room=0, waiting=2), True),
+    ],
+)
+def test_saturated_is_no_acceptor_left_and_more_clients_than_are_about_to_be_served(seen: View, clients_wait: bool) -> None:
+    memory, _ = decide(Memory(), seen, 1.0, SPARE)
+    assert memory.saturated == clients_wait
+    assert memory.at_ceiling or not clients_wait
+
+
+def test_busy_workers_that_are_about_to_be_back_are_no_ceiling() -> None:
     memory, _ = decide(Memory(), view(4, 0, busy=4, returning=4, room=0), 1.0, SPARE)
-    assert not memory.saturated
+    assert not memory.at_ceiling
 
 
 def test_workers_that_start_are_not_forked_again() -> None:
@@ -434,6 +474,8 @@ class Daemon:
         seen = View(pool.target, idle, starting, back, busy, pool.room, pool.vacated, accepted=pool.accepted)
         pool.memory, decision = decide(pool.memory, seen, self.now, SPARE)
         self.check_forks(pool, seen, decision)
+        assert not pool.memory.saturated or (idle == 0 and pool.room <= 0), "the next client is served at once"
+        assert pool.memory.at_ceiling or pool.room > 0 or pool.missing <= back, "somebody is missing, and nobody can be forked"
         assert decision.retire == 0 or idle - decision.retire >= pool.target
         assert decision.retire <= max(0, pool.fewest_idle_since(self.now - SPARE + EPSILON) - pool.target), "they were needed"
         pool.vacated, pool.accepted, pool.look_at, pool.ring_below = 0, False, decision.look_at, decision.ring_below
