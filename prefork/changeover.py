@@ -99,18 +99,17 @@ class Changeover:
 
     # -- a fork server has died
 
-    def fork_server_ended(self, generation: Generation, cause: str) -> None:
+    def fork_server_ended(self, generation: Generation, cause: str, stack: str) -> None:
         """Its workers are the master's children now. The current one is replaced, a new one is given up."""
         daemon = self.daemon
         if generation.left or generation in daemon.draining or self._nobody_waits():
             return
         if generation is daemon.current:
-            log.event("fork_server_died", generation=generation.number, cause=cause)
+            log.event("fork_server_died", text=stack, generation=generation.number, cause=cause)
             self.restart_at = daemon.now + self._wait_after_death(generation, cause)
         elif generation.failure is None:
-            generation.failure = (
-                f"{generation.config.module}: the fork server died while it booted: {cause}; does the import end it?"
-            )
+            where = f"\n{stack}" if stack else "; does the import end it?"
+            generation.failure = f"{generation.config.module}: the fork server died while it booted: {cause}{where}"
 
     def _wait_after_death(self, generation: Generation, cause: str) -> float:
         """Seconds until the fork server that has died is replaced."""

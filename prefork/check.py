@@ -9,6 +9,7 @@ leave a process behind.
 import codecs
 import contextlib
 import faulthandler
+import gc
 import os
 import select
 import signal
@@ -43,7 +44,7 @@ from prefork.net import left_open
 from prefork.net.address import INHERITED, Address
 from prefork.ops import instances
 from prefork.printable import printable
-from prefork.system import credentials, finalizers, limits, originals, process, program, signals, systemd
+from prefork.system import credentials, finalizers, limits, originals, process, program, signals, stacks, systemd
 from prefork.system.credentials import Credentials
 
 # Asked where it is, a process that hangs says so at once, or never (it may have blocked every signal).
@@ -187,8 +188,14 @@ def _try_import(config: Config, who: Credentials | None, folder: str, *, call_ho
         what = "what the import has registered for the end" if begun == _DONE else begun
         late = f"{config.module}: {what} has not ended after boot_timeout = {config.boot_timeout:g} s"
         raise HandlerError(late + _where(text))
-    if not text and begun != _DONE:
-        raise HandlerError(f"{config.module}: {begun} ended its process: {process.describe(status)}")
+    crash = ""
+    if os.WIFSIGNALED(status):
+        text, mark, stack = text.partition(stacks.CRASH.decode())
+        crash = mark + stack
+    if (not text and begun != _DONE) or (crash and begun == _DONE):
+        what = "what the import has registered for the end" if begun == _DONE else begun
+        where = "\n" + stacks.without_ours(crash) if crash else ""
+        raise HandlerError(f"{config.module}: {what} ended its process: {process.describe(status)}{where}")
     if begun != _DONE or "\0" in text:  # the import has written there, too
         raise HandlerError(text)
     return printable(text).splitlines()
@@ -279,7 +286,7 @@ def _import_and_exit(
         try:
             forkserver.settle(config, who, folder)
             _end_with(parent)  # once more: the kernel has forgotten it if credentials have changed
-            sockets = left_open.sockets()
+            sockets, mapped = left_open.sockets(), handler.files_in_memory(config)
             records.install(log.Level[config.log_level.upper()])
             loaded = handler.load(config)
             call = partial(_call, loaded.hooks if call_hooks else {}, us, outcome, config.module)
@@ -296,6 +303,8 @@ def _import_and_exit(
                     f"{config.module}: the import makes event loops (epoll: {', '.join(left.event_loops)}), which wake each worker "
                     "for the others' clients, too, unless their library renews them after a fork: make them in on_worker_start"
                 )
+            gc.collect()  # as a fork server does
+            handler.refuse_size(config, mapped)
             said = ""
         except PreforkError as error:
             said = str(error)
@@ -327,9 +336,10 @@ def _become_like_a_fork_server(parent: int, outcome: int, printing: int) -> None
         os.dup2(printing, number)
     process.close_all_but({0, 1, 2, outcome})
     finalizers.begin()
-    os.register_at_fork(after_in_parent=_count_fork)
+    os.register_at_fork(after_in_parent=_count_fork, after_in_child=stacks.be_silent)
     # The default action follows, which ends the process.
     faulthandler.register(_WHERE, file=outcome, all_threads=False, chain=True)
+    stacks.tell_of_import(outcome)
     signals.watch()
     originals.keep()
     signals.unblock()

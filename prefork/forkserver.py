@@ -257,14 +257,16 @@ class ForkServer:
         """A child that the import forked is user code's, and ends by what it is sent."""
         if not self.booted:
             signals.hear_again()
+            stacks.be_silent()
 
     def _boot(self) -> None:
         """Load the handler and make all that the workers have in common. Raises PreforkError."""
         settle(self.brief.config, self.brief.credentials, self.brief.folder)
         self._tie_to_master(signal.SIGKILL)  # the kernel has forgotten both if credentials have changed
         process.become_private()
-        sockets = left_open.sockets()
+        sockets, mapped = left_open.sockets(), handler.files_in_memory(self.brief.config)
         records.install(log.Level[self.brief.config.log_level.upper()])
+        stacks.tell_of_import(self.brief.stacks)
         try:
             loaded = handler.load(self.brief.config)
         finally:
@@ -309,6 +311,7 @@ class ForkServer:
         forks.in_child(worker.after_fork)
         forks.prepare_to_spare()
         worker.freeze()
+        handler.refuse_size(self.brief.config, mapped)
 
     def _bind(self, loaded: handler.Handler, listeners: Mapping[int, Listener]) -> dict[int, dict[str, Any]]:
         """What a server that is the handler is at each listener; nothing of another handler. Raises HandlerError."""

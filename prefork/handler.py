@@ -26,6 +26,7 @@ from prefork.errors import HandlerError
 from prefork.net import left_open
 from prefork.system import process, readable
 
+MEGABYTE = 1 << 20
 HOOKS = ("on_boot", "on_worker_start", "on_worker_exit")
 WANTED = "a handler is a function loop(sock) or a socketserver.BaseRequestHandler subclass, or a socketserver.BaseServer instance"
 
@@ -173,6 +174,32 @@ def refuse_threads(target: str) -> None:
         )
 
 
+def files_in_memory(config: Config) -> int:
+    """Bytes of files that this process has in RAM, before the import (`refuse_size`). Raises HandlerError where none can tell."""
+    try:
+        return process.memory_parts()[1] if config.max_memory else 0
+    except OSError as error:
+        raise HandlerError(f"max_memory: memory can't be seen here ({error.strerror}): mount /proc, or leave it out") from None
+
+
+def refuse_size(config: Config, mapped: int) -> None:
+    """Raise HandlerError when a worker would be larger than max_memory with its first connection, whatever that allocates.
+
+    ``mapped``: `files_in_memory` before the import. A fork gets all that is its parent's own; of files it has what it touches, the
+    interpreter's before all else. (A worker of `echo` has 19.3 MiB after its first connection, by this sum 19.4; one that has
+    imported ssl and asyncio 22.7, by the sum 22.8, and its fork server 27.6.)
+    """
+    if not config.max_memory:
+        return
+    own, _ = process.memory_parts()
+    if own + mapped >= config.max_memory:
+        raise HandlerError(
+            f"max_memory = {config.max_memory / MEGABYTE:.1f}M: after the import of {config.module} a worker has "
+            f"{(own + mapped) / MEGABYTE:.1f}M before it serves, and would be recycled after each connection: raise it by what a "
+            "connection may take on top of that"
+        )
+
+
 def refuse_connections(config: Config, before: Container[int]) -> left_open.LeftOpen:
     """Raise HandlerError when import or on_boot have left a connection open. Returns what else they have left open.
 
@@ -254,13 +281,21 @@ def _closed() -> str:
 
 def _lacks(module: ModuleType, name: str) -> str:
     file = getattr(module, "__file__", None)
-    where = file if isinstance(file, str) and file else "a built-in module"
+    where = file if isinstance(file, str) and file else _without_file(module)
     near = difflib.get_close_matches(name, [known for known in list(vars(module)) if isinstance(known, str)], 1)
     meant = f"; did you mean {near[0]!r}?" if near else ""
     file = os.path.join(_here(), *module.__name__.split(".")) + ".py"
     if os.path.exists(file) and not (os.path.exists(where) and os.path.samefile(file, where)):
         meant += f"; {file} is hidden by it, which prefork has loaded before: rename yours"
     return f"{where} has no {name!r}{meant}"
+
+
+def _without_file(module: ModuleType) -> str:
+    """What a module is that no file has been read for."""
+    if not hasattr(module, "__path__"):
+        return "a built-in module"
+    folders = ", ".join(map(str, module.__path__))
+    return f"{module.__name__} is a namespace package (folders without __init__.py: {folders}), which"
 
 
 def _load_hook(label: str, target: str) -> Hook:

@@ -260,7 +260,7 @@ class Master:
     def _fork_server_ended(self, generation: Generation, cause: str, status: int | None = None) -> None:
         self.daemon.hear_no_more(generation)
         generation.fork_server_ended(self.daemon.now, status)
-        self.changeover.fork_server_ended(generation, cause)
+        self.changeover.fork_server_ended(generation, cause, generation.link.stacks.take_crash(status or 0))
 
     def _obey_signals(self, arrived: set[int]) -> None:
         daemon = self.daemon

@@ -469,16 +469,30 @@ class Worker:
     def _worn_out(self) -> Callable[[], bool]:
         """What tells, after a connection, whether this process has become too old or too large."""
         conf, born = self.brief.config, time.monotonic()
+        served = 0
 
         def worn() -> bool:
+            nonlocal served
+            served += 1
             if conf.max_lifetime and time.monotonic() - born > conf.max_lifetime:
                 return True
             try:
-                return bool(conf.max_memory) and process.resident_memory() > conf.max_memory
+                size = process.resident_memory() if conf.max_memory else 0
             except OSError:
                 return True  # a handler has left no descriptor to look with
+            if size <= conf.max_memory:
+                return False
+            if served == 1:
+                self._note_size(size)
+            return True
 
         return worn
+
+    def _note_size(self, size: int) -> None:
+        """One connection has made this worker too large, and each may: tell it of the slot's 1st, 2nd, 4th, 8th, ... connection."""
+        _, _, begun = self._served()
+        if begun & (begun - 1) == 0:
+            log.event("recycled_at_once", has=size, max_memory=self.brief.config.max_memory)
 
     def _asked_to_leave(self) -> bool:
         return self.retiring or bool(self.board.retire[self.slot]) or bool(self.board.order_words[scoreboard.STOPPING])

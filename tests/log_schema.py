@@ -141,6 +141,7 @@ EVENT_FIELDS = {
     "handler_error": ["peer"],
     "handler_errors": ["count"],
     "peer_gone": ["peer", "reason"],
+    "recycled_at_once": ["has", "max_memory"],
     "accept_paused": ["reason", "seconds"],
     "accept_again": ["count"],
     "accept_broken": ["reason"],

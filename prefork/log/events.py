@@ -194,6 +194,11 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "handler_error": (Level.ERROR, "the handler raised, serving {peer}"),
     "handler_errors": (Level.ERROR, "{count} more tracebacks of the handler were not logged"),
     "peer_gone": (Level.DEBUG, "{peer} ended the connection: {reason}"),
+    "recycled_at_once": (
+        Level.WARNING,
+        "with its first connection this worker has {has} bytes of memory, more than max_memory = {max_memory}: it is recycled, and "
+        "so may be each after one connection; raise max_memory",
+    ),
     "accept_paused": (Level.ERROR, "accept failed: {reason}; trying again every {seconds:g} s"),
     "accept_again": (Level.INFO, "accept works again, after {count} failures"),
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),

@@ -376,6 +376,13 @@ def resident_memory() -> int:
         return int(statm.read(128).split()[1]) * _PAGE
 
 
+def memory_parts() -> tuple[int, int]:
+    """Bytes in RAM that are this process' own, and those of files and shared memory (proc_pid_statm(5))."""
+    with open("/proc/self/statm", "rb", buffering=0) as statm:
+        resident, shared = map(int, statm.read(128).split()[1:3])
+    return (resident - shared) * _PAGE, shared * _PAGE
+
+
 def pipe_to_share() -> tuple[int, int]:
     """A pipe that neither end waits for, whose writing end each of those who get it can open anew (`reopening`)."""
     read_end, write_end = os.pipe2(os.O_NONBLOCK | os.O_CLOEXEC)

@@ -6,15 +6,18 @@ full pipe does not take is lost. Whoever has the pipe may write to it, so what i
 """
 
 import faulthandler
+import importlib
 import os
 import signal
+import weakref
+from collections.abc import Callable
 
 from prefork.system import process
 
 # Ours, like `prefork.system.signals.PARENT_DIED`. Not SIGABRT: faulthandler keeps that for crashes.
 DUMP = signal.SIGRTMIN + 3
 # How faulthandler begins the stack of a crash, and what it then calls the signal.
-_CRASH = b"Fatal Python error: "
+CRASH = b"Fatal Python error: "
 _CRASHES: dict[int, bytes] = {
     signal.SIGSEGV: b"Segmentation fault",
     signal.SIGABRT: b"Aborted",
@@ -27,8 +30,11 @@ SIGNALS = frozenset({DUMP, *_CRASHES})
 LIMIT = 16384
 # A pipe holds 64 KiB unless somebody has made it larger; a flood must not hold the master.
 _READ, _READS = 65536, 4
-# The frame that calls the handler.
-_BELOW = f'  File "{os.path.dirname(os.path.dirname(__file__))}/worker.py", line '
+# The frames that call the handler, that import it, and that run what the import has registered for the end.
+_PACKAGE = f'  File "{os.path.dirname(os.path.dirname(__file__))}'
+_BELOW = f'{_PACKAGE}/worker.py", line '
+_IMPORTS = (f'{_PACKAGE}/handler.py", line ', f'{_PACKAGE}/system/finalizers.py", line ')
+_IMPORT_SYSTEM = ('  File "<frozen importlib.', f'  File "{importlib.__file__}", line ')
 
 
 class Stacks:
@@ -74,7 +80,7 @@ class Stacks:
             said, self._dump = self._dump, None
         else:
             said, self._crashes = self._crashes, b""  # that of an earlier call, which was too early
-        dump, mark, crashes = said.partition(_CRASH)
+        dump, mark, crashes = said.partition(CRASH)
         self._crashes += mark + crashes
         return _text(dump)
 
@@ -103,21 +109,27 @@ class Stacks:
 
 def _cut(data: bytes, name: bytes) -> tuple[bytes, bytes]:
     """The first crash of this name, and what is left without it."""
-    first, *crashes = data.split(_CRASH)
+    first, *crashes = data.split(CRASH)
     mine = next((crash for crash in crashes if crash.startswith(name)), None)
     if mine is None:
         return b"", data
     crashes.remove(mine)
-    return _CRASH + mine, _CRASH.join([first, *crashes])
+    return CRASH + mine, CRASH.join([first, *crashes])
 
 
 def _text(data: bytes) -> str:
     """For people: without the frames below the handler's, which are always the same and ours."""
+    return without_ours(data[-LIMIT:].decode("utf-8", "replace"))
+
+
+def without_ours(text: str) -> str:
+    """What faulthandler has written, without the frames of the import system, and of ours that call user code."""
     lines: list[str] = []
     ours = False
-    for line in data[-LIMIT:].decode("utf-8", "replace").strip().splitlines():
-        ours = line.startswith("  File ") and (ours or (line.startswith(_BELOW) and line.endswith(" in serve")))
-        if not ours:
+    for line in text.strip().splitlines():
+        calls = line.startswith(_IMPORTS) or (line.startswith(_BELOW) and line.endswith(" in serve"))
+        ours = line.startswith("  File ") and (ours or calls)
+        if not ours and not line.startswith(_IMPORT_SYSTEM):
             lines.append(line)
     return "\n".join(lines)
 
@@ -126,6 +138,29 @@ def _text(data: bytes) -> str:
 
 _fd = -1
 _crashes = _dumps = False
+_of_import: Callable[[], object] = bool
+
+
+class _File:
+    """What faulthandler writes to while the import runs. It alone refers to this, until user code gives it another place."""
+
+    def __init__(self, fd: int) -> None:
+        self._fd = fd
+
+    def fileno(self) -> int:
+        return self._fd
+
+    def flush(self) -> None:
+        pass
+
+
+def tell_of_import(fd: int) -> None:
+    """Write the stack of a crash in the import to ``fd``, up to `tell`, unless PYTHONFAULTHANDLER has another place for it."""
+    global _of_import
+    if not faulthandler.is_enabled():
+        file = _File(fd)
+        faulthandler.enable(file)
+        _of_import = weakref.ref(file)
 
 
 def tell(fd: int, *, dumps: bool) -> None:
@@ -134,6 +169,8 @@ def tell(fd: int, *, dumps: bool) -> None:
     ``dumps``: at DUMP, too. Forks inherit it.
     """
     global _fd, _crashes, _dumps
+    if _of_import():
+        faulthandler.disable()  # it installs nothing while it is enabled, and user code has enabled nothing
     _fd, _crashes, _dumps = fd, not faulthandler.is_enabled(), dumps
     _begin()
 
@@ -146,7 +183,7 @@ def tell_again() -> None:
 
 def be_silent() -> None:
     """Write nothing any more: in a child that user code has forked, which is none of ours."""
-    if _crashes:
+    if _crashes or _of_import():
         faulthandler.disable()
     if _dumps:
         faulthandler.unregister(DUMP)
