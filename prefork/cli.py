@@ -21,7 +21,7 @@ from prefork import __version__, log, values
 from prefork.config import DEFAULTS, OPTIONS, OTHER_WORDS, Option, Sources, environment, flag, unknown_variables, variable
 from prefork.errors import PreforkError, RefusedError, explained
 from prefork.ops.instances import ask, closest, find, instances, nearest, process_of, shares_pids
-from prefork.printable import printable
+from prefork.printable import counted, printable
 
 _CONTEXT = {"help_option_names": ["-h", "--help"], "max_content_width": 100}
 # An answer that only needs the master's loop to turn once; one that tells of an outcome, which boot_timeout, canary or
@@ -396,7 +396,7 @@ def scale(arguments: tuple[str, ...], control: str | None) -> None:
         raise click.UsageError("give a number of workers: N, +K or -K")
     answer, _ = _answer(arguments[0] if len(arguments) == 2 else None, control, "scale", workers=arguments[-1])
     later = "; max_workers is reached, the missing start as connections end" if answer["at_ceiling"] else ""
-    _say(f"scaled: {answer['workers']} acceptors for each address{later}{_overdue(answer)}")
+    _say(f"scaled: {counted(answer['workers'], 'acceptor', 'acceptors')} for each address{later}{_overdue(answer)}")
 
 
 @main.command()
@@ -412,12 +412,15 @@ def suspend(name: str | None, control: str | None) -> None:
       prefork suspend echo   before its database goes away for a moment
     """
     answer, _ = _answer(name, control, "suspend")
-    _say(f"suspended: nobody accepts, {answer['busy']} connections go on{_overdue(answer)}")
+    _say(f"suspended: nobody accepts, {counted(answer['busy'], 'connection goes', 'connections go')} on{_overdue(answer)}")
 
 
 def _overdue(answer: dict[str, Any]) -> str:
     """What a command did not wait for."""
-    return f"; {answer['overdue']} workers should have gone and have not, see prefork status" if answer["overdue"] else ""
+    if not answer["overdue"]:
+        return ""
+    who = counted(answer["overdue"], "worker should have gone and has", "workers should have gone and have")
+    return f"; {who} not, see prefork status"
 
 
 @main.command()
@@ -430,7 +433,7 @@ def resume(name: str | None, control: str | None) -> None:
       prefork resume echo
     """
     answer, _ = _answer(name, control, "resume")
-    _say(f"resumed: {answer['workers']} acceptors for each address")
+    _say(f"resumed: {counted(answer['workers'], 'acceptor', 'acceptors')} for each address")
 
 
 @main.command()
@@ -452,7 +455,7 @@ def stop(name: str | None, control: str | None, *, quick: bool, timeout: float |
     path = find(name, control)
     process = process_of(path)
     answer, _ = _answer(None, path, "stop", quick=quick, timeout=timeout)
-    stopped = f"stopped: {answer['accepted']} connections accepted, {answer['killed']} cut"
+    stopped = f"stopped: {counted(answer['accepted'], 'connection', 'connections')} accepted, {answer['killed']} cut"
     if process is not None:  # it has answered and is about to end: gone is when the process is
         watched = select.poll()
         watched.register(process, select.POLLIN)

@@ -23,6 +23,7 @@ from typing import Any
 from prefork import values
 from prefork.errors import ConfigError, explained
 from prefork.net.address import INHERITED, UNRESOLVED, Address, Claims
+from prefork.printable import counted
 from prefork.system import program, readable
 
 FILE_LIMIT = 1_000_000
@@ -381,8 +382,8 @@ def _contradictions(
     if config.max_workers < least:
         yield (
             ("max_workers", "workers", "bind"),
-            f"{given('max_workers', config.max_workers)} is less than {given('workers', config.workers)} x {len(config.bind)} "
-            f"listeners: raise max_workers to at least {least}, or lower workers",
+            f"{given('max_workers', config.max_workers)} is less than {given('workers', config.workers)} x "
+            f"{counted(len(config.bind), 'listener', 'listeners')}: raise max_workers to at least {least}, or lower workers",
         )
     if config.max_connections_jitter and not config.max_connections:
         yield (

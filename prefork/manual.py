@@ -8,6 +8,7 @@ import click
 
 from prefork import __version__
 from prefork.log import EVENTS
+from prefork.log.events import template
 
 SEE_ALSO = "prefork status --json is described in the README. accept(2), signal(7), socket(7), unix(7), systemd.service(5)"
 # Titles of lists in help that become sections of their own.
@@ -44,7 +45,7 @@ def page(group: click.Group, server: click.Command) -> str:
         for term, meaning in (item for text in texts for item in _list(text, title)):
             found.setdefault(term, meaning)
         lines += _section(heading, _items(found.items()))
-    events = ((name, f"({level.name.lower()}) {sentence}") for name, (level, sentence) in EVENTS.items())
+    events = ((name, f"({level.name.lower()}) {template(name)}") for name, (level, _) in EVENTS.items())
     lines += _section("LOG EVENTS", ["What stands in braces is a field of its own in the JSON format.", *_items(events)])
     lines += _section("SEE ALSO", [_text(SEE_ALSO)])
     return "\n".join(lines) + "\n"

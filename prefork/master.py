@@ -29,6 +29,7 @@ from prefork.mending import Mending
 from prefork.notifying import Notifying
 from prefork.ops import control
 from prefork.ops.control import Client
+from prefork.printable import counted
 from prefork.stopping import Stopping
 from prefork.system import credentials, process, program, signals
 from prefork.system.hangups import HangUps
@@ -271,8 +272,10 @@ class Master:
         if signal.SIGINT in arrived:
             if daemon.stopping is None:
                 self.stopping.stop("SIGINT")
+                if daemon.busy():
+                    log.event("interrupt_again")
             elif daemon.now >= daemon.stopping.at + SAME_INTERRUPT:
-                self.stopping.stop_quickly("a second SIGINT")
+                self.stopping.stop_quickly("a second SIGINT" if daemon.stopping.why == "SIGINT" else "SIGINT")
         if signal.SIGUSR1 in arrived:
             self._reopen_logs()
         if signal.SIGUSR2 in arrived:
@@ -340,7 +343,7 @@ class Master:
             return "the daemon is starting or stopping"
         most = daemon.config.max_workers // len(current.listeners)
         if not 1 <= workers <= most:
-            ceiling = f"max_workers = {daemon.config.max_workers} for {len(current.listeners)} listeners"
+            ceiling = f"max_workers = {daemon.config.max_workers} for {counted(len(current.listeners), 'listener', 'listeners')}"
             reason = f"workers = {workers}: must be 1 to {most} ({ceiling})"
             log.event("ignored", what=why, why=reason)
             return reason

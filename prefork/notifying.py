@@ -18,6 +18,7 @@ from collections.abc import Callable
 
 from prefork.daemon import Daemon
 from prefork.pool.scoreboard import IDLE, PARKED
+from prefork.printable import counted
 from prefork.system import systemd
 from prefork.system.systemd import Notifier
 
@@ -171,7 +172,7 @@ class Notifying:
             return said
         acceptors = daemon.current.count(IDLE) + daemon.current.count(PARKED)
         full = f"; max_workers = {daemon.config.max_workers} is reached" if daemon.current.at_ceiling else ""
-        return f"{acceptors} acceptors, {said}{full}"
+        return f"{counted(acceptors, 'acceptor', 'acceptors')}, {said}{full}"
 
     def _accepted_so_far(self) -> int:
         return self.daemon.tally.counts.begun + sum(generation.begun() for generation in self.daemon.generations())

@@ -5,10 +5,17 @@ printed stays, in any script. All else is escaped as Python writes it: control c
 cursor, set titles and colours, and formatting ones (Unicode's Cf), among them those that turn text around (U+202A to U+202E).
 """
 
+from typing import Any
+
 
 def one_line(text: str) -> str:
     """The text in one line: a tab stays, and a line break is escaped like all else that can't be printed."""
     return text if text.isprintable() else "".join(c if c.isprintable() or c == "\t" else repr(c)[1:-1] for c in text)
+
+
+def counted(count: Any, one: str, many: str) -> str:
+    """A number and what it counts: 1 connection, 2 connections."""
+    return f"{count} {one if count == 1 else many}"
 
 
 def printable(text: str) -> str:

@@ -57,6 +57,7 @@ SCHEMA: dict[str, Any] = {
 EVENT_FIELDS = {
     "serving": ["version", "module", "addresses", "acceptors", "name", "pid"],
     "stopping": ["why", "busy", "seconds"],
+    "interrupt_again": [],
     "stopping_quickly": ["why"],
     "stopped": ["accepted", "killed"],
     "left_behind": ["pids"],

@@ -18,7 +18,7 @@ from typing import Any, Protocol
 
 from prefork.errors import ConfigError, explained
 from prefork.log import formats, prints
-from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level
+from prefork.log.events import ALWAYS, EVENTS, RESERVED, Level, sentence
 from prefork.log.files import FLUSH, LEAVE, RELOAD, START, CarriedLog, LogFile, Says
 from prefork.log.formats import Entry
 from prefork.log.pipe import Pipe
@@ -57,20 +57,20 @@ class Output:
 
     def event(self, name: str, /, *, text: str = "", **fields: Any) -> None:
         """Log the event ``name``. Raises KeyError when it, or one of its fields, is unknown: that is a bug of ours."""
-        level, sentence = EVENTS[name]
+        level, _ = EVENTS[name]
         if level >= self.level or name in ALWAYS:
             sink = self.access if name == "access" else self.log
             if sink is not None:
-                self._write(sink, [_entry(name, level, sentence.format_map(fields), text, fields)])
+                self._write(sink, [_entry(name, level, sentence(name, fields), text, fields)])
 
     def printed(self, stream: str, lines: list[str]) -> None:
         """Log what a handler has printed: all of it with one write, where that is possible."""
-        level, sentence = _STREAM_LEVELS[stream], EVENTS["output"][1]
+        level = _STREAM_LEVELS[stream]
         entries = []
         for line in lines:
             for piece in formats.cut(line, self.log.room - formats.OVERHEAD):
                 fields = {"stream": stream, "line": piece}
-                entries.append(_entry("output", level, sentence.format_map(fields), "", fields))
+                entries.append(_entry("output", level, sentence("output", fields), "", fields))
         self._write(self.log, entries)
 
     def record(self, level: Level, logger: str, message: str) -> None:
@@ -84,8 +84,8 @@ class Output:
 
     def missing(self, sink: Sink, count: int) -> bytes:
         """The line that tells how many lines it lacks."""
-        level, sentence = EVENTS["dropped"]
-        return b"".join(self._render(sink, _entry("dropped", level, sentence.format(count=count), "", {"count": count})))
+        fields = {"count": count}
+        return b"".join(self._render(sink, _entry("dropped", EVENTS["dropped"][0], sentence("dropped", fields), "", fields)))
 
     def _write(self, sink: Sink, entries: Sequence[Entry]) -> None:
         sink.settle()

@@ -1,10 +1,16 @@
 """The events: each is named once, here, with its level and its sentence. Nothing else in prefork words a log line.
 
 A sentence names its fields, which are the keyword arguments of `prefork.log.event`; in JSON they stand beside the sentence under
-their own names, so a name, once published, stays. RESERVED are the names that every line has.
+their own names, so a name, once published, stays. RESERVED are the names that every line has. ``{count:line|lines}`` is "1 line" or
+"2 lines", and ``{count:|is|are}`` only the word.
 """
 
+import string
+from collections.abc import Mapping
 from enum import IntEnum
+from typing import Any
+
+from prefork.printable import counted
 
 
 class Level(IntEnum):
@@ -26,15 +32,16 @@ EVENTS: dict[str, tuple[Level, str]] = {
     # the daemon
     "serving": (
         Level.INFO,
-        "prefork {version} serving {module} on {addresses}: {acceptors} acceptors each, name {name}, pid {pid}",
+        "prefork {version} serving {module} on {addresses}: {acceptors:acceptor|acceptors} each, name {name}, pid {pid}",
     ),
-    "stopping": (Level.INFO, "stopping ({why}): {busy} connections have {seconds:g} s to finish"),
+    "stopping": (Level.INFO, "stopping ({why}): {busy:connection has|connections have} {seconds:g} s to finish"),
+    "interrupt_again": (Level.INFO, "Ctrl-C (SIGINT) once more stops at once, and cuts the connections that are left"),
     "stopping_quickly": (Level.INFO, "stopping at once ({why})"),
-    "stopped": (Level.INFO, "stopped: {accepted} connections accepted, {killed} cut"),
+    "stopped": (Level.INFO, "stopped: {accepted:connection|connections} accepted, {killed} cut"),
     "left_behind": (Level.ERROR, "these processes can't be ended by us, and are left behind: {pids}"),
     "cut": (Level.WARNING, "worker {slot} of generation {generation} (pid {pid}) is killed, serving {peer}: {why}"),
     "log_may_wait": (Level.WARNING, "standard error can't be opened anew ({reason}): a reader that stops stops the daemon"),
-    "dropped": (Level.WARNING, "{count} log lines could not be written"),
+    "dropped": (Level.WARNING, "{count:log line|log lines} could not be written"),
     "reopened": (Level.INFO, "log files opened again: {paths}"),
     "log_kept": (Level.WARNING, "{path} can't be opened again ({reason}): the file that is open is written on"),
     "log_writer_died": (Level.WARNING, "the process that writes {path} has ended ({cause}); another one takes its place"),
@@ -65,9 +72,12 @@ EVENTS: dict[str, tuple[Level, str]] = {
     ),
     "activated_unused": (Level.WARNING, "sockets of the service manager are not used, bind names others: {names}"),
     "address_kept": (Level.WARNING, "{address} stays as it was: {reason}"),
-    "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy} connections go on"),
+    "suspended": (Level.INFO, "suspended: nobody accepts, new clients wait in the queue; {busy:connection goes|connections go} on"),
     "resumed": (Level.INFO, "resumed: accepting again"),
-    "control_crowded": (Level.WARNING, "more than {most} control clients at once: {count} that said nothing were let go"),
+    "control_crowded": (
+        Level.WARNING,
+        "more than {most} control clients at once: {count:that said nothing was|that said nothing were} let go",
+    ),
     "listening": (Level.INFO, "listening on {address}"),
     "no_longer_listening": (Level.INFO, "no longer listening on {address}"),
     "farewell_failed": (Level.WARNING, "{address} is closed at once, with whoever waits there: {reason}"),
@@ -97,13 +107,16 @@ EVENTS: dict[str, tuple[Level, str]] = {
     # reload
     "booting": (Level.DEBUG, "generation {generation} starts: {module}"),
     "committed": (Level.INFO, "generation {generation} serves {module} ({seconds:.3f} s)"),
-    "canary": (Level.INFO, "generation {generation} is on trial for {seconds:g} s: {most} crashes take the reload back"),
-    "canary_passed": (Level.INFO, "generation {generation} has passed its trial, with {crashes} crashes"),
+    "canary": (
+        Level.INFO,
+        "generation {generation} is on trial for {seconds:g} s: {most:crash takes|crashes take} the reload back",
+    ),
+    "canary_passed": (Level.INFO, "generation {generation} has passed its trial, with {crashes:crash|crashes}"),
     "canary_lost": (Level.WARNING, "the fork server of generation {generation} died: the reload can't be taken back any more"),
     "rolled_back": (Level.ERROR, "{what} taken back, generation {generation} serves again in the place of {crashed}: {reason}"),
     "refused": (Level.ERROR, "{what} refused, generation {generation} keeps serving: {reason}"),
     "drained": (Level.DEBUG, "generation {generation} has ended"),
-    "scaled": (Level.INFO, "workers: {workers} acceptors for each address, until the next reload ({why})"),
+    "scaled": (Level.INFO, "workers: {workers:acceptor|acceptors} for each address, until the next reload ({why})"),
     "upgrading": (Level.INFO, "{what}: trying {program}"),
     "handing_over": (Level.INFO, "prefork {version} becomes what {program} runs now"),
     "upgraded": (Level.INFO, "prefork {version} goes on where prefork {before} was, pid {pid}"),
@@ -145,12 +158,19 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "worker {slot} of generation {generation} (pid {pid}) says that it waits, and computes, perhaps in a thread that keeps it "
         "from serving a client: it is asked to leave",
     ),
-    "not_left": (Level.WARNING, "{count} workers of generation {generation} were asked to leave and have not left: {who}"),
-    "still_there": (Level.ERROR, "{count} workers of generation {generation} were killed and have not ended: {who}"),
+    "not_left": (
+        Level.WARNING,
+        "{count:worker|workers} of generation {generation} {count:|was|were} asked to leave and {count:|has|have} not left: {who}",
+    ),
+    "still_there": (
+        Level.ERROR,
+        "{count:worker|workers} of generation {generation} {count:|was|were} killed and {count:|has|have} not ended: {who}",
+    ),
     "worker_ended": (Level.DEBUG, "worker {slot} of generation {generation} (pid {pid}) has left: {cause}"),
     "recycled": (
         Level.DEBUG,
-        "worker {slot} of generation {generation} (pid {pid}) is recycled; its slot has served {connections} connections",
+        "worker {slot} of generation {generation} (pid {pid}) is recycled; "
+        "its slot has served {connections:connection|connections}",
     ),
     "worker_early": (
         Level.ERROR,
@@ -167,7 +187,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "flood": (Level.WARNING, "a flood of {what}: the master hears of it {rate} times a second as long as that goes on"),
     "deaf": (Level.ERROR, "can't hear {what} for now: {reason}; trying again every second"),
     "fork_failed": (Level.ERROR, "fork failed: {reason}; {failures} in a row, next try in {seconds:.1f} s"),
-    "fork_again": (Level.INFO, "workers start again, after {failures} failures"),
+    "fork_again": (Level.INFO, "workers start again, after {failures:failure|failures}"),
     "ceiling_reached": (
         Level.INFO,
         "max_workers = {max_workers} reached: on {address} fewer than workers = {workers} can wait for clients",
@@ -183,7 +203,10 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "no acceptor is left on {address}, and no worker can be forked ({reason}): new clients wait in the queue",
     ),
     "unstalled": (Level.INFO, "{address} has acceptors again, after {seconds:.1f} s in which none could be forked"),
-    "gossip": (Level.WARNING, "{count} reports from processes of generation {generation} made no sense and were ignored"),
+    "gossip": (
+        Level.WARNING,
+        "{count:report|reports} from processes of generation {generation} made no sense and {count:|was|were} ignored",
+    ),
     "spoilt_slot": (Level.WARNING, "worker {slot} of generation {generation} left impossible counters: put back"),
     "handlers_undone": (
         Level.WARNING,
@@ -192,7 +215,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
     ),
     # in workers
     "handler_error": (Level.ERROR, "the handler raised, serving {peer}"),
-    "handler_errors": (Level.ERROR, "{count} more tracebacks of the handler were not logged"),
+    "handler_errors": (Level.ERROR, "{count:more traceback|more tracebacks} of the handler {count:|was|were} not logged"),
     "peer_gone": (Level.DEBUG, "{peer} ended the connection: {reason}"),
     "recycled_at_once": (
         Level.WARNING,
@@ -200,7 +223,7 @@ EVENTS: dict[str, tuple[Level, str]] = {
         "so may be each after one connection; raise max_memory",
     ),
     "accept_paused": (Level.ERROR, "accept failed: {reason}; trying again every {seconds:g} s"),
-    "accept_again": (Level.INFO, "accept works again, after {count} failures"),
+    "accept_again": (Level.INFO, "accept works again, after {count:failure|failures}"),
     "accept_broken": (Level.ERROR, "accept failed: {reason}; this worker ends and is replaced"),
     "accept_unblocked": (
         Level.WARNING,
@@ -216,3 +239,37 @@ EVENTS: dict[str, tuple[Level, str]] = {
     "output": (Level.INFO, "{stream}: {line}"),
     "record": (Level.INFO, "{logger}: {line}"),
 }
+
+
+class _Formatter(string.Formatter):
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        match format_spec.split("|"):
+            case [one, many]:
+                return counted(value, one, many)
+            case ["", one, many]:
+                return one if value == 1 else many
+        return super().format_field(value, format_spec)
+
+
+class _Template(string.Formatter):
+    def get_value(self, key: int | str, args: Any, kwargs: Any) -> str:  # noqa: ARG002 - the library calls it with them
+        return f"{{{key}}}"
+
+    def format_field(self, value: Any, format_spec: str) -> Any:
+        *_, many = format_spec.split("|")
+        return value if "|" not in format_spec else many if format_spec.startswith("|") else f"{value} {many}"
+
+
+# str.format_map is ten times as fast.
+_COUNTED = frozenset(name for name, (_, words) in EVENTS.items() if "|" in words)
+
+
+def sentence(name: str, fields: Mapping[str, Any]) -> str:
+    """What an event's line says."""
+    words = EVENTS[name][1]
+    return _Formatter().vformat(words, (), fields) if name in _COUNTED else words.format_map(fields)
+
+
+def template(name: str) -> str:
+    """The sentence with the fields' names in braces, for people."""
+    return _Template().vformat(EVENTS[name][1], (), {})

@@ -15,7 +15,7 @@ import click
 from prefork.accepting import PAUSE
 from prefork.pool import scoreboard
 from prefork.pool.scoreboard import BUSY, FREE, LEAVING, STATES, Access, Counts, Layout, Scoreboard
-from prefork.printable import one_line
+from prefork.printable import counted, one_line
 
 _TICKS = os.sysconf("SC_CLK_TCK")
 _PAGE = os.sysconf("SC_PAGE_SIZE")
@@ -93,7 +93,9 @@ def _pause_of(workers: Sequence[dict[str, Any]]) -> dict[str, Any] | None:
     paused = sum(worker["state"] == "paused" for worker in workers)
     if not paused:
         return None
-    reason = f"accept fails in {paused} workers, which try again every {PAUSE:g} s: the log tells how"
+    reason = (
+        f"accept fails in {counted(paused, 'worker, which tries', 'workers, which try')} again every {PAUSE:g} s: the log tells how"
+    )
     return {"until": time.time() + PAUSE, "reason": reason}
 
 
@@ -197,8 +199,8 @@ def _head(status: dict[str, Any]) -> list[str]:
         f"prefork {status['version']}  up {_span(status['uptime'])}",
         f"connections: {totals['accepted']} accepted = {totals['ok']} ok + {_bad(totals['error'], 'error')} + "
         f"{_bad(totals['killed'], 'killed')} + {totals['rejected']} rejected + {totals['serving']} being served",
-        f"processes: {len(status['workers'])} workers, at most {status['max_workers']}; {totals['forked']} forked, "
-        f"{totals['exited']} ended",
+        f"processes: {counted(len(status['workers']), 'worker', 'workers')}, at most {status['max_workers']}; "
+        f"{totals['forked']} forked, {totals['exited']} ended",
     ]
     if duration["p50"] is not None:
         lines.append("duration: " + "  ".join(f"{key} {_span(value)}" for key, value in duration.items()))

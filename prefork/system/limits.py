@@ -12,6 +12,7 @@ import shlex
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 
+from prefork.printable import counted
 from prefork.system.process import PID_LIMIT
 
 # The master and, while a reload is under way, two fork servers.
@@ -135,7 +136,7 @@ def _queue(machine: Machine, demand: Demand) -> Iterator[Shortage]:
 def _descriptors(machine: Machine, demand: Demand) -> Iterator[Shortage]:
     soft, _ = machine.rlimits.get("nofile", (None, None))
     if soft is not None and soft < demand.descriptors:
-        why = f"a master with {demand.listeners} listeners"
+        why = f"a master with {counted(demand.listeners, 'listener', 'listeners')}"
         yield Shortage("RLIMIT_NOFILE", soft, why, demand.descriptors, _raised(machine, "nofile", "n", demand.descriptors))
 
 

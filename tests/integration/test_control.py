@@ -19,6 +19,7 @@ import pytest
 
 from prefork.errors import RefusedError
 from prefork.ops import control, instances
+from prefork.printable import counted
 from prefork.testing import Server, StartError, serve
 from tests import watch
 from tests.conftest import HANDLERS, Gate
@@ -123,7 +124,8 @@ def test_reload_waits_and_prints_the_traceback_when_refused(prefork_server: Star
 def test_scale_waits_until_it_is_so(prefork_server: Start, wanted: str, workers: int) -> None:
     server = prefork_server("echo:loop", workers=2)
     done = run("scale", wanted, "--control", server.control)
-    assert (done.returncode, done.stdout) == (0, f"scaled: {workers} acceptors for each address\n"), done.stderr
+    said = f"scaled: {counted(workers, 'acceptor', 'acceptors')} for each address\n"
+    assert (done.returncode, done.stdout) == (0, said), done.stderr
     assert server.status()["listeners"][0]["workers"] == {
         "target": workers,
         "starting": 0,
@@ -159,7 +161,7 @@ def test_stop_can_be_hurried(prefork_server: Start, how: str) -> None:
         sock.sendall(b"x")
         assert sock.recv(1) == b"x"
         with watch.soon("a hurried stop"):
-            assert "1 connections accepted, 1 cut" in run("stop", how, "--control", server.control).stdout
+            assert "1 connection accepted, 1 cut" in run("stop", how, "--control", server.control).stdout
 
 
 def test_an_instance_is_found_by_name_and_the_only_one_without(prefork_server: Start, tmp_path: Path) -> None:

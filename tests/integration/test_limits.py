@@ -42,7 +42,7 @@ def few_descriptors() -> Iterator[int]:
 
 def test_too_few_descriptors_are_named_with_the_remedy(few_descriptors: int, prefork_server: Start) -> None:
     [line] = warnings(prefork_server("echo:loop", workers=1))
-    assert f"RLIMIT_NOFILE is {few_descriptors}, a master with 1 listeners can need " in line
+    assert f"RLIMIT_NOFILE is {few_descriptors}, a master with 1 listener can need " in line
     assert line.rpartition(": ")[2].startswith(("ulimit -n ", "LimitNOFILE="))
 
 

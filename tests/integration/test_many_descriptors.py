@@ -57,7 +57,7 @@ def test_a_daemon_that_has_inherited_them_is_upgraded_and_the_commands_work(tmp_
         assert upgrade(server)["generation"] == 2
         assert says(address(server)) == b"x"
         done = command("stop", "--control", server.control)
-        assert (done.returncode, done.stdout) == (0, "stopped: 1 connections accepted, 0 cut\n")
+        assert (done.returncode, done.stdout) == (0, "stopped: 1 connection accepted, 0 cut\n")
 
 
 @pytest.mark.usefixtures("many")

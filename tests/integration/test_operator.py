@@ -31,7 +31,7 @@ def test_a_daemon_that_is_stopping_can_be_looked_at_and_hurried(prefork_server: 
         status = server.status()
         assert (status["state"], status["totals"]["serving"], status["listeners"][0]["queue"]) == ("stopping", 1, None)
         done = run("stop", "--quick", "--control", server.control)
-        assert done.stdout == "stopped: 1 connections accepted, 1 cut\n", done.stderr
+        assert done.stdout == "stopped: 1 connection accepted, 1 cut\n", done.stderr
     assert server.stop() == 0
 
 

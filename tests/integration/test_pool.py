@@ -154,7 +154,7 @@ def test_workers_that_die_before_they_are_ready_are_tried_again_ever_more_seldom
     os.unlink(broken)
     watch.settled(server, 2)
     assert server.status()["totals"]["forked"] <= 5
-    watch.logged(server, "workers start again, after 1 failures")
+    watch.logged(server, "workers start again, after 1 failure")
     assert server.status()["backoff"] is None
 
 

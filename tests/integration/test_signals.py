@@ -34,7 +34,7 @@ def test_a_graceful_stop_lets_connections_finish(prefork_server: Start, signo: i
         with pytest.raises(ConnectionRefusedError):
             connect(server.address)
     assert server.stop() == 0
-    assert "stopped: 1 connections accepted, 0 cut" in server.log()
+    assert "stopped: 1 connection accepted, 0 cut" in server.log()
 
 
 def test_a_graceful_stop_serves_whom_the_kernel_has_connected(prefork_server: Start) -> None:
@@ -61,7 +61,28 @@ def test_connections_past_graceful_timeout_are_cut_and_named(prefork_server: Sta
         assert server.stop() == 0
         assert sock.recv(1) == b""
     assert f"is killed, serving {peer}: still there at the end of graceful_timeout" in server.log()
-    assert "1 connections accepted, 1 cut" in server.log()
+    assert "1 connection accepted, 1 cut" in server.log()
+
+
+@pytest.mark.parametrize(("signo", "announced"), [(signal.SIGINT, 1), (signal.SIGTERM, 0)])
+def test_after_ctrl_c_a_second_one_is_announced_while_there_is_something_to_cut(
+    prefork_server: Start, signo: int, announced: int
+) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    with server.connect() as sock:
+        sock.sendall(b"x")
+        assert sock.recv(1) == b"x"
+        os.kill(server.pid, signo)
+        watch.logged(server, "no longer listening")
+        assert server.log().count("Ctrl-C (SIGINT) once more stops at once, and cuts") == announced
+    assert server.stop() == 0
+
+
+def test_ctrl_c_at_rest_ends_without_further_words(prefork_server: Start) -> None:
+    server = prefork_server("echo:loop", workers=1)
+    os.kill(server.pid, signal.SIGINT)
+    watch.until("it has ended", lambda: watch.is_gone(server.pid))
+    assert "once more" not in server.log()
 
 
 @pytest.mark.parametrize("how", ["QUIT", "INT twice"])

@@ -170,7 +170,7 @@ def test_a_stop_with_a_dead_fork_server_serves_one_address_when_another_is_close
         assert sock.recv(64) == b"hello"
     assert server.stop() == 0
     assert "internal error" not in server.log()
-    assert "stopped: 1 connections accepted, 0 cut" in server.log()
+    assert "stopped: 1 connection accepted, 0 cut" in server.log()
 
 
 def watch_fork_server_of_stopped(server: Server) -> int:

@@ -33,9 +33,7 @@ def test_a_kill_is_tried_again_ever_more_seldom_until_its_worker_was_reaped(peer
     assert peer.asked() == [kill]
     assert run(peer, 110.0) == [(100.0 + FIRST, kill), (103.0, kill), (107.0, kill)]
     told = capfd.readouterr().err
-    assert (
-        f"1 workers of generation 1 were killed and have not ended: worker 1 (pid {PID + 1}) since 1 s, its state is hidden" in told
-    )
+    assert f"1 worker of generation 1 was killed and has not ended: worker 1 (pid {PID + 1}) since 1 s, its state is hidden" in told
     assert [(late.pid, late.slot, late.seconds, late.what) for late in generation.overdue(110.0)] == [(PID + 1, 1, 10.0, "killed")]
     times = [at for at, _ in run(peer, 100_000.0)]
     assert times[-1] - times[-2] == LONGEST

@@ -22,7 +22,7 @@ from prefork import log
 from prefork.config import Config
 from prefork.errors import ConfigError
 from prefork.log import EVENTS, RESERVED, Level, Output, Sink, formats, prints, sink
-from prefork.log.events import ALWAYS
+from prefork.log.events import ALWAYS, sentence, template
 from tests import log_schema
 
 
@@ -132,6 +132,25 @@ def test_every_event_is_logged_somewhere_with_the_fields_that_its_sentence_needs
             assert not (given - {"text"}) & RESERVED, f"{path}:{call.lineno}"
     # The log's own three: what it could not write, what handlers print, and what they give to `logging`.
     assert logged | {"dropped", "output", "record"} == set(EVENTS)
+
+
+@pytest.mark.parametrize("name", EVENTS)
+def test_one_of_a_kind_is_told_in_the_singular(name: str) -> None:
+    fields = {field: spec or "" for _, field, spec, _ in string.Formatter().parse(EVENTS[name][1]) if field is not None}
+    told = sentence(name, {field: 1 if "|" in fields[field] else 1.5 if fields[field] else "x" for field in fields})
+    assert not re.search(r"\b1 \w+s\b", told)
+    for noun in ("connections", "acceptors", "workers", "lines", "crashes", "failures", "reports", "tracebacks"):
+        assert f"}} {noun}" not in EVENTS[name][1], "a number stands before it"
+
+
+def test_many_of_a_kind_are_told_in_the_plural() -> None:
+    assert sentence("not_left", {"count": 1, "generation": 3, "who": "x"}) == (
+        "1 worker of generation 3 was asked to leave and has not left: x"
+    )
+    assert sentence("not_left", {"count": 0, "generation": 3, "who": "x"}) == (
+        "0 workers of generation 3 were asked to leave and have not left: x"
+    )
+    assert template("not_left") == "{count} workers of generation {generation} were asked to leave and have not left: {who}"
 
 
 @pytest.mark.parametrize("name", EVENTS)
@@ -256,7 +275,7 @@ def test_no_standard_error_at_all_does_not_stop_the_daemon() -> None:
             os.dup2(working, 2)
             os.close(working)
         log.event("listening", address="somewhere")
-        assert "1 log lines could not be written" in stderr.line()
+        assert "1 log line could not be written" in stderr.line()
 
 
 # -- JSON
@@ -278,7 +297,7 @@ def test_every_event_is_a_json_object_of_the_documented_shape(name: str) -> None
         [entry] = log_schema.read(stderr.line())
         assert (entry["event"], entry["level"], entry["process"]) == (name, EVENTS[name][0].name.lower(), os.getpid())
         own = given.pop("line", None)
-        assert entry["message"] == (str(own) if own is not None else EVENTS[name][1].format_map(given))
+        assert entry["message"] == (str(own) if own is not None else sentence(name, given))
         for key, value in given.items():
             assert entry[key] == (value if isinstance(value, int | float) else str(value))
 
@@ -431,7 +450,7 @@ def test_a_terminal_that_is_stopped_makes_nobody_wait() -> None:
             except BlockingIOError:
                 break
         log.event("bug", where="again")
-        assert b"log lines could not be written" in os.read(screen, 65536)
+        assert b" could not be written" in os.read(screen, 65536)
 
 
 @contextmanager
@@ -629,7 +648,7 @@ def test_a_socket_that_nobody_empties_makes_nobody_wait(kind: socket.SocketKind)
         empty(ours)
         log.event("listening", address="first")
         lines = ours.recv(1 << 20).decode().splitlines()
-        assert re.search(r"\d+ log lines could not be written$", lines[-2])
+        assert re.search(r"\d+ log lines? could not be written$", lines[-2])
         assert lines[-1].endswith("listening on first")
 
 
@@ -843,6 +862,7 @@ def test_pieces_are_as_long_as_may_be() -> None:
 
 def test_events_and_their_fields_are_those_that_were_promised() -> None:
     told = {
-        name: [field for _, field, _, _ in string.Formatter().parse(sentence) if field] for name, (_, sentence) in EVENTS.items()
+        name: list(dict.fromkeys(field for _, field, _, _ in string.Formatter().parse(words) if field))
+        for name, (_, words) in EVENTS.items()
     }
     assert told == log_schema.EVENT_FIELDS

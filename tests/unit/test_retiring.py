@@ -62,7 +62,7 @@ def test_one_that_is_late_is_told_ever_more_seldom_and_not_waited_for(asked: Ask
     [late] = asked.generation.overdue(120.0)
     assert (late.pid, late.what) == (PID, "asked to leave")
     assert late.seconds == pytest.approx(20.0)
-    told = [line for line in capfd.readouterr().err.splitlines() if "have not left" in line]
+    told = [line for line in capfd.readouterr().err.splitlines() if "has not left" in line]
     assert [line.partition(" since ")[2].partition(" s,")[0] for line in told] == ["1", "3", "7", "15"]
     assert asked.generation.accepts_at(asked.peer.listener), "an inherited socket is not closed under it"
 
