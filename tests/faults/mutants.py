@@ -166,6 +166,20 @@ MUTANTS = [
         ("tests/unit/test_readable.py::test_what_a_unit_hides_is_told_by_where_it_does",),
     ),
     Mutant(
+        "an import that crashes without a word",
+        "forkserver.py",
+        "        stacks.tell_of_import(self.brief.stacks)\n",
+        "",
+        ("tests/integration/test_imports.py::test_an_import_that_crashes_brings_its_stack",),
+    ),
+    Mutant(
+        "a max_memory that each worker exceeds by the import alone",
+        "forkserver.py",
+        "        handler.refuse_size(self.brief.config, mapped)\n",
+        "",
+        ("tests/integration/test_imports.py::test_max_memory_below_what_the_import_takes_is_refused_with_both_figures",),
+    ),
+    Mutant(
         "a ceiling that counts as saturated while acceptors are idle",
         "pool/policy.py",
         "    return view.idle + view.tired == 0 and (about_to == 0",

@@ -133,10 +133,15 @@ def test_workers_that_serve_once_leave_clients_in_the_queue_while_there_is_no_fo
         watch.logged(server, "fork server")
         assert {pid(server), pid(server)} == before
         waiting = server.connect()
-        assert not watch.readable(waiting, 0.1)
+        watch.logged(server, "no worker can be forked (its fork server has ended): new clients wait")
+        watch.until("it is counted", lambda: server.status()["stalled_seconds"] > 0.1)
+        assert not watch.readable(waiting, 0)
     with waiting:
         assert int(waiting.makefile("rb").read()) not in before
     assert watch.quiet(server)["ok"] == 3
+    assert server.log().count("no worker can be forked") == 1
+    status = server.status()
+    assert (status["stalled_since"], status["stalled_seconds"] > 0, status["saturated_seconds"]) == (None, True, 0)
 
 
 @pytest.mark.parametrize(("limit", "clients", "each"), [(1, 4, 20), (1, 64, 2), (10, 4, 100), (10, 64, 10)])
