@@ -226,7 +226,7 @@ def _waits(status: dict[str, Any]) -> list[str]:
         elif seconds:
             lines.append(f"{key}: not now, {_span(seconds)} in all")
     if status["ceiling_since"] is not None and status["saturated_since"] is None:
-        lines.append(f"at the ceiling for {_span(now - status['ceiling_since'])}: fewer acceptors than workers can wait")
+        lines.append(f"at the ceiling for {_span(now - status['ceiling_since'])}: fewer than workers can wait for clients")
     return lines
 
 
