@@ -51,7 +51,7 @@ SIGNALS = frozenset({signal.SIGTERM, signal.SIGINT, signals.RETIRE, signals.PARE
 UNSEEN_NS = 1_000_000_000
 TRACEBACKS_A_SECOND = 10
 # A worker that has served its last connection waits so long for its replacement's fork, and looks as often whether it can be had.
-RELEASE_PATIENCE, RELEASE_LOOK = 1.0, 0.02
+RELEASE_PATIENCE, RELEASE_LOOK = 5.0, 0.02
 EXIT_SIGNAL_HANDLER = 1
 # How a connection ends that has not simply ended.
 ERROR, REJECTED = "error", "rejected"

@@ -40,6 +40,7 @@ def pid(server: Server) -> int:
         return int(sock.makefile("rb").read())
 
 
+@pytest.mark.slow  # it waits for seconds
 @pytest.mark.parametrize("max_workers", [1, 4])
 def test_a_worker_waits_for_its_replacement_and_serves_on_when_that_does_not_come(
     prefork_server: Start, module: Module, gate: Gate, max_workers: int

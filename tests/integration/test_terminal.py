@@ -47,7 +47,10 @@ class Daemon:
         self.says(f"generation {generation} serves")
 
     def has_ended(self) -> None:
-        watch.until("the daemon has ended", lambda: watch.is_gone(self.pid))
+        try:
+            watch.until("the daemon has ended", lambda: watch.is_gone(self.pid))
+        except AssertionError as error:
+            raise AssertionError(f"{error}:\n{self.log()}") from None
         assert ": 0 connections accepted, 0 cut" in self.log()
 
 
@@ -62,6 +65,10 @@ class Terminal:
 
     def type(self, line: str) -> None:
         os.write(self._fd, f"{line}\n".encode())
+
+    def is_waiting(self) -> None:
+        """The shell waits for a job. One that reads the terminal may end by its end, and then passes no signal on to its jobs."""
+        watch.until("the shell waits", lambda: b"do_wait" in Path(f"/proc/{self.leader}/wchan").read_bytes())
 
     def close(self) -> None:
         """As the window is closed, or the line lost. The program ends by it."""
@@ -100,11 +107,13 @@ def terminal(tmp_path: Path) -> Iterator[Callable[..., Terminal]]:
 Open = Callable[..., Terminal]
 
 
-@pytest.mark.parametrize("how", ["{}", "{} &", "exec {}"], ids=["foreground", "background", "leader"])
+@pytest.mark.parametrize("how", ["{}", "{} & wait", "exec {}"], ids=["foreground", "background", "leader"])
 def test_closing_the_terminal_stops_the_daemon(daemon: Daemon, terminal: Open, how: str) -> None:
     shell = terminal(*SHELL)
     shell.type(how.format(daemon.command))
     daemon.begin()
+    if how != "exec {}":
+        shell.is_waiting()
     shell.close()
     daemon.has_ended()
     assert HANG_UP in daemon.log()
@@ -150,6 +159,8 @@ def test_a_signal_that_is_typed_in_the_daemons_own_shell_reloads(daemon: Daemon,
     daemon.says("generation 2 serves")
     shell.type("nohup true; kill -HUP %%")
     daemon.says("generation 3 serves")
+    shell.type("wait")
+    shell.is_waiting()
     shell.close()
     daemon.has_ended()
     assert HANG_UP in daemon.log()
