@@ -31,7 +31,7 @@ def test_a_worker_that_hears_nothing_is_ended_after_a_reload_and_was_nobodys(pre
     server = prefork_server("stuck:loop", folder=HANDLERS, workers=1, timeout=0.5)
     pid = leaves(server, "keeps the gil")
     assert server.command("reload")["ok"]
-    watch.logged(server, f"have not left: worker 0 (pid {pid}) since 1 s, state ")
+    watch.logged(server, f"has not left: worker 0 (pid {pid}) since 1 s, state ")
     watch.logged(server, "is killed, serving nobody: it was asked to leave")
     watch.until("it has gone", lambda: watch.is_gone(pid))
     totals = watch.quiet(server)
@@ -46,7 +46,7 @@ def test_one_that_was_stopped_is_named_and_nothing_waits_for_it(prefork_server: 
         assert server.command("suspend")["overdue"] == 1
         [late] = server.status()["overdue"]
         assert (late["pid"], late["what"]) == (pid, "asked to leave")
-        assert "state T (stopped)" in watch.logged(server, "have not left", times=2)  # its time-out is long over
+        assert "state T (stopped)" in watch.logged(server, "has not left", times=2)  # its time-out is long over
         assert server.command("resume")["ok"]
         assert server.command("scale", workers="1")["ok"]
         assert server.command("reload")["ok"]
