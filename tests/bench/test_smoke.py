@@ -49,6 +49,7 @@ def test_each_benchmark_runs(name: str, where: Place) -> None:
     assert wanted <= set(report.figures)
 
 
+@pytest.mark.slow
 def test_the_command_measures_and_tells(tmp_path: Path) -> None:
     watch.needs("cc")
     command = [sys.executable, "-m", "tests.bench", "--smoke", "--peers=bare", "saturated", "memory"]

@@ -1167,7 +1167,7 @@ def run(checks: Iterable[str], folder: Path) -> str:
     # A short name: a Unix socket's path has at most 107 bytes, and a test that can't make one would notice every bug.
     with tempfile.TemporaryDirectory(prefix="m-", dir="/tmp") as scratch:
         done = subprocess.run(
-            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-p", "no:cacheprovider", "-p", "no:randomly", *checks],
+            [sys.executable, "-m", "pytest", "-q", "-n", "0", "-m", "", "-p", "no:cacheprovider", "-p", "no:randomly", *checks],
             cwd=folder,
             env={**settings, "PYTHONPATH": str(folder), "TMPDIR": scratch},
             capture_output=True,

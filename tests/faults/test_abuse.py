@@ -85,6 +85,7 @@ def test_what_the_import_registered_for_the_end_is_not_run_by_each_worker(prefor
         assert sock.recv(64) == b"True"
 
 
+@pytest.mark.slow
 def test_workers_that_end_before_they_serve_anybody_are_forked_ever_more_seldom(prefork_server: Start, module: Module) -> None:
     # Something else stands where the listener was.
     folder = module(
@@ -349,6 +350,7 @@ def test_connections_of_a_worker_that_nobody_knew_are_counted(prefork_server: St
     assert (totals["accepted"], totals["ok"], totals["serving"]) == (7, 6, 0)
 
 
+@pytest.mark.slow
 def test_a_fork_server_that_floods_its_channel_with_nonsense_is_replaced(prefork_server: Start, module: Module) -> None:
     source = (
         "import os, socket\n"

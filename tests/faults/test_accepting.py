@@ -291,6 +291,7 @@ def test_a_stop_does_not_wait_for_the_queue_of_a_listener_that_was_shut_down(
     watch.until("it has gone", lambda: watch.is_gone(server.pid))
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("family", [socket.AF_INET, socket.AF_UNIX], ids=["TCP", "Unix"])
 def test_somebody_elses_listener_that_was_shut_down_is_opened_again_or_told(tmp_path: Path, family: socket.AddressFamily) -> None:
     with socket.socket(family) as listener:

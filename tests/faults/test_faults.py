@@ -24,7 +24,18 @@ from tests.faults.refusals import refusals
 Start = Callable[..., Server]
 
 
-@pytest.mark.parametrize("name", [name for name, fault in campaign.FAULTS.items() if fault.small])
+# One instance of these takes seconds.
+LONG = {"accept_errors", "garbage_on_the_board", "lies_on_the_channel", "steady", "syn_burst", "unknown_accept_errors"}
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        pytest.param(name, marks=[pytest.mark.slow] if name in LONG else [])
+        for name, fault in campaign.FAULTS.items()
+        if fault.small
+    ],
+)
 def test_one_instance_of_each_fault(name: str) -> None:
     fault = campaign.FAULTS[name]
     fault.run(Rounds(fault.small), fault.workloads[-1])

@@ -24,7 +24,7 @@ import pytest
 from prefork.cli import OTHER_COMMANDS, main
 from prefork.config import OPTIONS, flag, reference
 from prefork.testing import Server, StartError, serve
-from tests import watch
+from tests import public, watch
 from tests.integration.test_control import run
 
 Start = Callable[..., Server]
@@ -177,10 +177,9 @@ def test_signal_handlers_that_can_not_stay_are_told(module: Callable[[str], Path
 
 @pytest.mark.skipif(os.geteuid() != 0, reason="only root can give itself up")
 def test_the_import_is_not_roots_when_the_handler_would_not_be(tmp_path: Path) -> None:
-    with tempfile.TemporaryDirectory(dir="/tmp") as folder:
-        os.chmod(folder, 0o755)
-        Path(folder, "mine.py").write_text("import os\nprint('ids', *os.getresuid(), os.getgroups())\nos.kill(os.getppid(), 0)\n")
-        done = check(Path(folder), "--module=mine:loop", "--user=65534", "--group=65533")
+    with public.interpreter() as (folder, environment):
+        (folder / "mine.py").write_text("import os\nprint('ids', *os.getresuid(), os.getgroups())\nos.kill(os.getppid(), 0)\n")
+        done = check(folder, "--module=mine:loop", "--user=65534", "--group=65533", **environment)
     assert done.returncode == 78
     assert "ids 65534 65534 65534 [65533]\n" in done.stderr
     assert "PermissionError: [Errno 1] Operation not permitted\n" in done.stderr

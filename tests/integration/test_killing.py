@@ -89,6 +89,7 @@ def test_a_worker_that_others_keep_going_on_is_killed(prefork_server: Start) -> 
     assert death(server, pid)["cause"] == TIMEOUT
 
 
+@pytest.mark.slow
 def test_no_reload_upgrade_scale_or_suspend_waits_for_what_is_left_of_a_traced_worker(prefork_server: Start) -> None:
     server = prefork_server("stuck:loop", folder=HANDLERS, workers=1, timeout=1)
     sock, pid = begin(server, "sleeps for ever")

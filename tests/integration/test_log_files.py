@@ -583,6 +583,7 @@ def test_a_daemon_whose_log_hangs_counts_what_it_dropped(prefork_server: Start, 
     assert dropped + printed == asked * 501 + 1
 
 
+@pytest.mark.slow
 def test_a_daemon_whose_log_hangs_serves_reloads_upgrades_and_ends(prefork_server: Start, module: Module, tmp_path: Path) -> None:
     path = tmp_path / "log"
     options = {"workers": 2, "log_file": str(path), "access_log": str(tmp_path / "access")}

@@ -7,6 +7,8 @@ import time
 from collections.abc import Callable
 from contextlib import ExitStack
 
+import pytest
+
 from prefork.testing import Server, connect
 from tests import watch
 from tests.conftest import HANDLERS
@@ -108,6 +110,7 @@ def test_clients_that_wait_for_want_of_a_fork_are_told_of_once_and_counted(
     assert server.status()["stalled_since"] is None
 
 
+@pytest.mark.slow
 def test_surplus_acceptors_go_after_spare_timeout_and_not_before(prefork_server: Start) -> None:
     server = prefork_server("tiny:who", folder=HANDLERS, workers=2, spare_timeout=1.5)
     with ExitStack() as stack:

@@ -97,6 +97,7 @@ def test_many_that_hang_all_go(prefork_server: Start) -> None:
     assert watch.quiet(server)["killed"] == 12
 
 
+@pytest.mark.slow
 def test_a_connection_that_is_younger_is_never_cut(prefork_server: Start, module: Module) -> None:
     source = (
         "import time\ndef loop(sock):\n    seconds = float(sock.recv(64))\n    time.sleep(seconds)\n    sock.sendall(b'in time')\n"

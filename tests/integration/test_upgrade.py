@@ -54,6 +54,7 @@ def says(where: Any, word: bytes = b"x") -> bytes:
         return sock.recv(256)
 
 
+@pytest.mark.slow
 def test_an_upgrade_under_load_loses_nobody_and_keeps_pid_counters_and_connections(prefork_server: Start) -> None:
     server = prefork_server("echo:loop", workers=4, spare_timeout=1)
     watch.settled(server, 4)
@@ -469,6 +470,7 @@ def test_the_time_at_the_ceiling_does_not_go_back(prefork_server: Start) -> None
         assert server.status()["saturated_seconds"] >= before
 
 
+@pytest.mark.slow
 def test_an_upgrade_during_a_reload_is_refused_and_a_reload_during_an_upgrade_is_part_of_it(
     prefork_server: Start, module: Module
 ) -> None:

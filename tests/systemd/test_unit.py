@@ -157,6 +157,7 @@ def test_an_upgrade_that_neither_program_survives_is_restarted(service: Service,
     assert re.search(f"Main process exited, code=(exited|killed|dumped), status={status}/", told), told
 
 
+@pytest.mark.slow
 def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(service: Service) -> None:
     service.drop_in("service", "[Service]\nWatchdogSec=1\n")
     service.systemctl("start")
@@ -168,6 +169,7 @@ def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(serv
     assert "Watchdog timeout" in service.machine.said(f"journalctl --no-pager -u {service.unit}")
 
 
+@pytest.mark.slow
 def test_one_that_runs_is_not(service: Service) -> None:
     service.drop_in("service", "[Service]\nWatchdogSec=1\n")
     service.systemctl("start")
@@ -298,6 +300,7 @@ def test_systemds_own_cleaner_leaves_socket_and_lock_alone(service: Service) -> 
         (service.machine.root / "etc/tmpfiles.d/tests.conf").unlink()
 
 
+@pytest.mark.slow
 def test_reloads_upgrades_and_restarts_under_load_lose_nobody(service: Service) -> None:
     service.configure(workers=4)
     service.with_socket()
