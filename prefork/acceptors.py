@@ -122,7 +122,19 @@ class Acceptors:
             returning = self._returning(row)
         elif since_ns is not None:
             accepted = bool(self.latest(row, since_ns))
-        return View(self.target, idle, starting, returning, busy, room, self.vacated, self.come, tired, leaving, accepted)
+        return View(
+            target=self.target,
+            idle=idle,
+            starting=starting,
+            returning=returning,
+            busy=busy,
+            room=room,
+            vacated=self.vacated,
+            come=self.come,
+            tired=tired,
+            leaving=leaving,
+            accepted=accepted,
+        )
 
     def _returning(self, row: bytes) -> int:
         """How many workers are busy and about to be back."""

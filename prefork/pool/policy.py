@@ -46,7 +46,7 @@ BACKOFF_LIMIT = 30.0
 FORK_BACKOFF, FORK_BACKOFF_LIMIT = 0.1, 1.0
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class View:
     """What one look saw of one listener's workers. ``vacated``: places known to be empty since the last look."""
 

@@ -448,6 +448,13 @@ MUTANTS = [
         ("tests/integration/test_cut.py::test_a_helper_is_left_alone_by_an_orderly_end",),
     ),
     Mutant(
+        "a load that goes on, and that the master does not see",
+        "acceptors.py",
+        "            accepted=accepted,\n",
+        "",
+        ("tests/unit/test_generation.py::test_while_a_load_goes_on_the_master_looks_and_no_worker_rings",),
+    ),
+    Mutant(
         "a long text that is copied again for each piece",
         "log/formats.py",
         "        yield text[at : at + size]\n        at += size\n",

@@ -599,6 +599,19 @@ def test_of_many_workers_the_latest_are_the_lowest_and_those_that_the_ring_dates
     peer.close()
 
 
+@pytest.mark.parametrize("accepted", [True, False])
+def test_while_a_load_goes_on_the_master_looks_and_no_worker_rings(peer: Peer, *, accepted: bool) -> None:
+    generation, board = peer.generation, peer.generation.board
+    acceptors = generation._acceptors[0]
+    generation.look_soon(0, 5.0)
+    generation.tend(5.0, 0)
+    if accepted:
+        board.words[board.record(1) + scoreboard.SINCE] = time.monotonic_ns()
+    generation.look_soon(0, 6.0)
+    generation.tend(6.0, 0)
+    assert (acceptors.look_at is not None, acceptors.ring_below == 0) == (accepted, accepted)
+
+
 def test_a_look_that_finds_somebody_served_ends_the_trouble_of_those_who_were_not(peer: Peer) -> None:
     generation = peer.generation
     peer.say(Report(Kind.EXITED, 0, PID, status=70 << 8), now=1.0)

@@ -231,7 +231,7 @@ def test_surplus_that_was_not_needed_for_a_whole_window_goes() -> None:
 def test_surplus_is_not_looked_for_without_a_pause_however_short_the_time_is(spare_timeout: float, idle: int, busy: int) -> None:
     memory, now, looks = Memory(), 0.0, 0
     while now < 10.0:
-        memory, decision = decide(memory, View(2, idle, 0, 0, busy, 50), now, spare_timeout)
+        memory, decision = decide(memory, view(2, idle, busy=busy, room=50), now, spare_timeout)
         looks += 1
         assert looks <= 102
         assert decision.look_at is not None
@@ -471,7 +471,8 @@ class Daemon:
         pool.room = rooms(self.max_workers, [each.target for each in self.pools], live, 0)[self.pools.index(pool)]
         idle, starting, busy = (pool.count(state) for state in ("idle", "starting", "busy"))
         back = self.returning(pool)
-        seen = View(pool.target, idle, starting, back, busy, pool.room, pool.vacated, accepted=pool.accepted)
+        counts = {"starting": starting, "returning": back, "busy": busy, "room": pool.room, "vacated": pool.vacated}
+        seen = view(pool.target, idle, accepted=pool.accepted, **counts)
         pool.memory, decision = decide(pool.memory, seen, self.now, SPARE)
         self.check_forks(pool, seen, decision)
         assert not pool.memory.saturated or (idle == 0 and pool.room <= 0), "the next client is served at once"
