@@ -309,7 +309,7 @@ def _import_and_exit(
         except PreforkError as error:
             said = str(error)
         if os.getpid() == us:  # and no child that the import forked and that has come back here
-            aside, started = finalizers.set_aside(), process.started_by_us()
+            aside, started = finalizers.set_aside(_exit_failed), process.started_by_us()
             if not said:
                 try:
                     call("on_worker_start")
@@ -318,12 +318,16 @@ def _import_and_exit(
                     said = str(error)
             found = _for_the_end(aside.registered, started.values())
             _say(outcome, said or f"{_DONE}\0{found}", config.module)
-            forkserver.finish_import(aside, started, lambda _: traceback.print_exc())
+            forkserver.finish_import(aside, started, _exit_failed)
         status = 0
     except BaseException:
         traceback.print_exc()
     finally:
         os._exit(status)
+
+
+def _exit_failed(_what: str) -> None:
+    traceback.print_exc()
 
 
 def _become_like_a_fork_server(parent: int, outcome: int, printing: int) -> None:

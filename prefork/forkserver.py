@@ -334,7 +334,7 @@ class ForkServer:
         Run at each worker's end it would remove, say, a temporary directory that the others use. A worker runs what was registered
         in it.
         """
-        aside, self.started = finalizers.set_aside(), process.started_by_us()
+        aside, self.started = finalizers.set_aside(self._exit_failed), process.started_by_us()
         self.registered = bool(aside.registered or self.started)
         if aside.registered:
             log.event("registered", generation=self.brief.generation, what=", ".join(aside.registered))

@@ -65,15 +65,18 @@ def begin() -> None:
     _foreign[:] = logging._handlerList  # type: ignore[attr-defined]
 
 
-def set_aside() -> Aside:
-    """Have libraries register anew in children. atexit's own functions stay: `atexit._clear` is for the child."""
+def set_aside(failed: Callable[[str], None]) -> Aside:
+    """Have libraries register anew in children. atexit's own functions stay: `atexit._clear` is for the child.
+
+    ``failed``: as of `finish`.
+    """
     files, owners = _unfinished()
     aside = _reset(owners)
     _theirs.extend(owners)
     _handlers[:] = logging._handlerList  # type: ignore[attr-defined]
     _files[:] = [weakref.ref(file) for file in files]
     for file in files:
-        _flush(file)  # else each worker would write it once more
+        _flush(file, failed)  # else each worker would write it once more
     return aside
 
 
@@ -232,22 +235,24 @@ def _finish_files(failed: Callable[[str], None]) -> None:
     files = [*own_files, *(reference() for reference in _files)]
     # Outer ones first: what they hold goes to the inner ones.
     for file in (file for file in files if issubclass(type(file), _io._TextIOBase)):
-        _flush(file)
+        _flush(file, failed)
     for owner in (*_ours, *own):
         try:
             owner.__del__()
         except BaseException:
             failed("files")
     for file in files:
-        _flush(file)
+        _flush(file, failed)
 
 
-def _flush(file: Any) -> None:
+def _flush(file: Any, failed: Callable[[str], None]) -> None:
     try:
         if file is not None and not file.closed:
             file.flush()
-    except (OSError, ValueError):
-        return  # a full disk, or one that was closed under it: nobody is left to be told
+    except ValueError:
+        return  # the file under it was closed
+    except OSError:  # a full disk: what waits in the buffer is lost
+        failed("files")
 
 
 def _unfinished() -> tuple[list[Any], list[Any]]:

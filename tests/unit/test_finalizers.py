@@ -1,8 +1,11 @@
 """What a process finishes at its end, and what is its parent's: each in a fresh interpreter, because it has one registry only."""
 
+import resource
 import subprocess
 import sys
 from pathlib import Path
+
+from prefork.system import finalizers
 
 START = """
 import atexit, functools, os, sys, tempfile, threading
@@ -41,7 +44,7 @@ atexit.register(print, "parent")
 
 def child():
     finalizers.begin()
-    aside = finalizers.set_aside()
+    aside = finalizers.set_aside(print)
     print(aside.registered)
     finish()
     finalizers.put_back(aside, lambda pid: True)
@@ -72,7 +75,7 @@ class Raising:
     def __call__(self): pass
 
 odd = Odd()
-print(finalizers.set_aside().registered)
+print(finalizers.set_aside(print).registered)
 for registered in (function, odd.method, functools.partial(function, 1), unittest.mock.Mock(), Raising()):
     atexit.register(registered)
 threading._register_atexit(function)
@@ -81,7 +84,7 @@ weakref.finalize(odd, function).atexit = False
 multiprocessing.util.Finalize(None, function, exitpriority=1)
 multiprocessing.util.Finalize(odd, function)
 named = tempfile.NamedTemporaryFile(dir=".", delete=False)
-for name in finalizers.set_aside().registered:
+for name in finalizers.set_aside(print).registered:
     print(name)
 os._exit(sys.stdout.flush() or 0)
 """
@@ -122,7 +125,7 @@ def child():
 
 finalizers.begin()
 make("parent")
-aside = finalizers.set_aside()
+aside = finalizers.set_aside(print)
 fork(child)
 finalizers.put_back(aside, lambda pid: True)
 finish()
@@ -138,3 +141,17 @@ os._exit(0)
         "parent atexit",
         "parent finalizer",
     ]
+
+
+def test_what_the_disk_does_not_take_is_told(tmp_path: Path) -> None:
+    failed: list[str] = []
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    with (tmp_path / "file").open("wb") as file:
+        file.write(b"lost")
+        resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+        try:
+            finalizers._flush(file, failed.append)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    finalizers._flush(file, failed.append)
+    assert failed == ["files"]
