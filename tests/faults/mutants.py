@@ -1114,8 +1114,8 @@ MUTANTS = [
     Mutant(
         "the import's buffers that each worker writes",
         "system/finalizers.py",
-        "    for file in files:\n        _flush(file)  # else",
-        "    for file in ():\n        _flush(file)  # else",
+        "    for file in files:\n        _flush(file, failed)  # else",
+        "    for file in ():\n        _flush(file, failed)  # else",
         ("tests/integration/test_finalizers.py::test_what_import_and_workers_write_to_one_open_file_is_written_once",),
     ),
     Mutant(

@@ -25,7 +25,23 @@ Start = Callable[..., Server]
 
 
 # One instance of these takes seconds.
-LONG = {"accept_errors", "garbage_on_the_board", "lies_on_the_channel", "steady", "syn_burst", "unknown_accept_errors"}
+LONG = {
+    "accept_errors",
+    "addresses",
+    "fork_errors",
+    "full_doorbell",
+    "full_log_pipe",
+    "garbage_on_the_board",
+    "killed_fork_server",
+    "lies_on_the_channel",
+    "recycling",
+    "refused",
+    "steady",
+    "stopped_fork_server_for_long",
+    "stopped_master",
+    "syn_burst",
+    "unknown_accept_errors",
+}
 
 
 @pytest.mark.parametrize(

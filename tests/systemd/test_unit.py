@@ -22,6 +22,8 @@ from tests.systemd.machine import UNITS, VENV, Machine, Service
 
 Handler = Callable[[str], None]
 
+pytestmark = pytest.mark.slow  # each boots a service manager
+
 EXPOSURE = 1.5
 # With a master that is root.
 EXPOSURE_OF_TWO = 2.5
@@ -134,9 +136,7 @@ def test_a_refused_upgrade_can_be_seen(service: Service) -> None:
     ("text", "status"),
     [
         ("sys.exit(0)", "70"),
-        pytest.param(
-            "signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.raise_signal(signal.SIGALRM)", "14", marks=pytest.mark.slow
-        ),
+        pytest.param("signal.signal(signal.SIGALRM, signal.SIG_DFL); signal.raise_signal(signal.SIGALRM)", "14"),
     ],
     ids=["they end with 0", "they hang"],
 )
@@ -157,7 +157,6 @@ def test_an_upgrade_that_neither_program_survives_is_restarted(service: Service,
     assert re.search(f"Main process exited, code=(exited|killed|dumped), status={status}/", told), told
 
 
-@pytest.mark.slow
 def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(service: Service) -> None:
     service.drop_in("service", "[Service]\nWatchdogSec=1\n")
     service.systemctl("start")
@@ -169,7 +168,6 @@ def test_a_master_that_stands_still_is_killed_by_the_watchdog_and_restarted(serv
     assert "Watchdog timeout" in service.machine.said(f"journalctl --no-pager -u {service.unit}")
 
 
-@pytest.mark.slow
 def test_one_that_runs_is_not(service: Service) -> None:
     service.drop_in("service", "[Service]\nWatchdogSec=1\n")
     service.systemctl("start")
@@ -300,7 +298,6 @@ def test_systemds_own_cleaner_leaves_socket_and_lock_alone(service: Service) -> 
         (service.machine.root / "etc/tmpfiles.d/tests.conf").unlink()
 
 
-@pytest.mark.slow
 def test_reloads_upgrades_and_restarts_under_load_lose_nobody(service: Service) -> None:
     service.configure(workers=4)
     service.with_socket()
@@ -342,7 +339,6 @@ def test_connections_may_take_longer_than_the_unit_knows(service: Service) -> No
     assert service.show("Result", "ActiveState") == ["success", "inactive"]
 
 
-@pytest.mark.slow
 def test_a_start_may_take_longer_than_the_unit_knows(service: Service, handler: Handler) -> None:
     handler("import time\ntime.sleep(6)\n" + ECHO)
     service.drop_in("service", "[Service]\nTimeoutStartSec=4\n")
@@ -586,7 +582,7 @@ def loop(sock):
 """
 
 
-@pytest.mark.parametrize("flags", ["", pytest.param("--no-socket", marks=pytest.mark.slow)])
+@pytest.mark.parametrize("flags", ["", "--no-socket"])
 def test_with_a_user_the_master_is_root_out_of_the_handlers_reach(machine: Machine, flags: str) -> None:
     port = watch.free_port(range(900, 1000))
     machine.write("/srv/tries/tries.py", TRIES)
